@@ -1,0 +1,44 @@
+"""The device package: learns from one sample at a time on a stock inference runtime.
+
+Needs numpy, safetensors and onnxruntime; never PyTorch.
+"""
+
+from edgecl_device.errors import (
+    BundleError,
+    EdgeclError,
+    ForgetRefusedError,
+    InputError,
+    SchemaError,
+    StepMissingError,
+    StoreError,
+    StoreFullError,
+    StoreMismatchError,
+    UpdateRefusedError,
+)
+from edgecl_device.generator import Generator
+from edgecl_device.learner import Learner
+from edgecl_device.manifest import Manifest, ReplaySpec, StepSpec, TensorSpec
+from edgecl_device.memory import ReplayMemory
+from edgecl_device.reports import LearnReport, Prediction
+
+__all__ = [
+    "BundleError",
+    "EdgeclError",
+    "ForgetRefusedError",
+    "Generator",
+    "InputError",
+    "LearnReport",
+    "Learner",
+    "Manifest",
+    "Prediction",
+    "ReplayMemory",
+    "ReplaySpec",
+    "SchemaError",
+    "StepMissingError",
+    "StepSpec",
+    "StoreError",
+    "StoreFullError",
+    "StoreMismatchError",
+    "TensorSpec",
+    "UpdateRefusedError",
+]

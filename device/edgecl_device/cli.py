@@ -1,0 +1,227 @@
+"""The command ``edgecl-device``: look at a bundle, check it, run a stream through it."""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgecl_device.errors import EdgeclError, InputError, UpdateRefusedError
+from edgecl_device.generator import Generator
+from edgecl_device.learner import Learner
+from edgecl_device.manifest import Array, TensorSpec, read_manifest
+
+EXAMPLES = """examples:
+  edgecl-device info bundle/                                  what is in it and what a step costs
+  edgecl-device verify bundle/                                hashes, schema, one prediction, one update
+  edgecl-device run bundle/ --data stream.npz                 predict, then learn, sample by sample
+  edgecl-device run bundle/ --data stream.npz --store l.db    the same; the learner stays in l.db
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, or 2 with one line on stderr after an error."""
+    parser = argparse.ArgumentParser(
+        "edgecl-device",
+        description="Look at a bundle, check it, run a stream through it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | verify | run")
+    for name, call, text in (("info", info, "show a bundle"), ("verify", verify, "check a bundle"), ("run", run, "run a stream")):
+        command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter)
+        command.add_argument("bundle", type=Path, help="folder that edgecl export wrote")
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        command.set_defaults(call=call)
+    command.add_argument("--data", type=Path, required=True, help="npz file with x [n, ...] and y [n]")
+    command.add_argument("--store", type=Path, help="store file, made when there is none; without it nothing is kept")
+    command.add_argument("--limit", type=int, help="stop after so many samples")
+    command.add_argument("--threads", type=int, default=1, help="threads inside one operator (default 1)")
+    args = parser.parse_args(argv)
+    try:
+        result = args.call(args)
+    except EdgeclError as error:
+        print(f"edgecl-device: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=1) if args.json else table(result))
+    return 0
+
+
+def info(args: argparse.Namespace) -> dict[str, Any]:
+    """The manifest in short."""
+    manifest = read_manifest(args.bundle)
+    steps = [
+        {
+            "step": name,
+            "canonical_macs": step.canonical_macs,
+            "executed_macs": step.executed_macs,
+            "activation_bytes": step.activation_bytes,
+            "inputs": " ".join(spec.name for spec in step.inputs),
+        }
+        for name, step in manifest.steps.items()
+    ]
+    x = manifest.steps["encode"].inputs[0] if "encode" in manifest.steps else None
+    return {
+        "method": manifest.method,
+        "config": manifest.config,
+        "input": f"{x.dtype} {list(x.shape)}" if x else None,
+        "classes": f"{len(manifest.class_names)} named of {manifest.max_classes}",
+        "class_names": list(manifest.class_names),
+        "forgets": manifest.forgets,
+        "replay": f"{manifest.replay.capacity_bytes} bytes, {manifest.replay.policy}" if manifest.replay else None,
+        "state_bytes": sum(spec.nbytes for spec in manifest.state),
+        "file_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "log_capacity_bytes": manifest.log_capacity_bytes,
+        "bundle_id": manifest.bundle_id,
+        "steps": steps,
+    }
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """Load everything, predict and learn one made-up sample in memory, and see that no file has changed."""
+    manifest = read_manifest(args.bundle)
+    before = _digest(args.bundle)
+    checks = []
+    with Learner.load(args.bundle) as learner:
+        checks.append({"check": "schema, hashes, state, graphs", "result": f"{len(manifest.files)} files"})
+        seen = learner.predict(made_up(manifest.steps["encode"].inputs[0]))
+        checks.append({"check": "predict", "result": f"class {seen.label}"})
+        if "learn" in manifest.steps:
+            try:
+                result = f"loss {learner.learn(seen.sample_id, 0).loss:.6g}"
+            except UpdateRefusedError as error:
+                result = f"refused by its own check: {error}"
+            checks.append({"check": "learn", "result": result})
+    if _digest(args.bundle) != before:
+        raise InputError(f"{args.bundle}: files changed while they were verified; close what writes there and verify again")
+    checks.append({"check": "files unchanged", "result": "yes"})
+    return {"bundle": str(args.bundle), "method": manifest.method, "valid": True, "checks": checks}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Predict, then learn, every sample of a file."""
+    if args.limit is not None and args.limit < 0:
+        raise InputError(f"--limit: must be at least 0, got {args.limit}; leave it out to run everything")
+    xs, ys = read_stream(args.data)
+    n = len(ys) if args.limit is None else min(len(ys), args.limit)
+    hits, refused = 0, 0
+    by_class: dict[int, tuple[int, int]] = {}
+    with Learner.load(args.bundle, args.store, threads=args.threads) as learner:
+        start = time.perf_counter()
+        for i in progress(n):
+            seen = learner.predict(xs[i])
+            label = int(ys[i])
+            hit, seen_of_class = by_class.get(label, (0, 0))
+            by_class[label] = (hit + (seen.label == label), seen_of_class + 1)
+            hits += seen.label == label
+            try:
+                learner.learn(seen.sample_id, label)
+            except UpdateRefusedError:
+                refused += 1
+        seconds = time.perf_counter() - start
+        report = learner.report()
+    classes = [{"class": label, "samples": total, "prequential_accuracy": hit / total} for label, (hit, total) in sorted(by_class.items())]
+    return {
+        "method": report["method"],
+        "samples": n,
+        "prequential_accuracy": hits / n if n else None,
+        "refused": refused,
+        "samples_per_second": n / seconds if n else None,
+        "macs": report["session"]["macs"],
+        "bytes_written": report["session"]["bytes_written"],
+        "learned_in_all": report["learned"],
+        "classes": classes,
+    }
+
+
+def read_stream(path: Path) -> tuple[Array, Array]:
+    """``x`` [n, ...] and integer ``y`` [n] of an npz file.
+
+    Raises:
+        InputError: when the file or one of them is missing or does not fit.
+    """
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
+            xs, ys = np.atleast_1d(data["x"]), data["y"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: must be an npz file with arrays x and y ({error}); write one with numpy.savez") from error
+    if ys.ndim != 1 or len(xs) != len(ys) or ys.dtype.kind not in "iu":
+        raise InputError(f"{path}: y must hold one integer a sample, got {ys.dtype} {list(ys.shape)} for {len(xs)} samples; write y again")
+    return xs, ys
+
+
+def made_up(spec: TensorSpec) -> Array:
+    """A sample of middling values from a fixed seed: bytes, or numbers in [0, 1)."""
+    generator = Generator(seed=1)
+    size = int(np.prod(spec.shape, dtype=np.int64))
+    values = np.array([generator.below(256) for _ in range(size)]).reshape(spec.shape)
+    return (values if np.dtype(spec.dtype).kind in "iu" else values / 256).astype(spec.dtype)
+
+
+def progress(n: int) -> Iterable[int]:
+    """``range(n)``, with a line on stderr twice a second when that is a terminal."""
+    last = time.perf_counter()
+    show = sys.stderr.isatty()
+    for i in range(n):
+        if show and time.perf_counter() - last > 0.5:
+            last = time.perf_counter()
+            print(f"\r{i} of {n} samples", end="", file=sys.stderr, flush=True)
+        yield i
+    if show:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Plain text: one line a figure, then one table for every list of records.
+
+    >>> print(table({"method": "ncm", "macs": 12000, "steps": [{"step": "learn", "macs": 64}]}))
+    method  ncm
+    macs    12,000
+    <BLANKLINE>
+    step   macs
+    learn    64
+    """
+    figures = {key: value for key, value in result.items() if not _is_table(value)}
+    width = max(map(len, figures), default=0)
+    blocks = ["\n".join(f"{key:<{width}}  {_text(value)}" for key, value in figures.items())]
+    for records in (value for value in result.values() if _is_table(value)):
+        rows = [list(records[0]), *([_text(value) for value in record.values()] for record in records)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        right = [isinstance(value, (int, float)) for value in records[0].values()]
+        lines = [[f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, widths, right, strict=True)] for row in rows]
+        blocks.append("\n".join("  ".join(line).rstrip() for line in lines))
+    return "\n\n".join(blocks)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items()) or "-"
+    return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files of a folder."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

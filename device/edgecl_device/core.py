@@ -1,0 +1,165 @@
+"""What a learner knows at this moment: the engine's state, the replay memory, the classes; no store, no samples waiting."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+
+from edgecl_device.checks import check_state
+from edgecl_device.engines import Engine
+from edgecl_device.errors import BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
+from edgecl_device.manifest import Array, Manifest
+from edgecl_device.memory import ReplayMemory
+from edgecl_device.snapshot import Snapshot
+from edgecl_device.store import Event
+
+
+class Core:
+    """Applies events to engine, memory and counts, each either whole or not at all.
+
+    Attributes:
+        names: Class names by index, None where a class has none.
+        counts: Samples learned by class, less the forgotten: int64 [K].
+        totals: ``learned``, ``forgotten`` and ``relabelled`` over the learner's life.
+        health: The method's figures after the last update.
+        refused: Updates refused in this session.
+        memory: The replay memory, if the method has one.
+    """
+
+    def __init__(self, manifest: Manifest, engine: Engine, state: Mapping[str, Array], rows: Mapping[str, Array] | None) -> None:
+        check_state(manifest, state)
+        self._manifest = manifest
+        self._engine = engine
+        self._counter = 0
+        self.memory = None
+        try:
+            if manifest.replay is not None:
+                self.memory = ReplayMemory(manifest.replay, manifest.max_classes)
+                self.memory.fill(rows or {"replay.target": np.empty(0, np.int64), **_empty_rows(manifest)})
+            elif rows is not None:
+                raise InputError("rows: the manifest has no replay memory; leave them out")
+        except InputError as error:
+            raise BundleError(f"replay: {error}") from error
+        unnamed = manifest.max_classes - len(manifest.class_names)
+        self.names: list[str | None] = [*manifest.class_names, *[None] * unnamed]
+        self.counts = np.zeros(manifest.max_classes, np.int64)
+        self.totals = {"learned": 0, "forgotten": 0, "relabelled": 0}
+        self.health: dict[str, float] = {}
+        self.refused = 0
+        engine.load(state)
+
+    def propose(self, event: Event, z: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a ``learn`` event and return its outputs; :meth:`keep` or :meth:`discard` comes next.
+
+        Raises:
+            UpdateRefusedError: when its result must not be kept; it is discarded already.
+        """
+        memory = self.memory
+        self._counter = memory.generator.counter if memory else 0
+        try:
+            return self._run("learn", {**z, **_scalars(event), **(memory.draw() if memory else {})}, f"sample {event.sample_id}")
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Undo the draws of :meth:`propose`; the engine has changed nothing yet."""
+        if self.memory:
+            self.memory.generator.counter = self._counter
+
+    def keep(self, event: Event, outputs: Mapping[str, Array]) -> None:
+        """Make what :meth:`propose` found the present."""
+        self._engine.commit()
+        label, sample_id = int(event.label or 0), int(event.sample_id or 0)
+        if self.memory:
+            self.memory.offer({f.name: outputs[f"row.{f.name}"][0] for f in self.memory.spec.fields}, label, sample_id)
+        self.counts[label] += 1
+        self.totals["learned"] += 1
+        self.health = _health(outputs)
+
+    def revise(self, event: Event, z: Mapping[str, Array], step: str, label: int | None, what: str) -> None:
+        """Unlearn a sample (``label`` None) or give it another label. Not undone on failure: see :meth:`reverting`."""
+        values = {**z, **_scalars(event)}
+        if label is not None:
+            values["new_target"] = np.array([label], np.int64)
+        outputs = self._run(step, values, what)
+        self._engine.commit()
+        self.health = _health(outputs)
+        self.counts[int(event.label or 0)] -= 1
+        sample_id = int(event.sample_id or 0)
+        if label is None:
+            self.totals["forgotten"] += 1
+            if self.memory:
+                self.memory.remove(sample_id)
+        else:
+            self.totals["relabelled"] += 1
+            self.counts[label] += 1
+            if self.memory:
+                self.memory.relabel(sample_id, label)
+
+    def capture(self) -> Snapshot:
+        """Copies of everything that :meth:`restore` needs."""
+        tensors = {f"state.{name}": array for name, array in self._engine.state().items()}
+        if self.memory:
+            tensors |= self.memory.snapshot()
+        return Snapshot(tensors, {"class_names": list(self.names), "class_counts": self.counts.tolist(), "totals": dict(self.totals)})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, bit for bit.
+
+        Raises:
+            StoreError: when it does not fit the manifest.
+        """
+        state = snapshot.under("state.")
+        try:
+            check_state(self._manifest, state)
+            if self.memory:
+                self.memory.restore(snapshot.tensors)
+            names, counts, totals = (snapshot.meta[key] for key in ("class_names", "class_counts", "totals"))
+        except (EdgeclError, KeyError) as error:
+            raise StoreError(f"snapshot: does not fit the bundle ({error}); restore the store from a copy, or delete it") from error
+        self._engine.load(state)
+        self.names, self.counts, self.totals = list(names), np.array(counts, np.int64), dict(totals)
+
+    @contextmanager
+    def reverting(self) -> Iterator[Snapshot]:
+        """Go back to the present state, which it yields, when anything inside fails."""
+        before, health = self.capture(), self.health
+        try:
+            yield before
+        except BaseException:
+            self.restore(before)
+            self.health = health
+            raise
+
+    def _run(self, step: str, values: Mapping[str, Array], what: str) -> dict[str, Array]:
+        """Run a step that writes state and refuse a result that must not be kept."""
+        outputs = self._engine.run(step, values)
+        loss = float(outputs.get("loss", np.float32(0)))
+        cause = None
+        if not outputs["finite"] or not np.isfinite(loss):
+            cause = f"the new state or the loss ({loss:.4g}) is not finite; lower the learning rate or check the sample's scale"
+        elif not outputs.get("guard", np.True_):
+            figures = ", ".join(f"health.{name} = {value:.4g}" for name, value in _health(outputs).items()) or "no health figures"
+            cause = f"the method's guard failed ({figures}); keeping it would spoil the state, leave this sample as it is"
+        if cause is not None:
+            self.refused += 1
+            raise UpdateRefusedError(f"{step}: refused for {what}: {cause}; the state is unchanged")
+        return outputs
+
+
+def _scalars(event: Event) -> dict[str, Array]:
+    return {
+        "target": np.array([event.label], np.int64),
+        "weight": np.array([event.weight], np.float32),
+        "lr": np.array(event.lr, np.float32),
+    }
+
+
+def _health(outputs: Mapping[str, Array]) -> dict[str, float]:
+    return {name.removeprefix("health."): float(value) for name, value in outputs.items() if name.startswith("health.")}
+
+
+def _empty_rows(manifest: Manifest) -> dict[str, Array]:
+    fields = manifest.replay.fields if manifest.replay else ()
+    return {f"replay.{field.name}": np.empty((0, *field.shape), field.dtype) for field in fields}

@@ -1,0 +1,44 @@
+"""Every error the device package raises: each names the thing, the constraint, the value got and the mend.
+
+After any of them the learner's state and its store are what they were before the call.
+"""
+
+
+class EdgeclError(Exception):
+    """Base class of every error raised by edgecl, on the host and on the device."""
+
+
+class InputError(EdgeclError, ValueError):
+    """A sample, label or option has a wrong shape, dtype, value or range."""
+
+
+class BundleError(EdgeclError):
+    """A bundle is missing a file, was altered, or does not fit together."""
+
+
+class SchemaError(BundleError):
+    """A manifest was written by a newer schema than this package reads."""
+
+
+class StoreError(EdgeclError):
+    """The store cannot be read or written."""
+
+
+class StoreMismatchError(StoreError):
+    """The store belongs to another bundle."""
+
+
+class StoreFullError(StoreError):
+    """The disk is full or the store reached its size limit; nothing was written."""
+
+
+class StepMissingError(EdgeclError):
+    """The method has no such step."""
+
+
+class UpdateRefusedError(EdgeclError):
+    """An update failed a check made inside the graph; the state is what it was."""
+
+
+class ForgetRefusedError(EdgeclError):
+    """A sample cannot be unlearned exactly any more, or never was learned."""

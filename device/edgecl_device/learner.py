@@ -1,0 +1,393 @@
+"""The loop: predict, learn, forget, save and roll back, one sample at a time, on any engine.
+
+The loop keeps what is not a fixed-shape tensor function out of the graphs: random draws, replay rows, labels that arrive
+later, the log. Not thread-safe: call one learner from one thread at a time.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from edgecl_device.checks import as_float32, as_int, as_name, as_sample, check_steps, read_tensors
+from edgecl_device.core import Core
+from edgecl_device.engines import Engine
+from edgecl_device.engines.onnx import OnnxEngine
+from edgecl_device.errors import BundleError, ForgetRefusedError, InputError, StepMissingError, StoreError, UpdateRefusedError
+from edgecl_device.manifest import Array, Manifest, check_files, read_manifest
+from edgecl_device.pending import Pending
+from edgecl_device.reports import LearnReport, Prediction
+from edgecl_device.snapshot import Snapshot
+from edgecl_device.store import AUTOMATIC, EVENT_OVERHEAD, Event, Store
+
+ENGINES = {"onnx": OnnxEngine}
+
+
+class Learner:
+    """A learner on an engine, with a store that survives crashes.
+
+    Load a bundle with :meth:`load`. The constructor drives any engine with the same loop.
+
+    Args:
+        manifest: What the steps need.
+        engine: Runs the steps; the learner loads its state and closes it.
+        state: Initial state by name.
+        rows: Initial replay rows, as :meth:`edgecl_device.memory.ReplayMemory.fill` takes them.
+        store: The learner's own from now on; None keeps log and snapshots in memory. A store with a snapshot wins over
+            ``state`` and ``rows``: the learner goes on where it stopped.
+
+    Raises:
+        BundleError: when the parts do not fit together.
+        StoreError: when the store cannot be recovered.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        state: Mapping[str, Array],
+        rows: Mapping[str, Array] | None = None,
+        store: Store | None = None,
+    ) -> None:
+        check_steps(manifest)
+        self.manifest = manifest
+        self._engine = engine
+        self._core = Core(manifest, engine, state, rows)
+        self._x = manifest.steps["encode"].inputs[0]
+        self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
+        self._pending = Pending(manifest.steps["encode"].outputs, manifest.pending_capacity)
+        self._session = {"predicted": 0, "learned": 0, "macs": 0, "bytes_written": 0}
+        self._event_bytes = EVENT_OVERHEAD + sum(spec.nbytes for spec in self._pending.specs)
+        self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
+        self._store.has_room(self._event_bytes)
+        self._changed = False
+        if AUTOMATIC in self._store.snapshots():
+            self._recover()
+        elif self._store.persistent:
+            self.save()
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path, store: str | Path | None = None, engine: str = "onnx", durability: str = "normal", threads: int = 1
+    ) -> Self:
+        """Load a bundle and, with a store, go on where it stopped.
+
+        Args:
+            bundle: The folder that ``edgecl export`` wrote.
+            store: File of the store, made when there is none; None keeps nothing beyond this process.
+            engine: ``onnx``.
+            durability: ``normal``: a power cut may lose the last samples; ``full``: each one is synced to the disk.
+            threads: Threads inside one operator; above 1 a resumed run may differ in the last bits.
+
+        Raises:
+            BundleError: when a file is missing or altered, or the parts do not fit together.
+            StoreError: when the store is damaged, in use, or (StoreMismatchError) of another bundle.
+
+        Example::
+
+            learner = Learner.load("bundle/", store="learner.db")
+            seen = learner.predict(x)
+            report = learner.learn(seen.sample_id, "mug")
+        """
+        folder = Path(bundle)
+        manifest = read_manifest(folder)
+        if engine not in ENGINES:
+            raise InputError(f"engine: must be one of {', '.join(ENGINES)}, got {engine!r}; pass one of them")
+        if manifest.engine != engine:
+            raise BundleError(f"{folder}: was exported for engine {manifest.engine!r}, not {engine!r}; pass engine={manifest.engine!r}")
+        check_files(folder, manifest)
+        state = read_tensors(folder / manifest.state_file)
+        rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
+        with ExitStack() as opened:
+            runner = ENGINES[engine](folder, manifest, threads)
+            opened.callback(runner.close)
+            log = Store(store, manifest.bundle_id, manifest.log_capacity_bytes, durability)
+            opened.callback(log.close)
+            learner = cls(manifest, runner, state, rows, log)
+            opened.pop_all()
+        return learner
+
+    def predict(self, x: Array) -> Prediction:
+        """Predict one sample and keep its features, so that its label may arrive later.
+
+        Args:
+            x: One sample as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out.
+
+        Raises:
+            InputError: when shape, dtype or values do not fit.
+        """
+        z = self._encode(x)
+        scores: Array = self._engine.run("predict", z)["scores"][0]
+        sample_id = self._store.new_id()
+        self._pending.add(sample_id, z)
+        self._changed = True
+        self._session["predicted"] += 1
+        self._session["macs"] += self._macs("encode", "predict")
+        label = int(scores.argmax())
+        return Prediction(scores, label, self._core.names[label], sample_id)
+
+    def learn(self, x: Array | int, y: int | str, weight: float = 1.0, lr: float | None = None) -> LearnReport:
+        """Learn one sample.
+
+        Args:
+            x: A sample, or the ``sample_id`` of an earlier prediction.
+            y: Class index in [0, max_classes), or the name of a known class.
+            weight: Above 0; other than 1 only for methods whose ``learn`` takes it.
+            lr: At least 0; None is the bundle's; only for methods whose ``learn`` takes it.
+
+        Raises:
+            InputError: when the sample, its id, the label or an option does not fit.
+            UpdateRefusedError: when the new state is not finite or the method's guard refuses it.
+            StoreFullError: when the sample cannot be logged.
+            StepMissingError: when the method does not learn.
+        """
+        start = perf_counter()
+        self._check_step("learn")
+        label = self._label(y)
+        weight, lr = self._check_options(weight, lr)
+        if isinstance(x, np.ndarray):
+            z = self._encode(x)
+            sample_id = self._store.new_id()
+            macs = self._macs("encode", "learn")
+        else:
+            sample_id = as_int("x (a numpy array, or a sample_id)", x)
+            z = self._pending.get(sample_id)
+            macs = self._macs("learn")
+        self._store.fold()
+        wal = self._store.wal_bytes()
+        self._make_room(self._event_bytes)
+        event = Event(self._store.seq + 1, "learn", sample_id, label, weight, lr, None, self._pending.pack(z))
+        outputs = self._core.propose(event, z)
+        try:
+            with self._store.transaction():
+                self._store.append(event)
+        except BaseException:
+            self._core.discard()
+            raise
+        self._core.keep(event, outputs)
+        self._pending.discard(sample_id)
+        self._changed = True
+        written = self._store.wal_bytes() - wal
+        for name, amount in (("learned", 1), ("macs", macs), ("bytes_written", written)):
+            self._session[name] += amount
+        loss, predicted = float(outputs["loss"]), int(outputs["scores"][0].argmax())
+        return LearnReport(sample_id, loss, predicted, label, dict(self._core.health), macs, written, perf_counter() - start)
+
+    def forget(self, sample_id: int) -> None:
+        """Unlearn a sample exactly, here and in every named snapshot, and erase its features and replay row.
+
+        A new automatic snapshot is written, so that the store keeps no older state. Costs one snapshot's bytes.
+
+        Raises:
+            StepMissingError: when the method has no exact ``forget``.
+            ForgetRefusedError: when the sample is not in the log (any more).
+            UpdateRefusedError: when the method's guard refuses, here or in a named snapshot; nothing is changed then.
+        """
+        if not self.manifest.forgets:
+            raise StepMissingError(f"forget: {self.manifest.method} does not forget exactly, its steps are {self._steps()}; export another")
+        self._revise(sample_id, "forget", None)
+
+    def relabel(self, sample_id: int, y: int | str) -> None:
+        """Correct the label of a learned sample, here and in every named snapshot. Costs one snapshot's bytes.
+
+        Raises:
+            StepMissingError: when the method has no ``relabel``.
+            ForgetRefusedError: when the sample is not in the log (any more).
+            InputError: when the label does not fit.
+            UpdateRefusedError: when the method's guard refuses, here or in a named snapshot; nothing is changed then.
+        """
+        self._check_step("relabel")
+        self._revise(sample_id, "relabel", self._label(y))
+
+    def add_class(self, name: str) -> int:
+        """Name the next free class, one without a name and without a learned sample; returns its index.
+
+        Raises:
+            InputError: when the name is taken, or all of the bundle's classes are.
+        """
+        names = self._core.names
+        if as_name(name) in names:
+            raise InputError(f"name: class {name!r} exists at index {names.index(name)}; learn samples of it under that name")
+        free = [i for i, known in enumerate(names) if known is None and not self._core.counts[i]]
+        if not free:
+            raise InputError(f"name: all {len(names)} classes of this bundle are taken, got {name!r}; export with more max_classes")
+        event = Event(self._store.seq + 1, "add_class", label=free[0], name=name)
+        self._make_room(event.nbytes)
+        with self._store.transaction():
+            self._store.append(event)
+        names[free[0]] = name
+        self._changed = True
+        return free[0]
+
+    def save(self, name: str | None = None) -> None:
+        """Write a snapshot: a named one to roll back to, or the automatic one, from which the next start goes on.
+
+        Raises:
+            StoreFullError: when it does not fit; an older one of that name stays.
+        """
+        key = AUTOMATIC if name is None else as_name(name)
+        self._store.fold()
+        with self._store.transaction():
+            self._put(key)
+        self._changed = self._changed and name is not None
+
+    def rollback(self, name: str | None = None) -> None:
+        """Go back to a snapshot. History is a line: what was learned, added or saved after it is dropped for good.
+
+        Predictions that wait for a label keep waiting.
+
+        Args:
+            name: A named snapshot; None is the automatic one (of the last ``save()``, ``forget``, ``relabel``, ``rollback``, close
+                or full log).
+
+        Raises:
+            InputError: when there is no such snapshot, naming those there are.
+        """
+        key = AUTOMATIC if name is None else as_name(name)
+        known = self._store.snapshots()
+        if key not in known:
+            raise InputError(f"name: no snapshot {name!r}, there are {[n for n in known if n] or 'none'}; save one first")
+        with self._core.reverting(), self._store.transaction():
+            self._core.restore(Snapshot.unpack(self._store.snapshot(key)))
+            self._store.drop_after(known[key])
+            self._checkpoint()
+
+    def state(self) -> dict[str, Array]:
+        """Copies of every state tensor."""
+        return self._engine.state()
+
+    def rows(self) -> dict[str, Array]:
+        """Copies of the replay rows, as the constructor takes them; empty without a replay memory."""
+        return self._core.memory.rows_by_name() if self._core.memory else {}
+
+    def report(self) -> dict[str, Any]:
+        """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health."""
+        core, store, memory = self._core, self._store, self._core.memory
+        return {
+            "method": self.manifest.method,
+            **core.totals,
+            "session": {**self._session, "refused": core.refused},
+            "class_counts": {core.names[i] or str(i): int(n) for i, n in enumerate(core.counts) if n},
+            "pending": len(self._pending.samples),
+            "log": {"last_event": store.seq, "bytes": store.log_bytes, "capacity_bytes": store.log_capacity_bytes},
+            "replay": None if memory is None else {"rows": len(memory), "row_capacity": memory.rows, "bytes": memory.nbytes},
+            "snapshots": store.snapshots(),
+            "state_bytes": sum(spec.nbytes for spec in self.manifest.state),
+            "health": dict(core.health),
+        }
+
+    def close(self) -> None:
+        """Write the automatic snapshot if anything changed, and close store and engine; harmless when closed already."""
+        with ExitStack() as stack:
+            stack.callback(self._engine.close)
+            stack.callback(self._store.close)
+            if self._changed and self._store.persistent:
+                self._changed = False
+                self.save()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _encode(self, x: Array) -> dict[str, Array]:
+        z = self._engine.run("encode", {"x": as_sample(x, self._x)})
+        if not all(np.isfinite(value).all() for value in z.values()):
+            raise InputError("x: its features are not finite, its values are too large; scale it as the bundle's preprocessing expects")
+        return z
+
+    def _revise(self, sample_id: int, step: str, label: int | None) -> None:
+        core, store = self._core, self._store
+        sample_id = as_int("sample_id", sample_id)
+        event = store.sample(sample_id)
+        if event is None:
+            raise ForgetRefusedError(f"{step}: {self._why_missing(sample_id)}")
+        z = self._pending.unpack(event.features or b"")
+        store.fold()
+        with core.reverting() as before, store.transaction():
+            for name, seq in store.snapshots().items():
+                if name != AUTOMATIC and seq >= event.seq:
+                    core.restore(Snapshot.unpack(store.snapshot(name)))
+                    core.revise(event, z, step, label, f"sample {sample_id} in snapshot {name!r}")
+                    store.put_snapshot(name, seq, core.capture().pack())
+            core.restore(before)
+            core.revise(event, z, step, label, f"sample {sample_id}")
+            if label is None:
+                store.erase(event)
+            else:
+                store.set_label(event, label)
+            self._checkpoint()
+        store.fold(force=True)  # the write-ahead log still holds what was erased
+
+    def _why_missing(self, sample_id: int) -> str:
+        if not self._store.handed_out(sample_id):
+            return f"sample {sample_id} was never handed out; pass the sample_id of a learned sample"
+        if sample_id < self._store.evicted_before:
+            return (
+                f"sample {sample_id} is not in the log any more: its cap of {self._store.log_capacity_bytes} bytes dropped it "
+                "(if it was learned at all); export with a larger log_capacity_bytes"
+            )
+        return f"sample {sample_id} was not learned, or is forgotten already, or was rolled back; nothing is left to change"
+
+    def _recover(self) -> None:
+        snapshot = Snapshot.unpack(self._store.snapshot(AUTOMATIC))
+        self._core.restore(snapshot)
+        self._pending.restore(snapshot.tensors)
+        for event in self._store.events_after(self._store.snapshots()[AUTOMATIC]):
+            if event.kind == "add_class":
+                self._core.names[int(event.label or 0)] = event.name
+                continue
+            try:
+                self._core.keep(event, self._core.propose(event, self._pending.unpack(event.features or b"")))
+            except UpdateRefusedError as error:
+                raise StoreError(f"store: event {event.seq} cannot be replayed ({error}); use the runtime version that wrote it") from error
+            self._pending.discard(int(event.sample_id or 0))
+
+    def _make_room(self, nbytes: int) -> None:
+        if not self._store.has_room(nbytes):
+            self.save()
+
+    def _checkpoint(self) -> None:
+        """Renew the automatic snapshot inside a transaction; in memory only when there is one, as nothing is recovered from it."""
+        if self._store.persistent or AUTOMATIC in self._store.snapshots():
+            self._put(AUTOMATIC)
+
+    def _put(self, name: str) -> None:
+        snapshot = self._core.capture()
+        if name == AUTOMATIC:
+            snapshot.tensors.update(self._pending.snapshot())
+        self._store.put_snapshot(name, self._store.seq, snapshot.pack())
+
+    def _label(self, y: int | str) -> int:
+        names = self._core.names
+        if isinstance(y, str):
+            if y not in names:
+                raise InputError(f"y: no class {y!r}, known are {[n for n in names if n]}; call add_class({y!r}) first")
+            return names.index(y)
+        label = as_int("y (a class index, or a class name)", y)
+        if not 0 <= label < len(names):
+            raise InputError(f"y: must be in [0, {len(names)}), the bundle's max_classes, got {label}; export with more max_classes")
+        return label
+
+    def _check_options(self, weight: float, lr: float | None) -> tuple[float, float]:
+        weight = as_float32("weight", weight, positive=True)
+        if weight != 1 and "weight" not in self._options:
+            raise InputError(f"weight: {self.manifest.method} takes no sample weight, got {weight}; leave it at 1")
+        if lr is not None and "lr" not in self._options:
+            raise InputError(f"lr: {self.manifest.method} has no learning rate, got {lr}; leave it out")
+        return weight, as_float32("lr", self.manifest.learning_rate if lr is None else lr, positive=False)
+
+    def _check_step(self, step: str) -> None:
+        if step not in self.manifest.steps:
+            raise StepMissingError(f"{step}: {self.manifest.method} has no such step, its steps are {self._steps()}; export another method")
+
+    def _steps(self) -> str:
+        return ", ".join(sorted(self.manifest.steps))
+
+    def _macs(self, *steps: str) -> int:
+        return sum(self.manifest.steps[step].canonical_macs for step in steps)

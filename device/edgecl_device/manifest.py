@@ -1,0 +1,268 @@
+"""The bundle's manifest: the only contract between the host that writes a bundle and the device that runs it.
+
+The classes here are plain data. :func:`read_manifest` checks the schema and the structure, :func:`check_files`
+the SHA-256 of every file; both name what is wrong and how to mend it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecl_device.errors import BundleError, InputError, SchemaError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of fixed shape.
+
+    Attributes:
+        name: Dotted name, for instance ``replay.z``.
+        shape: Sizes of all dimensions, the batch dimension included; ``()`` is a scalar.
+        dtype: NumPy's name: ``float32``, ``float64``, ``int64``, ``uint8`` or ``bool``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one such array."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    def zeros(self) -> Array:
+        """A new array of zeros."""
+        return np.zeros(self.shape, self.dtype)
+
+    def check(self, value: Array) -> Array:
+        """Return ``value`` as it is when it fits, with finite values.
+
+        Raises:
+            InputError: on another shape or dtype, NaN or infinity.
+        """
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"{self.name}: expected a numpy array, got {type(value).__name__}; convert it with numpy.asarray")
+        if value.shape != self.shape:
+            raise InputError(f"{self.name}: shape must be {list(self.shape)}, got {list(value.shape)}; reshape or resize the input")
+        if value.dtype != np.dtype(self.dtype):
+            raise InputError(f"{self.name}: dtype must be {self.dtype}, got {value.dtype}; convert it with .astype('{self.dtype}')")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            bad = int(value.size - np.isfinite(value).sum())
+            raise InputError(f"{self.name}: values must be finite, got {bad} NaN or infinite of {value.size}; drop or repair this sample")
+        return value
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """One step of the learner: a pure function from state and inputs to outputs and new state.
+
+    Attributes:
+        file: Path of its graph inside the bundle.
+        inputs: Named inputs besides the state, as the graph takes them.
+        state_in: Names of the state tensors that the graph reads.
+        outputs: Named outputs besides the state. A ``bool []`` output called ``finite`` or ``guard`` says whether the
+            new state may be kept; outputs called ``row.NAME`` are the replay row of this sample.
+        state_out: Names of the state tensors that the graph writes.
+        canonical_macs: Multiply-accumulates of the step's mathematics.
+        executed_macs: Multiply-accumulates of the graph in ``file``.
+        macs_by_phase: Canonical count by phase (encode, forward, input_gradient, weight_gradient, update, replay_decode).
+        elementwise: Elementwise operations, counted apart from the MACs.
+        activation_bytes: Planned peak of the graph's intermediate tensors.
+    """
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    state_in: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    state_out: tuple[str, ...]
+    canonical_macs: int
+    executed_macs: int
+    macs_by_phase: dict[str, int]
+    elementwise: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class ReplaySpec:
+    """Replay memory: what one row holds, how many fit, and which row goes when it is full.
+
+    Attributes:
+        fields: One row's tensors as the ``learn`` step returns them (``row.NAME``), without a batch dimension.
+        rows_per_step: Rows drawn for one update.
+        capacity_bytes: Budget for the whole memory, labels and bookkeeping included.
+        policy: ``reservoir`` or ``largest-class``.
+        seed: Key of the counter-based generator.
+        counter: Words of the generator already drawn when the bundle was written.
+        seen: Samples already offered to the memory when the bundle was written.
+    """
+
+    fields: tuple[TensorSpec, ...]
+    rows_per_step: int
+    capacity_bytes: int
+    policy: str
+    seed: int
+    counter: int = 0
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and SHA-256 of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the device needs to know about a bundle.
+
+    Attributes:
+        schema: Version of this structure.
+        method: Registered name of the method, for instance ``ridge``.
+        config: The method's hyperparameters.
+        target: Kind of target; ``class`` is one class index.
+        max_classes: Classes that the state has room for.
+        class_names: Names of the first classes; the others are free for new ones.
+        steps: The steps by name; ``encode`` maps ``x`` to ``z``.
+        state: Every state tensor.
+        state_file: Initial state (safetensors).
+        replay: Replay memory, if the method has one.
+        replay_file: Initial replay rows (safetensors), if any.
+        learning_rate: Default of the ``lr`` input.
+        trunk_hash: SHA-256 over the encode graph and its weights: which states, rows and codes are compatible.
+        bundle_id: SHA-256 over method, config, state specs and trunk: which stores belong to this bundle.
+        log_capacity_bytes: Cap of the sample log, which bounds exact ``forget``.
+        pending_capacity: Predictions that wait for a delayed label at most.
+        forgets: Whether ``forget`` is exact and offered.
+        ledger: Memory in bytes by name (see ``docs/costs.md``).
+        files: Size and hash of every other file.
+        versions: Versions of what wrote the bundle.
+        engine: ``onnx``.
+    """
+
+    method: str
+    config: dict[str, Any]
+    target: str
+    max_classes: int
+    class_names: tuple[str, ...]
+    steps: dict[str, StepSpec]
+    state: tuple[TensorSpec, ...]
+    state_file: str
+    trunk_hash: str
+    bundle_id: str
+    replay: ReplaySpec | None = None
+    replay_file: str | None = None
+    learning_rate: float = 0.0
+    log_capacity_bytes: int = 16 << 20
+    pending_capacity: int = 256
+    forgets: bool = False
+    ledger: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    engine: str = "onnx"
+    schema: int = SCHEMA
+
+
+def to_json(manifest: Manifest) -> str:
+    """The manifest as JSON text, keys in a fixed order."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str, where: str = MANIFEST) -> Manifest:
+    """Parse and check the manifest's structure.
+
+    Raises:
+        SchemaError: when the manifest is of a newer schema.
+        BundleError: when it is not JSON, or a field is missing, unknown or of a wrong type.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where}: not valid JSON ({error}); export the bundle again") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise BundleError(f"{where}: schema must be a positive integer, got {schema!r}; export the bundle again")
+    if schema > SCHEMA:
+        raise SchemaError(f"{where}: schema is {schema}, this package reads up to {SCHEMA}; update edgecl on the device or export with an older one")
+    return typing.cast(Manifest, _parse(Manifest, data, where))
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read ``manifest.json`` of a bundle folder.
+
+    Raises:
+        BundleError: when the folder or the file is missing or wrong.
+    """
+    path = Path(bundle) / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{path}: no manifest; pass the folder that edgecl export wrote")
+    return from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def check_files(bundle: Path, manifest: Manifest) -> None:
+    """Check size and SHA-256 of every file that the manifest names.
+
+    Raises:
+        BundleError: naming the first file that is missing or altered.
+    """
+    for name, entry in manifest.files.items():
+        path = Path(bundle) / name
+        if not path.is_file():
+            raise BundleError(f"{path}: file is missing; copy the whole bundle again")
+        if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
+            raise BundleError(f"{path}: SHA-256 differs from the manifest's, the file was altered; copy the bundle again")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(kind: Any, data: Any, where: str) -> Any:
+    """``data`` as ``kind``, a type built of dataclasses, tuples, dicts, unions with None and JSON's own types."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin is types.UnionType:
+        return None if data is None else _parse(args[0], data, where)
+    if dataclasses.is_dataclass(kind):
+        _expect(isinstance(data, dict), where, "an object", data)
+        hints = typing.get_type_hints(kind)
+        fields = dataclasses.fields(kind)
+        unknown = sorted(set(data) - {f.name for f in fields})
+        _expect(not unknown, where, "no other fields", unknown)
+        for f in fields:
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            _expect(f.name in data or not required, where, f"a field {f.name!r}", sorted(data))
+        return kind(**{name: _parse(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+    if origin is tuple:
+        _expect(isinstance(data, list), where, "a list", data)
+        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is dict:
+        _expect(isinstance(data, dict), where, "an object", data)
+        return {key: _parse(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if kind is float:
+        _expect(isinstance(data, (int, float)) and not isinstance(data, bool), where, "a number", data)
+        return float(data)
+    _expect(type(data) is kind, where, f"a value of type {kind.__name__}", data)
+    return data
+
+
+def _expect(ok: bool, where: str, what: str, got: Any) -> None:
+    if not ok:
+        raise BundleError(f"{where}: expected {what}, got {str(got)[:80]}; export the bundle again")

@@ -1,0 +1,286 @@
+"""Replay memory: pre-allocated rows, a budget in bytes, two eviction policies.
+
+The rows of one class form a segment of ``slots``, a permutation of all slots; free slots are the segment behind the
+last class. Moving a slot from one class to another shifts one slot of every class between them, which is one
+vectorised copy: O(1) in the rows and O(classes) in the classes, with 4 bytes a row and 4 bytes a class.
+
+Source: Vitter, "Random sampling with a reservoir", 1985 (algorithm R); Gemulla, Lehner, Haas, "A dip in the reservoir",
+VLDB 2006 (random pairing after a removal); Hayes et al., "REMIND your neural network to prevent catastrophic forgetting",
+ECCV 2020 (eviction from the largest class).
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgecl_device.errors import InputError
+from edgecl_device.generator import Generator
+from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
+
+POLICIES = ("reservoir", "largest-class")
+_ROW_OVERHEAD = 8 + 4  # sample id int64 and slot int32
+
+
+def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
+    """Rows that fit into ``spec.capacity_bytes``, and the bytes that the whole memory then takes.
+
+    Everything counts: the fields, each row's sample id and slot, the segment starts of the classes, and the buffers
+    that :meth:`ReplayMemory.draw` fills. The label costs nothing: it is the segment in which the slot lies.
+
+    Raises:
+        InputError: when not one row fits, naming the smallest capacity.
+
+    >>> spec = ReplaySpec((TensorSpec("z", (4,), "uint8"),), rows_per_step=2, capacity_bytes=1000, policy="reservoir", seed=0)
+    >>> memory_layout(spec, classes=10)
+    (57, 992)
+    """
+    if spec.policy not in POLICIES:
+        raise InputError(f"policy: must be one of {', '.join(POLICIES)}, got {spec.policy!r}; export the bundle again")
+    if spec.rows_per_step < 1:
+        raise InputError(f"rows_per_step: must be at least 1, got {spec.rows_per_step}; export the bundle again")
+    field_bytes = sum(field.nbytes for field in spec.fields)
+    fixed = spec.rows_per_step * (field_bytes + 8 + 4) + 4 * (classes + 2)
+    row = field_bytes + _ROW_OVERHEAD
+    rows = (spec.capacity_bytes - fixed) // row
+    if rows < 1:
+        raise InputError(
+            f"capacity_bytes: must be at least {fixed + row} for one row of {row} bytes beside {fixed} bytes of buffers, "
+            f"got {spec.capacity_bytes}; raise it"
+        )
+    return rows, fixed + rows * row
+
+
+class ReplayMemory:
+    """Rows of past samples with their labels, drawn without replacement.
+
+    Args:
+        spec: Fields, budget, policy, seed and counter.
+        classes: Classes that a label may name.
+
+    Raises:
+        InputError: when not one row fits.
+
+    ``reservoir`` keeps a uniform sample of everything offered: the n-th offer (from 1) replaces row ``j = below(n)`` when
+    ``j`` is below the number of rows. After a removal, random pairing keeps it uniform.
+    ``largest-class`` evicts, when full, a random row of the class with the most rows, the offered sample counted among
+    them, so that it may be the one that goes; of equally large classes, the one of the lowest index.
+    """
+
+    def __init__(self, spec: ReplaySpec, classes: int) -> None:
+        self.spec = spec
+        self.classes = classes
+        self.rows, _ = memory_layout(spec, classes)
+        self.generator = Generator(spec.seed, spec.counter)
+        self._fields = {field.name: np.zeros((self.rows, *field.shape), field.dtype) for field in spec.fields}
+        self._ids = np.full(self.rows, -1, np.int64)
+        self._slots = np.arange(self.rows, dtype=np.int32)
+        self._starts = np.zeros(classes + 2, np.int32)
+        self._starts[-1] = self.rows
+        r = spec.rows_per_step
+        self._batch = {f"replay.{field.name}": np.zeros((r, *field.shape), field.dtype) for field in spec.fields}
+        self._target = np.zeros(r, np.int64)
+        self._weight = np.zeros(r, np.float32)
+        self._seen = spec.seen
+        self._gone_inside = 0  # removals not yet made up for, of samples that were kept
+        self._gone_outside = 0  # and of samples that were not
+
+    def __len__(self) -> int:
+        return int(self._starts[self.classes])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array that the memory holds; never above ``spec.capacity_bytes``."""
+        arrays = [*self._fields.values(), *self._batch.values(), self._ids, self._slots, self._starts, self._target, self._weight]
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def seen(self) -> int:
+        """Samples offered so far, less the removed ones."""
+        return self._seen
+
+    def class_counts(self) -> Array:
+        """Rows by class: int64 [classes]."""
+        return np.diff(self._starts[:-1]).astype(np.int64)
+
+    def offer(self, row: Mapping[str, Array], label: int, sample_id: int) -> int | None:
+        """Offer one sample; returns the slot that it now fills, or None when the policy does not keep it.
+
+        Args:
+            row: One array a field, without a batch dimension.
+            label: Class index.
+            sample_id: The id by which :meth:`remove` and :meth:`relabel` find it.
+        """
+        self._seen += 1
+        place = self._place_reservoir() if self.spec.policy == "reservoir" else self._place_largest(label)
+        if place is None:
+            return None
+        slot = self._move(place, label)
+        for name, array in self._fields.items():
+            array[slot] = row[name]
+        self._ids[slot] = sample_id
+        return slot
+
+    def draw(self) -> dict[str, Array]:
+        """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r], ``replay.weight`` float32 [r].
+
+        The arrays are the memory's own and are filled anew by the next draw. With fewer rows than r the rest is filled
+        with zeros at weight zero. Only the generator's counter changes: set it back to undo a draw.
+        """
+        count = len(self)
+        k = min(self.spec.rows_per_step, count)
+        places = np.array(self.generator.sample(count, k), np.int64)
+        slots = self._slots[places]
+        for name, array in self._fields.items():
+            batch = self._batch[f"replay.{name}"]
+            batch[:k] = array[slots]
+            batch[k:] = 0
+        self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
+        self._target[k:] = 0
+        self._weight[:k] = 1
+        self._weight[k:] = 0
+        return {**self._batch, "replay.target": self._target, "replay.weight": self._weight}
+
+    def remove(self, sample_id: int) -> bool:
+        """Erase an offered sample; returns whether it was still kept. Searches all rows: O(rows)."""
+        place = self._find(sample_id)
+        self._seen -= 1
+        if place is None:
+            self._gone_outside += 1
+            return False
+        self._gone_inside += 1
+        slot = self._move(place, self.classes)
+        for array in self._fields.values():
+            array[slot] = 0
+        self._ids[slot] = -1
+        return True
+
+    def relabel(self, sample_id: int, label: int) -> bool:
+        """Move a sample to another class; returns whether it was still kept. Searches all rows: O(rows)."""
+        place = self._find(sample_id)
+        if place is None:
+            return False
+        self._move(place, label)
+        return True
+
+    def rows_by_name(self) -> dict[str, Array]:
+        """The kept rows as :meth:`fill` takes them: ``replay.FIELD`` [n, ...], ``replay.target`` and ``replay.sample_id`` int64 [n]."""
+        places = np.arange(len(self))
+        slots = self._slots[: len(self)]
+        rows = {f"replay.{name}": array[slots] for name, array in self._fields.items()}
+        return {**rows, "replay.target": np.searchsorted(self._starts, places, side="right") - 1, "replay.sample_id": self._ids[slots]}
+
+    def fill(self, rows: Mapping[str, Array]) -> None:
+        """Set the rows of an empty memory, grouped by class (in their order within it), without offering them.
+
+        A memory filled with another one's :meth:`rows_by_name`, at the same counter, draws the same rows.
+
+        Args:
+            rows: ``replay.FIELD`` [n, ...] and ``replay.target`` int64 [n]; optional ``replay.sample_id`` int64 [n], else -1.
+
+        Raises:
+            InputError: when names, shapes, dtypes or labels do not fit, or there are more rows than fit.
+        """
+        target = rows.get("replay.target")
+        if target is None or target.ndim != 1 or target.dtype != np.int64:
+            raise InputError("replay.target: must be an int64 array [n]; write the rows again")
+        n = len(target)
+        if n > self.rows:
+            raise InputError(f"replay.target: {self.rows} rows fit into {self.spec.capacity_bytes} bytes, got {n}; raise capacity_bytes")
+        if n and not 0 <= target.min() <= target.max() < self.classes:
+            raise InputError(f"replay.target: labels must be in [0, {self.classes}), got {target.min()} to {target.max()}; drop those rows")
+        specs = [*self.spec.fields, TensorSpec("sample_id", (), "int64")]
+        values = {"replay.sample_id": np.full(n, -1, np.int64), **rows}
+        checked = {s.name: _get(values, TensorSpec(f"replay.{s.name}", (n, *s.shape), s.dtype)) for s in specs}
+        order = np.argsort(target, kind="stable")
+        for name, array in self._fields.items():
+            array[:n] = checked[name][order]
+        self._ids[:n] = checked["sample_id"][order]
+        self._starts[1:-1] = np.cumsum(np.bincount(target, minlength=self.classes))
+
+    def snapshot(self) -> dict[str, Array]:
+        """Copies of everything that :meth:`restore` needs, rows beyond the last kept one left out."""
+        used = int(self._slots[: len(self)].max(initial=-1)) + 1
+        counters = [self._seen, self.generator.counter, self._gone_inside, self._gone_outside]
+        return {
+            **{f"memory.row.{name}": array[:used].copy() for name, array in self._fields.items()},
+            "memory.sample_id": self._ids[:used].copy(),
+            "memory.slots": self._slots.copy(),
+            "memory.starts": self._starts.copy(),
+            "memory.counters": np.array(counters, np.int64),
+        }
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Take over a snapshot of a memory of the same spec, bit for bit.
+
+        Raises:
+            InputError: when it does not fit; nothing is changed then.
+        """
+        ids = snapshot.get("memory.sample_id")
+        used = 0 if ids is None else len(ids)
+        row_specs = [TensorSpec(f"memory.row.{s.name}", (used, *s.shape), s.dtype) for s in self.spec.fields]
+        ids = _get(snapshot, TensorSpec("memory.sample_id", (min(used, self.rows),), "int64"))
+        slots = _get(snapshot, TensorSpec("memory.slots", (self.rows,), "int32"))
+        starts = _get(snapshot, TensorSpec("memory.starts", (self.classes + 2,), "int32"))
+        counters = _get(snapshot, TensorSpec("memory.counters", (4,), "int64"))
+        fields = [_get(snapshot, spec) for spec in row_specs]
+        for array, value in zip([*self._fields.values(), self._ids], [*fields, ids], strict=True):
+            array[:used] = value
+            array[used:] = -1 if array is self._ids else 0
+        self._slots[:] = slots
+        self._starts[:] = starts
+        self._seen, self.generator.counter, self._gone_inside, self._gone_outside = (int(c) for c in counters)
+
+    def _place_reservoir(self) -> int | None:
+        """The place in ``slots`` that the offered sample takes."""
+        gone = self._gone_inside + self._gone_outside
+        if gone:
+            if self.generator.below(gone) < self._gone_inside:
+                self._gone_inside -= 1
+                return len(self)
+            self._gone_outside -= 1
+            return None
+        if len(self) < self.rows:
+            return len(self)
+        place = self.generator.below(self._seen)
+        return place if place < self.rows else None
+
+    def _place_largest(self, label: int) -> int | None:
+        if len(self) < self.rows:
+            return len(self)
+        counts = np.diff(self._starts[:-1])
+        counts[label] += 1
+        largest = int(counts.argmax())
+        offset = self.generator.below(int(counts[largest]))
+        place = int(self._starts[largest]) + offset
+        return place if place < self._starts[largest + 1] else None
+
+    def _move(self, place: int, to: int) -> int:
+        """Move the slot at ``place`` into the segment of class ``to``; returns the slot.
+
+        The hole that it leaves wanders to the segment's edge and past every class between. Where an empty class lies
+        between, two copies go to the same place, and the last one written, the nearer to ``to``, is the right one.
+        """
+        slots, starts = self._slots, self._starts
+        source = int(np.searchsorted(starts, place, side="right")) - 1
+        slot = int(slots[place])
+        if source < to:
+            slots[place] = slots[starts[source + 1] - 1]
+            slots[starts[source + 1 : to] - 1] = slots[starts[source + 2 : to + 1] - 1]
+            slots[starts[to] - 1] = slot
+            starts[source + 1 : to + 1] -= 1
+        elif source > to:
+            slots[place] = slots[starts[source]]
+            slots[starts[to + 2 : source + 1][::-1]] = slots[starts[to + 1 : source][::-1]]
+            slots[starts[to + 1]] = slot
+            starts[to + 1 : source + 1] += 1
+        return slot
+
+    def _find(self, sample_id: int) -> int | None:
+        slots = np.flatnonzero(self._ids == sample_id)
+        return int(np.flatnonzero(self._slots == slots[0])[0]) if len(slots) else None
+
+
+def _get(values: Mapping[str, Array], spec: TensorSpec) -> Array:
+    if spec.name not in values:
+        raise InputError(f"{spec.name}: is missing, got {', '.join(sorted(values)) or 'nothing'}; write the rows again")
+    return spec.check(values[spec.name])

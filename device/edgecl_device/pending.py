@@ -1,0 +1,74 @@
+"""Encoded samples: those that wait for a label, and their form in the log."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edgecl_device.errors import InputError
+from edgecl_device.manifest import Array, TensorSpec
+
+
+class Pending:
+    """The features of the last predictions, by sample id; the oldest goes when one too many comes.
+
+    >>> pending = Pending((TensorSpec("z", (1, 2), "float32"),), capacity=1)
+    >>> for sample_id in (0, 1):
+    ...     pending.add(sample_id, {"z": np.ones((1, 2), np.float32)})
+    >>> list(pending.samples)
+    [1]
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], capacity: int) -> None:
+        self.specs = specs
+        self.capacity = capacity
+        self.samples: OrderedDict[int, dict[str, Array]] = OrderedDict()
+
+    def add(self, sample_id: int, z: dict[str, Array]) -> None:
+        """Keep the features of one prediction."""
+        self.samples[sample_id] = z
+        if len(self.samples) > self.capacity:
+            self.samples.popitem(last=False)
+
+    def get(self, sample_id: int) -> dict[str, Array]:
+        """The features of a prediction.
+
+        Raises:
+            InputError: when it does not wait any more.
+        """
+        if sample_id not in self.samples:
+            raise InputError(
+                f"sample_id: {sample_id} does not wait for a label: it was learned, or is older than the last {self.capacity} "
+                "predictions (pending_capacity), or is none of this store's; pass the sample itself"
+            )
+        return self.samples[sample_id]
+
+    def discard(self, sample_id: int) -> None:
+        """Drop a prediction that waits no more; harmless when it is gone."""
+        self.samples.pop(sample_id, None)
+
+    def snapshot(self) -> dict[str, Array]:
+        """``pending.sample_id`` int64 [n], oldest first, and ``pending.NAME`` [n, ...]."""
+        tensors = {"pending.sample_id": np.array(list(self.samples), np.int64)}
+        for spec in self.specs:
+            values = [z[spec.name] for z in self.samples.values()]
+            tensors[f"pending.{spec.name}"] = np.stack(values) if values else np.empty((0, *spec.shape), spec.dtype)
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Array]) -> None:
+        """Take over what :meth:`snapshot` returned."""
+        self.samples.clear()
+        for i, sample_id in enumerate(tensors["pending.sample_id"]):
+            self.samples[int(sample_id)] = {spec.name: tensors[f"pending.{spec.name}"][i] for spec in self.specs}
+
+    def pack(self, z: Mapping[str, Array]) -> bytes:
+        """One sample's features as the log keeps them: raw little-endian values, in the order of the specs."""
+        return b"".join(z[spec.name].tobytes() for spec in self.specs)
+
+    def unpack(self, data: bytes) -> dict[str, Array]:
+        """The inverse of :meth:`pack`."""
+        z, offset = {}, 0
+        for spec in self.specs:
+            z[spec.name] = np.frombuffer(data[offset : offset + spec.nbytes], spec.dtype).reshape(spec.shape)
+            offset += spec.nbytes
+        return z

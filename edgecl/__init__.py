@@ -1,0 +1,25 @@
+"""edgecl: continual learning on the device, prepared in PyTorch, run by a stock inference runtime."""
+
+from edgecl.codecs import Codec
+from edgecl.engine import EagerEngine
+from edgecl.learner import Learner, Problem, State
+from edgecl.methods import METHODS
+from edgecl.prepare import Prepared, prepare
+from edgecl.preprocess import ImageU8
+from edgecl.splitting import Split, SplitError, split, widen_head
+
+__all__ = [
+    "METHODS",
+    "Codec",
+    "EagerEngine",
+    "ImageU8",
+    "Learner",
+    "Prepared",
+    "Problem",
+    "Split",
+    "SplitError",
+    "State",
+    "prepare",
+    "split",
+    "widen_head",
+]

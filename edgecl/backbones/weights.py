@@ -1,0 +1,60 @@
+"""Published weights: ``.th`` and ``.pth`` checkpoints and ``.safetensors`` files."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from edgecl_device.errors import EdgeclError
+
+
+class WeightsError(EdgeclError, ValueError):
+    """A weight file is missing, unreadable, or does not fit the model."""
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a weight file into ``model``, every key and shape exactly; the prefix ``module.`` of the keys is dropped.
+
+    Only tensors are read: a checkpoint cannot run code. A checkpoint may hold the weights under ``state_dict``.
+
+    Raises:
+        WeightsError: naming what is missing, unexpected or of another shape; the model is then as it was.
+    """
+    path = Path(path)
+    weights = {key.removeprefix("module."): value for key, value in _read(path).items()}
+    own = model.state_dict()
+    # Files older than PyTorch 0.4.1 lack this counter, which eval mode never reads.
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in own]
+    if missing or unexpected:
+        raise WeightsError(
+            f"{path}: keys do not fit the model; missing {_first(missing)}; unexpected {_first(unexpected)}; load it into the"
+            " architecture and width that it was saved from"
+        )
+    for key, value in weights.items():
+        if value.shape != own[key].shape:
+            raise WeightsError(
+                f"{path}: {key} must have shape {list(own[key].shape)}, got {list(value.shape)};"
+                " build the model with the file's number of classes and width, then widen its head"
+            )
+    model.load_state_dict(weights, strict=False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; download the weights first")
+    try:
+        data = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable weight file ({error}); it must hold tensors only, download it again") from error
+    data = data.get("state_dict", data) if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise WeightsError(f"{path}: must hold a mapping of names to tensors; save model.state_dict()")
+    return data
+
+
+def _first(keys: list[str], limit: int = 8) -> str:
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "") or "none"

@@ -1,0 +1,65 @@
+"""The eager engine: runs the step functions themselves, in PyTorch, behind the same interface as a device runtime."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from edgecl_device.manifest import Array
+from torch import Tensor, nn
+
+from edgecl.learner import Learner, State, call_step
+from edgecl.trees import flatten_tree, unflatten_like
+
+
+class EagerEngine:
+    """Holds a learner's state and runs its steps; ``edgecl_device.Learner`` drives it like any other engine.
+
+    Args:
+        trunk: The frozen trunk, run as the step ``encode``.
+        learner: The method.
+    """
+
+    name = "eager"
+
+    def __init__(self, trunk: nn.Module, learner: Learner) -> None:
+        self._trunk = trunk
+        self._learner = learner
+        self._state: State = learner.init()
+        self._pending: State = {}
+
+    def load(self, state: Mapping[str, Array]) -> None:
+        """Copy every state tensor in."""
+        self._state = {name: to_tensor(value) for name, value in state.items()}
+        self._pending = {}
+
+    def state(self) -> dict[str, Array]:
+        """Copies of every state tensor."""
+        return {name: value.detach().numpy().copy() for name, value in self._state.items()}
+
+    def run(self, step: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one step and return its outputs; inputs that the step does not take are ignored."""
+        tensors = {name: to_tensor(value) for name, value in inputs.items()}
+        with torch.no_grad():
+            if step == "encode":
+                return to_arrays(flatten_tree({"z": self._trunk(tensors["x"])}))
+            tree = unflatten_like(self._learner.inputs_of(step), tensors)
+            outputs, self._pending = call_step(self._learner, step, self._state, tree)
+        return to_arrays(outputs)
+
+    def commit(self) -> None:
+        """Make what the last ``run`` wrote the state."""
+        self._state = {**self._state, **self._pending}
+        self._pending = {}
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def to_tensor(value: Any) -> Tensor:
+    """A NumPy array as a tensor with memory of its own."""
+    return torch.tensor(value)
+
+
+def to_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Tensors as NumPy arrays."""
+    return {name: value.detach().numpy() for name, value in tensors.items()}

@@ -1,0 +1,129 @@
+"""Capture: a step, written as a Python function, becomes a flat graph of canonical ATen operators.
+
+``make_fx`` traces the step once on example tensors, gradients and update included. Names come from the nesting of the
+arguments, never from the tracer. Three silent traps of the tracer are closed here: equal tensor objects would be
+merged into one input (every example is a new tensor), random operators would be baked in (refused), and batch norm
+would keep its wrapped form (written as scale and shift, :mod:`edgecl.graph.canonical`).
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from edgecl_device.manifest import TensorSpec
+from torch import Tensor, nn
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from edgecl.graph.canonical import CANONICAL
+from edgecl.graph.phases import module_paths, phase
+from edgecl.graph.step import GraphError, Port, StepGraph
+from edgecl.learner import Learner, call_step, dtype_name
+from edgecl.trees import flatten_tree, unflatten_like
+
+
+def example(spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    """A new tensor that fits a spec: small normal values, or zeros for integers."""
+    dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(spec.shape, generator=generator, dtype=dtype)
+    return torch.zeros(spec.shape, dtype=dtype)
+
+
+def capture(learner: Learner, step: str) -> StepGraph:
+    """Capture one step of a learner.
+
+    Raises:
+        GraphError: when the step cannot be traced, naming the step and the cause.
+    """
+    default = "forward" if step == "predict" else "update"
+
+    def run(state: dict[str, Tensor], data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with phase(default):
+            return call_step(learner, step, state, data)
+
+    modules = [m for m in vars(learner).values() if isinstance(m, nn.Module)]
+    return trace(step, run, learner.init(), learner.inputs_of(step), modules)
+
+
+def capture_encode(trunk: nn.Module, x: TensorSpec, model: nn.Module | None = None) -> StepGraph:
+    """Capture the frozen trunk as the step ``encode``.
+
+    Args:
+        trunk: Maps ``x`` to one tensor or to a mapping of named ones; in eval mode.
+        x: Spec of one input sample, batch dimension of 1 included.
+        model: The part of the trunk whose module paths are the user's own; the trunk itself by default.
+    """
+
+    def run(state: dict[str, Tensor], data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with phase("encode"), torch.no_grad():
+            return flatten_tree({"z": trunk(data["x"])}), {}
+
+    return trace("encode", run, {}, {"x": x}, [model or trunk])
+
+
+def trace(
+    name: str,
+    run: Callable[[dict[str, Tensor], dict[str, Any]], tuple[dict[str, Tensor], dict[str, Tensor]]],
+    state: dict[str, Tensor],
+    inputs: Mapping[str, Any],
+    modules: Sequence[nn.Module],
+) -> StepGraph:
+    """Trace ``run(state, inputs) -> (outputs, new_state)`` on examples of its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    specs = flatten_tree(inputs)
+    names = [*state, *specs]
+    values = [t.detach().clone() for t in state.values()] + [example(s, generator) for s in specs.values()]
+    found: dict[str, list[str]] = {}
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        leaves = dict(zip(names, tensors, strict=True))
+        outputs, new_state = run({k: leaves[k] for k in state}, unflatten_like(dict(inputs), leaves))
+        found["data"], found["state"] = list(outputs), list(new_state)
+        return [*outputs.values(), *new_state.values()]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(module_paths(*modules))
+        stack.enter_context(traceback.preserve_node_meta())
+        try:
+            module = make_fx(torch.func.functionalize(flat), decomposition_table=CANONICAL)(*values)
+        except Exception as error:
+            raise GraphError(
+                f"step {name!r}: cannot be captured: {type(error).__name__}: {error}; "
+                "a step must be a pure function of fixed-shape tensors, without branches on their values"
+            ) from error
+    _check_not_random(name, module)
+    results = module.graph.output_node().args[0]
+    ports = [
+        Port(TensorSpec(key, tuple(n.meta["val"].shape), dtype_name(n.meta["val"].dtype)), kind)
+        for (key, kind), n in zip([(k, "data") for k in found["data"]] + [(k, "state") for k in found["state"]], results, strict=True)
+    ]
+    _check_state(name, state, ports)
+    ins = [Port(TensorSpec(k, tuple(v.shape), dtype_name(v.dtype)), "state" if k in state else "data") for k, v in zip(names, values, strict=True)]
+    for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), values, strict=True):
+        node.meta.setdefault("val", value.to("meta"))
+    return StepGraph(name, module, tuple(ins), tuple(ports))
+
+
+def _check_not_random(name: str, module: torch.fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            raise GraphError(
+                f"step {name!r}: draws random numbers in the graph ({node.target}); "
+                "put the module in eval mode or pass the mask as an input"
+            )
+
+
+def _check_state(name: str, state: dict[str, Tensor], outputs: Sequence[Port]) -> None:
+    for port in outputs:
+        if port.kind == "state":
+            if port.name not in state:
+                raise GraphError(f"step {name!r}: returns unknown state {port.name!r}; init() makes {sorted(state)}")
+            old = state[port.name]
+            if (tuple(old.shape), dtype_name(old.dtype)) != (port.spec.shape, port.spec.dtype):
+                raise GraphError(
+                    f"step {name!r}: state {port.name!r} must stay {dtype_name(old.dtype)} {list(old.shape)}, "
+                    f"the step returns {port.spec.dtype} {list(port.spec.shape)}"
+                )

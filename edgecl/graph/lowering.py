@@ -1,0 +1,67 @@
+"""The two forms of a step: canonical, on which its mathematics is counted, and lowered, which ships."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgecl.graph import cost, memory
+from edgecl.graph.capture import capture, capture_encode
+from edgecl.graph.cost import Cost
+from edgecl.graph.memory import Plan
+from edgecl.graph.passes import ApplyRules, Clean, FoldConstants, FoldConvolutionAffine, UpdateEarly
+from edgecl.graph.rules import RULES
+from edgecl.graph.step import StepGraph
+
+if TYPE_CHECKING:
+    from edgecl.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class BuiltStep:
+    """A step ready to be emitted.
+
+    Attributes:
+        graph: The lowered graph.
+        canonical: Cost of the mathematics.
+        executed: Cost of the lowered graph.
+        plan: Places of its intermediate tensors, verified.
+    """
+
+    graph: StepGraph
+    canonical: Cost
+    executed: Cost
+    plan: Plan
+
+
+def canonicalise(graph: StepGraph) -> StepGraph:
+    """Remove what is dead, fold what is frozen. The argument must not be used afterwards."""
+    for step in (Clean(), FoldConstants(), FoldConvolutionAffine(), Clean()):
+        graph = step(graph)
+    return graph
+
+
+def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
+    """Rewrite a canonical graph for a runtime; the argument stays usable."""
+    for step in (ApplyRules(RULES[engine]), Clean(), FoldConstants(), Clean(), UpdateEarly()):
+        graph = step(graph)
+    return graph
+
+
+def build_step(captured: StepGraph, engine: str = "onnx") -> BuiltStep:
+    """Lower a captured step, count it and plan its memory."""
+    canonical = canonicalise(captured)
+    mathematics = cost.count(canonical)
+    lowered = lower(canonical, engine)
+    plan = memory.plan(lowered)
+    memory.verify(lowered, plan)
+    return BuiltStep(lowered, mathematics, cost.count(lowered), plan)
+
+
+def build(prepared: "Prepared", engine: str = "onnx") -> dict[str, BuiltStep]:
+    """Every step of a prepared learner, ``encode`` first.
+
+    Raises:
+        GraphError: when a step cannot be captured or lowered, with its place in the model.
+    """
+    captured = [capture_encode(prepared.trunk, prepared.x, prepared.trunk.model)]
+    captured += [capture(prepared.learner, name) for name in prepared.learner.steps]
+    return {graph.name: build_step(graph, engine) for graph in captured}

@@ -1,0 +1,105 @@
+"""Fold what is frozen: constant expressions, and the scale and shift of frozen batch norm into frozen convolutions."""
+
+import torch
+from torch import Tensor, fx
+
+from edgecl.graph.passes.base import Pass, is_constant
+from edgecl.graph.step import StepGraph, shape_of, value_of
+
+aten = torch.ops.aten
+
+
+class FoldConstants(Pass):
+    """Evaluate every operator that depends on constants alone."""
+
+    ensures = frozenset({"constants-folded"})
+    breaks = frozenset({"no-dead-code"})
+
+    def rewrite(self, graph: StepGraph) -> StepGraph:
+        """See the class."""
+        for node in graph.nodes:
+            if node.op == "call_function" and is_constant(node) and isinstance(value_of(node), Tensor):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), graph.constant)  # type: ignore[misc]
+                with torch.no_grad():
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+                replace_by_constant(graph, node, value)
+        return graph
+
+
+class FoldConvolutionAffine(Pass):
+    """``conv(x, W) * scale + shift`` with frozen factors becomes one convolution.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks", section 3.2.
+    """
+
+    requires = frozenset({"constants-folded"})
+    ensures = frozenset({"constants-folded"})
+    breaks = frozenset({"no-dead-code"})
+
+    def rewrite(self, graph: StepGraph) -> StepGraph:
+        """See the class."""
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target in (aten.mul.Tensor, aten.add.Tensor) and not node.kwargs:
+                _fold_into_producer(graph, node)
+        return graph
+
+
+def _fold_into_producer(graph: StepGraph, node: fx.Node) -> None:
+    conv, factor = node.args[0], node.args[1]
+    if not isinstance(conv, fx.Node) or conv.target is not aten.convolution.default or len(conv.users) != 1:
+        return
+    x, weight, bias = conv.args[:3]
+    if bool(conv.args[6]) or not _frozen(weight) or not (bias is None or _frozen(bias)):
+        return
+    channels = shape_of(conv)[1]
+    vector = _channel_vector(graph, factor, channels, len(shape_of(conv)))
+    if vector is None:
+        return
+    kernel = graph.constant(weight)  # type: ignore[arg-type]
+    old_bias = graph.constant(bias) if isinstance(bias, fx.Node) else torch.zeros(channels, dtype=kernel.dtype)
+    if node.target is aten.mul.Tensor:
+        kernel, old_bias = kernel * vector.reshape(-1, *[1] * (kernel.dim() - 1)), old_bias * vector
+    else:
+        old_bias = old_bias + vector
+    with graph.module.graph.inserting_before(conv):
+        new = (new_constant(graph, kernel, conv), new_constant(graph, old_bias, conv))
+    conv.args = (x, *new, *conv.args[3:])
+    node.replace_all_uses_with(conv)
+    graph.module.graph.erase_node(node)
+
+
+def _frozen(value: object) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def _channel_vector(graph: StepGraph, factor: object, channels: int, rank: int) -> Tensor | None:
+    """The factor as float [C] when it is a constant that varies along the channels only."""
+    if isinstance(factor, (int, float)):
+        return torch.full((channels,), float(factor))
+    if not _frozen(factor):
+        return None
+    value = graph.constant(factor)  # type: ignore[arg-type]
+    shape = [1] * (rank - value.dim()) + list(value.shape)
+    if shape[1] not in (1, channels) or any(size != 1 for i, size in enumerate(shape) if i != 1):
+        return None
+    return value.reshape(-1).expand(channels).clone()
+
+
+def new_constant(graph: StepGraph, value: Tensor, like: fx.Node) -> fx.Node:
+    """A ``get_attr`` node for a new frozen tensor, inserted at the graph's current insertion point."""
+    index = 0
+    while hasattr(graph.module, f"_folded_{index}"):
+        index += 1
+    name = f"_folded_{index}"
+    graph.module.register_buffer(name, value.detach().clone())
+    node = graph.module.graph.get_attr(name)
+    node.meta.update({"val": value.detach(), "custom": dict(like.meta.get("custom") or {})})
+    return node
+
+
+def replace_by_constant(graph: StepGraph, node: fx.Node, value: Tensor) -> None:
+    """Put a constant in a node's place."""
+    with graph.module.graph.inserting_before(node):
+        constant = new_constant(graph, value, node)
+    node.replace_all_uses_with(constant)
+    graph.module.graph.erase_node(node)

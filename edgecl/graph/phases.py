@@ -1,0 +1,75 @@
+"""Phases of a step, and the one gradient call that every trained method uses.
+
+Costs are reported by phase. A step marks its parts with :func:`phase`; the marks travel with the captured nodes and
+cost nothing in eager mode.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import traceback
+
+PHASES = ("encode", "replay_decode", "forward", "input_gradient", "weight_gradient", "update")
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Mark the operators inside as belonging to ``name``, one of :data:`PHASES` or ``backward``.
+
+    ``backward`` is split into input and weight gradients when costs are counted.
+    """
+    with traceback.annotate({"phase": name}):
+        yield
+
+
+def value_and_gradient(
+    loss: Callable[[dict[str, Tensor]], tuple[Tensor, Any]], parameters: dict[str, Tensor], seed: Tensor
+) -> tuple[Tensor, Any, dict[str, Tensor]]:
+    """Loss, auxiliary result and ``seed`` times the gradient.
+
+    The seed of the backward pass is where a learning rate costs nothing: the gradient arrives scaled, the reported
+    loss does not.
+
+    Args:
+        loss: Maps the trained tensors to ``(loss [], auxiliary)``.
+        parameters: Trained tensors by name; the backward pass stops at the shallowest of them.
+        seed: float32 [], the cotangent of the loss.
+    """
+    with phase("forward"):
+        value, pullback, auxiliary = torch.func.vjp(loss, parameters, has_aux=True)
+    with phase("backward"):
+        (gradient,) = pullback(seed)
+    return value, auxiliary, gradient
+
+
+@contextmanager
+def module_paths(*modules: nn.Module) -> Iterator[None]:
+    """While inside, operators captured in a submodule's forward carry its dotted path in the user's model."""
+    open_marks: list[Any] = []
+    handles = []
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            mark = traceback.annotate({"module": path})
+            mark.__enter__()
+            open_marks.append(mark)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        open_marks.pop().__exit__(None, None, None)
+
+    for module in modules:
+        for path, child in module.named_modules():
+            handles.append(child.register_forward_pre_hook(enter(path)))
+            handles.append(child.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while open_marks:
+            open_marks.pop().__exit__(None, None, None)

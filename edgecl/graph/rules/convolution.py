@@ -1,0 +1,109 @@
+"""Gradients of a convolution in operators that inference runtimes have.
+
+Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning": the input gradient is a
+transposed convolution; the weight gradient is a convolution of the input with the output gradient in which batch and
+channel change places, and stride and dilation too.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from edgecl.graph.step import UnsupportedOperatorError
+
+
+def convolution_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``aten.convolution_backward`` by rules; only what the mask asks for.
+
+    Args:
+        gradient: float [N, O, *out], of the loss with respect to the output.
+        x: float [N, C, *in].
+        weight: float [O, C / groups, *kernel].
+        bias_sizes: Not used.
+        stride: One a spatial dimension, like ``padding`` and ``dilation``.
+        padding: Zeros on either side.
+        dilation: Distance between kernel taps.
+        transposed: Must be false.
+        output_padding: Not used.
+        groups: Channel groups.
+        output_mask: Whether the gradient of input, weight and bias is wanted.
+    """
+    if transposed:
+        raise UnsupportedOperatorError("aten.convolution_backward of a transposed convolution has no rule; keep ConvTranspose layers in the frozen trunk")
+    pointwise = groups == 1 and prod(weight.shape[2:]) == 1 and prod(stride) == 1 and not any(padding)
+    to_input = to_weight = None
+    if output_mask[0]:
+        to_input = (
+            _pointwise_input_gradient(gradient, x, weight)
+            if pointwise and x.shape[0] == 1
+            else _input_gradient(gradient, x, weight, stride, padding, dilation, groups)
+        )
+    if output_mask[1]:
+        to_weight = (
+            _pointwise_weight_gradient(gradient, x, weight)
+            if pointwise
+            else _weight_gradient(gradient, x, weight, stride, padding, dilation, groups)
+        )
+    to_bias = gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
+    return to_input, to_weight, to_bias
+
+
+def _pointwise_input_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A product, at batch 1: [C, O] x [O, positions]."""
+    out, channels = weight.shape[:2]
+    return torch.mm(weight.reshape(out, channels).t(), gradient.reshape(out, -1)).reshape(x.shape)
+
+
+def _pointwise_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A product: [O, N * positions] x [N * positions, C]."""
+    out, channels = weight.shape[:2]
+    return torch.mm(_channels_first(gradient).reshape(out, -1), _channels_first(x).reshape(channels, -1).t()).reshape(weight.shape)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """[N, C, ...] as [C, N, ...]; a plain view where one of both is 1."""
+    if 1 in x.shape[:2]:
+        return x.reshape(x.shape[1], x.shape[0], *x.shape[2:])
+    return x.transpose(0, 1)
+
+
+def _input_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    reach = [(out - 1) * s - 2 * p + d * (k - 1) + 1 for out, s, p, d, k in zip(gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)]
+    rest = [size - r for size, r in zip(x.shape[2:], reach, strict=True)]
+    return torch.ops.aten.convolution.default(gradient, weight, None, stride, padding, dilation, True, rest, groups)
+
+
+def _weight_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    batch, channels, *sizes = x.shape
+    per_group = channels // groups
+    if groups == 1:
+        swapped = _channels_first(x)
+    elif batch == 1:
+        swapped = _channels_first(x.reshape(groups, per_group, *sizes))
+    else:
+        axes = [2, 1, 0, *range(3, x.dim() + 1)]
+        swapped = x.reshape(batch, groups, per_group, *sizes).permute(axes).reshape(per_group, groups * batch, *sizes)
+    zeros = [0] * len(sizes)
+    result = torch.ops.aten.convolution.default(swapped, _channels_first(gradient), None, dilation, padding, stride, False, zeros, groups)
+    for axis, size in enumerate(weight.shape[2:], 2):
+        if result.shape[axis] != size:
+            result = result.narrow(axis, 0, size)
+    return _channels_first(result)

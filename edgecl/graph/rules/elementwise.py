@@ -1,0 +1,34 @@
+"""Gradients of activations and of the softmax, written out."""
+
+import torch
+from torch import Tensor
+
+
+def threshold_backward(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """Gradient of ReLU: passes where the input (or the output) is above the threshold."""
+    return torch.where(x > threshold, gradient, 0.0)
+
+
+def hardtanh_backward(gradient: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Gradient of a clip, ReLU6 among them: passes strictly between both limits."""
+    return torch.where((x > low) & (x < high), gradient, 0.0)
+
+
+def log_softmax_backward(gradient: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """``g - softmax * sum(g)``."""
+    return gradient - output.exp() * gradient.sum(dim, keepdim=True)
+
+
+def softmax_backward(gradient: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """``softmax * (g - sum(g * softmax))``."""
+    return output * (gradient - (gradient * output).sum(dim, keepdim=True))
+
+
+def sigmoid_backward(gradient: Tensor, output: Tensor) -> Tensor:
+    """``g * y * (1 - y)``."""
+    return gradient * output * (1.0 - output)
+
+
+def tanh_backward(gradient: Tensor, output: Tensor) -> Tensor:
+    """``g * (1 - y^2)``."""
+    return gradient * (1.0 - output * output)

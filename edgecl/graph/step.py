@@ -1,0 +1,111 @@
+"""A captured step: a flat graph of ATen operators with named inputs, outputs and constants."""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from edgecl_device.errors import EdgeclError
+from edgecl_device.manifest import TensorSpec
+from torch import Tensor, fx
+
+Kind = Literal["state", "data"]
+
+
+class GraphError(EdgeclError):
+    """A step cannot be captured, lowered or costed."""
+
+
+class UnsupportedOperatorError(GraphError):
+    """No rule, translation or cost formula is known for an operator of the user's model."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a step: a state tensor, or data."""
+
+    spec: TensorSpec
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """Dotted name, as the bundle has it."""
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """One step as a flat graph.
+
+    Attributes:
+        name: The step's name, for instance ``learn``.
+        module: Placeholders, constants (``get_attr``), operators, one output tuple.
+        inputs: One port a placeholder, in order.
+        outputs: One port an element of the output tuple, in order.
+        properties: What the passes have ensured so far (:mod:`edgecl.graph.passes`).
+    """
+
+    name: str
+    module: fx.GraphModule
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    properties: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in the order in which they run."""
+        return list(self.module.graph.nodes)
+
+    @property
+    def operators(self) -> Iterator[fx.Node]:
+        """The nodes that call an ATen operator."""
+        return (n for n in self.module.graph.nodes if n.op == "call_function" and n.target is not operator.getitem)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The input nodes, in the order of ``inputs``."""
+        return [n for n in self.module.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """The nodes that compute the outputs, in the order of ``outputs``."""
+        return list(self.module.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def constant(self, node: fx.Node) -> Tensor:
+        """The tensor behind a ``get_attr`` node."""
+        value = getattr(self.module, str(node.target))
+        assert isinstance(value, Tensor)
+        return value.detach()
+
+    def constants(self) -> dict[str, Tensor]:
+        """Every frozen tensor of the graph, by attribute name."""
+        return {str(n.target): self.constant(n) for n in self.module.graph.nodes if n.op == "get_attr"}
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph in PyTorch on tensors in the order of ``inputs``."""
+        return tuple(self.module(*inputs))
+
+
+def value_of(node: fx.Node) -> Any:
+    """Example value of a node: a tensor (fake or real), or a tuple of them."""
+    return node.meta["val"]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's tensor."""
+    return tuple(int(s) for s in value_of(node).shape)
+
+
+def where_in_model(node: fx.Node) -> str:
+    """Path of the submodule that a node comes from; for a backward node, that of the nearest operator before it."""
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop(0)
+        path = (current.meta.get("custom") or {}).get("module")
+        if path:
+            return str(path)
+        seen.add(current)
+        queue += [n for n in current.all_input_nodes if n not in seen]
+    return "the model's top level"

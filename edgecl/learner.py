@@ -1,0 +1,186 @@
+"""The contract: a learner is named state plus named pure steps.
+
+A step is a method ``step(state, **inputs) -> (outputs, new_state)`` over named tensors of fixed shape, written once in
+PyTorch. It never mutates what it is given, draws no random number and branches on no tensor value; the eager engine
+runs it as it is, :mod:`edgecl.graph` captures it, and export turns the captured graph into what the device runs.
+``new_state`` holds only the tensors that the step changed.
+"""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from edgecl_device.manifest import TensorSpec
+from torch import Tensor
+
+State = dict[str, Tensor]
+StepResult = tuple[dict[str, Tensor], State]
+Nested = Mapping[str, Any]
+"""A tensor spec, or a mapping of names to such (any depth); flattened with dots."""
+
+STEPS = ("predict", "learn", "adapt", "forget", "relabel", "refresh")
+"""Names a method may give its steps, in the order in which they are listed."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every learner is told about the task.
+
+    Attributes:
+        features: Spec of one encoded sample ``z``, batch dimension of 1 included: one tensor, or a mapping of named ones.
+        max_classes: Classes that the state has room for; unseen ones are masked.
+        target: Kind of target. ``class``: one class index, int64 [1].
+    """
+
+    features: TensorSpec | dict[str, TensorSpec]
+    max_classes: int
+    target: str = "class"
+
+    def __post_init__(self) -> None:
+        if self.target != "class":
+            raise ValueError(f"target: must be 'class', got {self.target!r}")
+        if self.max_classes < 2:
+            raise ValueError(f"max_classes: must be at least 2, got {self.max_classes}")
+
+    @property
+    def feature_size(self) -> int:
+        """Elements of one encoded sample."""
+        specs = [self.features] if isinstance(self.features, TensorSpec) else list(self.features.values())
+        return sum(int(torch.Size(s.shape).numel()) for s in specs)
+
+
+class Learner(ABC):
+    """Base class of every method.
+
+    A method sets ``name`` and ``Config`` (a frozen dataclass of hyperparameters), and defines :meth:`init`,
+    :meth:`predict` and those of the other steps that it has. See ``docs/adding-a-method.md``.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type]
+
+    def __init__(self, problem: Problem, config: Any = None) -> None:
+        self.problem = problem
+        self.config = self.Config() if config is None else config
+        if not isinstance(self.config, self.Config):
+            raise TypeError(f"config: must be a {self.name} Config, got {type(self.config).__name__}")
+
+    @abstractmethod
+    def init(self) -> State:
+        """A new state. Every call returns new tensors, no two of which are the same object."""
+
+    @abstractmethod
+    def predict(self, state: State, z: Any) -> StepResult:
+        """Scores float32 [1, max_classes] under the name ``scores``; unseen classes score :data:`UNSEEN`."""
+
+    def step_inputs(self) -> dict[str, Nested | TensorSpec]:
+        """Specs of the inputs that this method's steps may name as parameters."""
+        return {
+            "z": self.problem.features,
+            "target": TensorSpec("target", (1,), "int64"),
+            "weight": TensorSpec("weight", (1,), "float32"),
+            "lr": TensorSpec("lr", (), "float32"),
+        }
+
+    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
+        """Take in a base sample on the host, before export: ``learn`` with weight 1, unless the method says otherwise.
+
+        Outputs named ``row.NAME`` are the sample's replay row.
+        """
+        weight = {"weight": torch.ones(1)} if "weight" in self.inputs_of("learn") else {}
+        return self.steps["learn"](state, z, target, **weight)
+
+    @property
+    def default_lr(self) -> float:
+        """Learning rate that the device uses unless it is given another; 0 for methods without one."""
+        return float(getattr(self.config, "lr", 0.0))
+
+    @property
+    def steps(self) -> dict[str, Callable[..., StepResult]]:
+        """The steps that this method has, by name."""
+        return {name: getattr(self, name) for name in STEPS if hasattr(self, name)}
+
+    def inputs_of(self, step: str) -> dict[str, Nested | TensorSpec]:
+        """Specs of one step's inputs by parameter name, in the order of its signature."""
+        known = self.step_inputs()
+        parameters = list(inspect.signature(self.steps[step]).parameters)[1:]
+        return {name: known[name] for name in parameters}
+
+    @property
+    def replay(self) -> "ReplayPlan | None":
+        """How the device fills the ``replay`` input, for methods that have one."""
+        return None
+
+    @property
+    def forgets_exactly(self) -> bool:
+        """Whether ``forget`` after ``learn`` equals never having learned."""
+        return "forget" in self.steps
+
+    def config_dict(self) -> dict[str, Any]:
+        """Hyperparameters as plain values, for the manifest."""
+        return dataclasses.asdict(self.config)
+
+
+def call_step(learner: Learner, step: str, state: State, inputs: Mapping[str, Any]) -> StepResult:
+    """Run one step as every engine does: with the output ``finite``, bool [], when it writes state."""
+    outputs, new_state = learner.steps[step](dict(state), **inputs)
+    return ({**outputs, "finite": all_finite(new_state)} if new_state else outputs), new_state
+
+
+def all_finite(state: State) -> Tensor:
+    """bool []: no tensor holds NaN or infinity. A sum is not finite when one of its terms is not."""
+    total = torch.zeros(())
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            total = total + tensor.sum().to(torch.float32)
+    return (total - total) == 0
+
+
+UNSEEN = -1e30
+"""Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Replay memory of a method.
+
+    Attributes:
+        fields: One row's tensors as ``learn`` returns them under ``row.NAME``, without a batch dimension.
+        rows_per_step: Rows drawn for one update.
+        capacity_bytes: Budget of the whole memory.
+        policy: ``reservoir`` or ``largest-class``.
+        seed: Key of the device's generator.
+    """
+
+    fields: tuple[TensorSpec, ...]
+    rows_per_step: int
+    capacity_bytes: int
+    policy: str
+    seed: int = 0
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """NumPy's name of a torch dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def one_hot(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Class indices int64 [N] as rows [N, classes] of zeros and a one, in operators that every runtime has."""
+    return (target.unsqueeze(1) == torch.arange(classes)).to(dtype)
+
+
+def mask_unseen(scores: Tensor, count: Tensor) -> Tensor:
+    """Scores [1, K] with :data:`UNSEEN` in place of the classes whose count [K] is zero."""
+    return torch.where(count.unsqueeze(0) > 0, scores, UNSEEN)
+
+
+def flatten_features(z: Any) -> Tensor:
+    """One encoded sample as a vector [1, d]; a mapping's tensors are joined in its order."""
+    parts = [z] if isinstance(z, Tensor) else list(z.values())
+    flat = [part.flatten(1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)

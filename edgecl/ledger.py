@@ -1,0 +1,53 @@
+"""Memory of a learner in bytes, by what it is for. What cannot be known before a runtime loads is named, not guessed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgecl_device.manifest import TensorSpec
+
+from edgecl.graph.lowering import BuiltStep
+from edgecl.learner import State, dtype_name
+
+NOT_COUNTED = "runtime scratch, packed copies of frozen weights, the runtime's own code"
+
+
+def ledger(
+    steps: Mapping[str, BuiltStep], state: State, *, weight_bytes: int, graph_bytes: int, replay_bytes: int, pending: int
+) -> dict[str, Any]:
+    """Bytes by name.
+
+    Args:
+        steps: The lowered steps.
+        state: The learner's state.
+        weight_bytes: Size of the file of frozen weights.
+        graph_bytes: Size of all graph files.
+        replay_bytes: Size of the replay memory's arrays.
+        pending: Predictions kept for a delayed label.
+
+    Returns:
+        ``frozen_weights``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``, ``inputs_outputs``,
+        ``pending_features``: RAM but for ``graphs``; ``flash_per_update``: features of one logged sample;
+        ``beyond_trunk``: state once and replay; ``not_counted``.
+    """
+    written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
+    state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+    features = sum(p.spec.nbytes for p in steps["encode"].graph.outputs)
+    ports = [p.spec.nbytes for step in steps.values() for p in (*step.graph.inputs, *step.graph.outputs) if p.kind == "data"]
+    return {
+        "frozen_weights": weight_bytes,
+        "graphs": graph_bytes,
+        "state": sum(state_bytes.values()),
+        "state_second_buffers": sum(size for name, size in state_bytes.items() if name in written),
+        "activations_peak": max(step.plan.arena_bytes for step in steps.values()),
+        "replay": replay_bytes,
+        "inputs_outputs": sum(ports),
+        "pending_features": pending * features,
+        "flash_per_update": features,
+        "beyond_trunk": sum(state_bytes.values()) + replay_bytes,
+        "not_counted": NOT_COUNTED,
+    }
+
+
+def state_specs(state: State) -> tuple[TensorSpec, ...]:
+    """Specs of every state tensor, in the state's order."""
+    return tuple(TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in state.items())

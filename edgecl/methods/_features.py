@@ -1,0 +1,45 @@
+"""What the analytic methods share: the feature vector of a sample, and checks of hyperparameters."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecl.learner import flatten_features
+from edgecl_device.errors import InputError
+
+SMALLEST_NORM = 1e-12
+"""A feature vector shorter than this is divided by it instead, so that zeros stay zeros."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of ``x`` [N, d] divided by their Euclidean length.
+
+    >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    length = (x * x).sum(1, keepdim=True).sqrt()
+    return x / length.clamp_min(SMALLEST_NORM)
+
+
+def vector(z: Any, unit_norm: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One encoded sample as a vector [1, d] of ``dtype``, of length 1 if ``unit_norm``."""
+    x = flatten_features(z).to(dtype)
+    return unit(x) if unit_norm else x
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a config's ``dtype``.
+
+    Raises:
+        InputError: when it is not ``float32`` or ``float64``.
+    """
+    known = {"float32": torch.float32, "float64": torch.float64}
+    require(name in known, "dtype", "be 'float32' or 'float64'", name, "use 'float32' unless exactness needs more")
+    return known[name]
+
+
+def require(ok: bool, parameter: str, constraint: str, value: object, mend: str) -> None:
+    """Raise an InputError that names the parameter unless ``ok``."""
+    if not ok:
+        raise InputError(f"{parameter}: must {constraint}, got {value!r}; {mend}")

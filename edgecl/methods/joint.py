@@ -1,0 +1,59 @@
+"""Joint: offline training on all samples at once, over many epochs. The upper bound; it cannot run on the device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecl.learner import State
+from edgecl.methods._suffix import SuffixLearner, cross_entropy
+
+
+class Joint(SuffixLearner):
+    """The suffix trained offline on every sample, base and new, with Adam and a cosine schedule.
+
+    State: that of finetune. Host only: there is no ``learn`` step to export.
+    """
+
+    name = "joint"
+    summary = "offline upper bound: the suffix trained on all samples at once (host only)"
+
+    @dataclass(frozen=True)
+    class Config:
+        """Hyperparameters.
+
+        Attributes:
+            epochs: Passes over all samples.
+            batch: Samples a step.
+            lr: Learning rate at the start; it falls to zero along a cosine.
+            weight_decay: Decoupled.
+            trainable: As in finetune.
+            seed: Order of the samples.
+        """
+
+        epochs: int = 20
+        batch: int = 32
+        lr: float = 3e-3
+        weight_decay: float = 1e-4
+        trainable: tuple[str, ...] | None = None
+        seed: int = 0
+
+    def fit(self, z: Tensor, target: Tensor) -> State:
+        """Train on latents [N, ...] and classes int64 [N] and return the state."""
+        state = self.init()
+        weights = {name: value.requires_grad_(True) for name, value in self.parameters(state).items()}
+        config: Any = self.config
+        optimiser = torch.optim.AdamW(weights.values(), config.lr, weight_decay=config.weight_decay)
+        steps = config.epochs * -(-len(z) // config.batch)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        generator = torch.Generator().manual_seed(config.seed)
+        count = torch.bincount(target, minlength=self.problem.max_classes).float()
+        for _ in range(config.epochs):
+            for rows in torch.randperm(len(z), generator=generator).split(config.batch):
+                loss = cross_entropy(self.scores(weights, z[rows]), target[rows], count > 0).mean()
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+        return {**{f"param.{name}": value.detach() for name, value in weights.items()}, "count": count}

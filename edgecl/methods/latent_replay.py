@@ -1,0 +1,152 @@
+"""Latent replay: stored latents of old samples are mixed into every update of the suffix.
+
+Source: Pellegrini et al. 2020, "Latent Replay for Real-Time Continual Learning"; rows quantised to 8 bits as in Ravaglia
+et al. 2021 (QLR-CL); the asymmetric loss is ER-ACE, Caccia et al. 2022, "New Insights on Reducing Abrupt Representation
+Change in Online Continual Learning".
+
+Deviations: the trunk is frozen and batch norm keeps its stored statistics (batch statistics mean nothing for single
+samples). ER-ACE's current loss runs over the classes of a recent window of samples, because over the one class of a
+single sample its gradient is zero. Learning and prediction both see the decoded latent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from edgecl_device.manifest import TensorSpec
+from torch import Tensor, nn
+
+from edgecl.codecs import CODECS
+from edgecl.graph.phases import phase
+from edgecl.learner import Problem, ReplayPlan, State, StepResult, mask_unseen, one_hot
+from edgecl.methods._features import require
+from edgecl.methods._suffix import cross_entropy
+from edgecl.methods.finetune import Finetune
+
+POLICIES = ("reservoir", "largest-class")
+
+
+class LatentReplay(Finetune):
+    """Experience replay on latents: ``loss = CE(new sample) + mean of CE(r stored rows)``.
+
+    State: that of finetune, and 4 K bytes for the window; beside it the replay memory. MACs a sample: (1 + r) times the
+    suffix's forward and backward pass.
+    """
+
+    name = "latent_replay"
+    summary = "replay of stored latents (ER or ER-ACE) into every update of the suffix"
+
+    @dataclass(frozen=True)
+    class Config(Finetune.Config):
+        """Hyperparameters, beside those of finetune.
+
+        Attributes:
+            rows_per_step: Stored rows mixed into one update (r).
+            capacity_bytes: Budget of the replay memory.
+            codec: ``float32`` or ``uint8``.
+            policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows).
+            loss: ``er`` or ``er-ace``.
+            window: Samples for which a class counts as current, for ``er-ace``.
+            seed: Key of the device's generator.
+        """
+
+        rows_per_step: int = 8
+        capacity_bytes: int = 256 << 10
+        codec: str = "uint8"
+        policy: str = "largest-class"
+        loss: str = "er"
+        window: int = 50
+        seed: int = 0
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require(self.rows_per_step >= 1, "rows_per_step", "be at least 1", self.rows_per_step, "8 is a good start")
+            require(self.codec in CODECS, "codec", f"be one of {', '.join(CODECS)}", self.codec, "use 'uint8'")
+            require(self.policy in POLICIES, "policy", f"be one of {', '.join(POLICIES)}", self.policy, "use 'largest-class'")
+            require(self.loss in ("er", "er-ace"), "loss", "be 'er' or 'er-ace'", self.loss, "use 'er'")
+            require(self.window >= 1, "window", "be at least 1 sample", self.window, "50 is a good start")
+
+    def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(problem, config, suffix=suffix, masks=masks)
+        features = problem.features
+        self._names = [""] if isinstance(features, TensorSpec) else list(features)
+        self.codecs = {name: CODECS[self.config.codec]() for name in self._names}
+
+    def init(self) -> State:
+        """Finetune's state, and for each class the samples since it was last seen."""
+        return {**super().init(), "age": torch.full((self.problem.max_classes,), float(self.config.window))}
+
+    def calibrate(self, latents: Any) -> None:
+        """Fit the codecs on latents [N, ...] of base samples."""
+        for name, part in self._parts(latents).items():
+            self.codecs[name].fit(part)
+
+    @property
+    def replay(self) -> ReplayPlan:
+        """Rows of codes, drawn and evicted by the device."""
+        features = self.problem.features
+        specs = {"": features} if isinstance(features, TensorSpec) else features
+        dtype = CODECS[self.config.codec].dtype
+        fields = tuple(TensorSpec(f"z.{name}" if name else "z", spec.shape[1:], dtype) for name, spec in specs.items())
+        return ReplayPlan(fields, self.config.rows_per_step, self.config.capacity_bytes, self.config.policy, self.config.seed)
+
+    def step_inputs(self) -> dict[str, Any]:
+        """Those of finetune, and ``replay``: r rows of codes, their targets, and 1 for a real row or 0 for filler."""
+        plan, rows = self.replay, self.config.rows_per_step
+        specs = [TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in plan.fields]
+        z = specs[0] if self._names == [""] else dict(zip(self._names, specs, strict=True))
+        replay = {"z": z, "target": TensorSpec("target", (rows,), "int64"), "weight": TensorSpec("weight", (rows,), "float32")}
+        return {**super().step_inputs(), "replay": replay}
+
+    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
+        """Count a base sample and return its replay row."""
+        _, new = super().prime(state, z, target)
+        return self._row(self._encode(z)), new
+
+    def predict(self, state: State, z: Any) -> StepResult:
+        """Scores float32 [1, K] of the latent as a row would hold it."""
+        return super().predict(state, self._decode(self._encode(z)))
+
+    def learn(self, state: State, z: Any, target: Tensor, weight: Tensor, lr: Tensor, replay: dict[str, Any]) -> StepResult:
+        """One step on the new sample and r stored rows; ``row.z`` is the sample's own row."""
+        code = self._encode(z)
+        fresh = one_hot(target, self.problem.max_classes).reshape(-1)
+        count = state["count"] + fresh
+        age = torch.where(fresh > 0, 0.0, state["age"] + 1.0)
+        seen = (count > 0).unsqueeze(0)
+        current = seen if self.config.loss == "er" else (age < self.config.window).unsqueeze(0)
+        rows = self.config.rows_per_step
+        with phase("replay_decode"):
+            batch = self._join(self._decode(code), self._decode(replay["z"]))
+        targets = torch.cat([target, replay["target"]])
+        allowed = torch.cat([current, seen.expand(rows, -1)])
+        real = replay["weight"]
+        weights = torch.cat([weight, real / real.sum().clamp_min(1.0)])
+
+        def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            scores = self.scores(parameters, batch)
+            return (cross_entropy(scores, targets, allowed) * weights).sum(), scores
+
+        value, scores, new = self.descend(state, loss, lr)
+        outputs = {"scores": mask_unseen(scores[:1], state["count"]), "loss": value, **self._row(code)}
+        return outputs, {**new, "count": count, "age": age}
+
+    def _parts(self, z: Any) -> dict[str, Tensor]:
+        return {"": z} if isinstance(z, Tensor) else dict(z)
+
+    def _whole(self, parts: dict[str, Tensor]) -> Any:
+        return parts[""] if self._names == [""] else parts
+
+    def _encode(self, z: Any) -> Any:
+        return self._whole({name: self.codecs[name].encode(part) for name, part in self._parts(z).items()})
+
+    def _decode(self, code: Any) -> Any:
+        return self._whole({name: self.codecs[name].decode(part) for name, part in self._parts(code).items()})
+
+    def _join(self, first: Any, rest: Any) -> Any:
+        parts = self._parts(rest)
+        return self._whole({name: torch.cat([part, parts[name]]) for name, part in self._parts(first).items()})
+
+    def _row(self, code: Any) -> dict[str, Tensor]:
+        return {f"row.z.{name}" if name else "row.z": part for name, part in self._parts(code).items()}

@@ -1,0 +1,227 @@
+"""Recursive ridge regression on one-hot targets: learn, weight, relabel and forget exactly, one sample at a time.
+
+The readout is at every moment the solution of  min_W  sum_i w_i |W^T phi_i - t_i|^2 + gamma |W|^2,  where phi is the
+sample's feature vector (optionally relu(z A) with a fixed random A) and t its one-hot target. With
+R = (sum_i w_i phi_i phi_i^T + gamma I)^-1, one sample changes it by
+
+    e = t - W^T phi        g = R phi        s = 1 + w phi.g
+    R <- R - (w/s) g g^T                    W <- W + (w/s) g e^T
+
+A negative w takes a learned sample out: ``forget`` is ``learn`` with -w. ``relabel`` from t to t' leaves R and adds
+w (R phi) (t' - t)^T to W.
+
+Source: recursive least squares by Sherman-Morrison; block form in Zhuang et al., "ACIL: Analytic class-incremental
+learning with absolute memorization and privacy protection", NeurIPS 2022; random ReLU features as in McDonnell et al.,
+"RanPAC", NeurIPS 2023. Deviations: one sample at a time; signed weights; features of unit length (so gamma has one
+meaning and float32 suffices); a projection is scaled to unit length again.
+
+R changes by u u^T with u = g sqrt(|w/s|): u_i u_j is the same number as u_j u_i, so R stays symmetric bit for bit.
+
+Drift: with ``drift`` = lambda < 1, R is divided by lambda before each sample, so a sample's weight decays by lambda with
+every later one, and gamma decays too. In directions that no sample excites R would grow without bound. Therefore lambda
+is raised, up to 1, for a step that would take trace(R) over ``trace_cap``. A sample's present weight is then not known
+exactly, so ``forget`` and ``relabel`` are not offered.
+
+| | bytes of state | MACs of predict | MACs of learn, forget | MACs of relabel |
+|---|---|---|---|---|
+| K classes, M features, float32 | 4 (M^2 + M K + K + 1) | M K | 2 M^2 + 2 M K + M | M^2 + M K |
+
+float64 takes 8 (M^2 + M K) + 4 (K + 1) bytes. A projection from d features adds d M MACs to each, and 4 d M bytes of
+constants (8 d M in float64).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecl.graph.phases import phase
+from edgecl.learner import Learner, Nested, Problem, State, StepResult, mask_unseen, one_hot
+from edgecl.methods._features import dtype_of, require, unit, vector
+from edgecl_device.errors import StepMissingError
+from edgecl_device.manifest import TensorSpec
+
+
+class Ridge(Learner):
+    """Recursive ridge regression.
+
+    State: ``inverse`` [M, M], the R above; ``readout`` [M, K], the W above, both of ``Config.dtype``; ``count``
+    float32 [K], samples by class (not weights); ``min_s`` float32 [], the smallest s of any update so far.
+
+    >>> from edgecl.learner import Problem
+    >>> learner = Ridge(Problem(TensorSpec("z", (1, 2), "float32"), max_classes=3), Ridge.Config(gamma=1.0))
+    >>> state, z, one = learner.init(), torch.tensor([[2.0, 0.0]]), torch.ones(1)
+    >>> outputs, new = learner.learn(state, z, torch.tensor([1]), one)
+    >>> new["readout"].tolist(), outputs["health.s"].item()
+    ([[0.0, 0.5, 0.0], [0.0, 0.0, 0.0]], 2.0)
+    >>> learner.forget(new, z, torch.tensor([1]), one)[1]["readout"].tolist()
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+
+    name = "ridge"
+    summary = "recursive ridge regression; learns, weights, relabels and forgets exactly"
+
+    @dataclass(frozen=True)
+    class Config:
+        """Hyperparameters.
+
+        Attributes:
+            gamma: Regulariser, in units of squared feature length (1 per sample with ``unit_norm``).
+            unit_norm: Divide every feature vector by its length, before and after the projection.
+            projection: Units of a fixed random ReLU projection, or None for the features as they are.
+            projection_seed: Seed of the projection's N(0, 1) entries.
+            drift: Factor in (0, 1] by which old samples' weights decay at every new one; 1 keeps all.
+            trace_cap: With drift below 1, the bound on trace(R); None is the trace at the start, M / gamma.
+            dtype: ``float32`` or ``float64``, of R and W.
+            tau: An update whose s is not above this is refused. The last sample of a direction leaves with
+                s = gamma / (gamma + w), so a gamma below about tau * w makes such a ``forget`` impossible.
+        """
+
+        gamma: float = 0.1
+        unit_norm: bool = True
+        projection: int | None = None
+        projection_seed: int = 0
+        drift: float = 1.0
+        trace_cap: float | None = None
+        dtype: str = "float32"
+        tau: float = 1e-2
+
+        def __post_init__(self) -> None:
+            require(0 < self.gamma < math.inf, "gamma", "be finite and above 0", self.gamma, "0.1 suits unit-norm features")
+            require(
+                self.projection is None or self.projection >= 1,
+                "projection",
+                "be None or at least 1 unit",
+                self.projection,
+                "use None to learn on the features as they are",
+            )
+            require(0 < self.drift <= 1, "drift", "be above 0 and at most 1", self.drift, "use 1.0 to keep all samples")
+            if self.trace_cap is not None:
+                require(
+                    0 < self.trace_cap < math.inf,
+                    "trace_cap",
+                    "be finite and above 0",
+                    self.trace_cap,
+                    "use None for the trace at the start",
+                )
+                require(self.drift < 1, "trace_cap", "be None without drift", self.trace_cap, "set drift below 1 or drop it")
+            require(0 < self.tau < 1, "tau", "be between 0 and 1", self.tau, "1e-2 suits float32")
+            dtype_of(self.dtype)
+
+    def __init__(self, problem: Problem, config: Any = None) -> None:
+        super().__init__(problem, config)
+        self._dtype = dtype_of(self.config.dtype)
+        self._size = self.config.projection or problem.feature_size
+        self._projection: Tensor | None = None
+        if self.config.projection is not None:
+            generator = torch.Generator().manual_seed(self.config.projection_seed)
+            self._projection = torch.randn(problem.feature_size, self._size, generator=generator).to(self._dtype)
+        self._trace_cap = self.config.trace_cap or self._size / self.config.gamma
+
+    def init(self) -> State:
+        """No sample: R is I / gamma, W is zero."""
+        return {
+            "inverse": torch.eye(self._size, dtype=self._dtype) / self.config.gamma,
+            "readout": torch.zeros(self._size, self.problem.max_classes, dtype=self._dtype),
+            "count": torch.zeros(self.problem.max_classes),
+            "min_s": torch.ones(()),
+        }
+
+    def step_inputs(self) -> dict[str, Nested | TensorSpec]:
+        """Those of every method, and ``new_target`` int64 [1] for ``relabel``."""
+        return {**super().step_inputs(), "new_target": TensorSpec("new_target", (1,), "int64")}
+
+    @property
+    def steps(self) -> dict[str, Callable[..., StepResult]]:
+        """The steps by name; without ``forget`` and ``relabel`` under drift, where they would not be exact."""
+        inexact = ("forget", "relabel") if self.config.drift < 1 else ()
+        return {name: step for name, step in super().steps.items() if name not in inexact}
+
+    def predict(self, state: State, z: Any) -> StepResult:
+        """Scores W^T phi, float32 [1, K]."""
+        scores = torch.mm(self._phi(z), state["readout"])
+        return {"scores": mask_unseen(scores.to(torch.float32), state["count"])}, {}
+
+    def learn(self, state: State, z: Any, target: Tensor, weight: Tensor) -> StepResult:
+        """Add a sample.
+
+        ``loss`` [] is the squared error |t - W^T phi|^2 of the prediction before the update; ``health.s`` [] and
+        ``health.min_s`` [] are this update's s and the smallest so far. ``guard`` is false when s is not above
+        ``tau`` (R would lose its precision or its sign) or the class would have fewer than no samples.
+        """
+        return self._update(state, z, target, weight, 1.0)
+
+    def forget(self, state: State, z: Any, target: Tensor, weight: Tensor) -> StepResult:
+        """Take a learned sample out; ``z`` must be bit-identical and ``weight`` the same. Outputs as for ``learn``."""
+        self._need_exactness("forget")
+        return self._update(state, z, target, weight * -1.0, -1.0)
+
+    def relabel(self, state: State, z: Any, target: Tensor, new_target: Tensor, weight: Tensor) -> StepResult:
+        """Move a learned sample from ``target`` to ``new_target``. ``guard`` is false when ``target`` has no sample."""
+        self._need_exactness("relabel")
+        with phase("forward"):
+            phi = self._phi(z)
+        g = torch.mm(phi, state["inverse"]) * weight.to(self._dtype)
+        new, old = self._one_hot(new_target), self._one_hot(target)
+        had = state["count"].index_select(0, target)
+        change = (new - old).to(torch.float32).reshape(-1)
+        return {"guard": (had > 0).reshape(())}, {
+            "readout": torch.addmm(state["readout"], g.t(), new - old),
+            "count": state["count"] + change,
+        }
+
+    def _update(self, state: State, z: Any, target: Tensor, weight: Tensor, samples: float) -> StepResult:
+        """Add ``samples`` (1 or -1) of signed ``weight`` [1]."""
+        with phase("forward"):
+            phi = self._phi(z)
+            scores = torch.mm(phi, state["readout"])
+        t = self._one_hot(target)
+        w = weight.to(self._dtype).unsqueeze(1)
+        inverse = state["inverse"]
+        if self.config.drift < 1:
+            inverse = inverse / self._decay(inverse)
+        error = t - scores
+        g = torch.mm(phi, inverse)
+        s = torch.mm(g, phi.t()) * w + 1.0
+        ratio = w / s
+        u = g * torch.maximum(ratio, ratio * -1.0).sqrt()
+        count = state["count"] + t.to(torch.float32).reshape(-1) * samples
+        s_out = s.to(torch.float32).reshape(())
+        known = count.index_select(0, target).reshape(()) >= 0
+        outputs = {
+            "scores": mask_unseen(scores.to(torch.float32), state["count"]),
+            "loss": (error * error).sum().to(torch.float32),
+            "guard": torch.where(known, s_out, 0.0) > self.config.tau,
+            "health.s": s_out,
+            "health.min_s": torch.minimum(state["min_s"], s_out),
+        }
+        return outputs, {
+            "inverse": torch.addmm(inverse, torch.where(ratio < 0, u, u * -1.0).t(), u),
+            "readout": torch.addmm(state["readout"], (g * ratio).t(), error),
+            "count": count,
+            # Not the output's tensor again: one tensor must not be both a result and state.
+            "min_s": torch.minimum(state["min_s"], s_out),
+        }
+
+    def _phi(self, z: Any) -> Tensor:
+        x = vector(z, self.config.unit_norm, self._dtype)
+        if self._projection is None:
+            return x
+        x = torch.mm(x, self._projection).relu()
+        return unit(x) if self.config.unit_norm else x
+
+    def _decay(self, inverse: Tensor) -> Tensor:
+        """Lambda of this step [1]: ``drift``, or as much nearer to 1 as keeps trace(R) within the cap."""
+        diagonal = inverse.reshape(-1).index_select(0, torch.arange(0, self._size**2, self._size + 1))
+        needed = diagonal.sum(0, keepdim=True) / self._trace_cap
+        return torch.minimum(needed.clamp_min(self.config.drift), torch.ones(1, dtype=self._dtype))
+
+    def _one_hot(self, target: Tensor) -> Tensor:
+        return one_hot(target, self.problem.max_classes, self._dtype)
+
+    def _need_exactness(self, step: str) -> None:
+        if step not in self.steps:
+            raise StepMissingError(f"{step}: ridge with drift {self.config.drift} < 1 cannot do this exactly; set drift to 1")

@@ -1,0 +1,7 @@
+"""Data sets and the streams that a learner meets."""
+
+from edgecl.streams.dataset import Dataset
+from edgecl.streams.fashion_mnist import fashion_mnist_subset
+from edgecl.streams.scenarios import ClassIncremental, Sample, Stream
+
+__all__ = ["ClassIncremental", "Dataset", "Sample", "Stream", "fashion_mnist_subset"]
