@@ -7,8 +7,9 @@ Learning and prediction both see the decoded value, so that a stored sample and 
 from abc import ABC, abstractmethod
 
 import torch
-from edgecl_device.errors import EdgeclError, InputError
 from torch import Tensor
+
+from edgecl_device.errors import EdgeclError, InputError
 
 
 class CodecError(EdgeclError):

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from edgecl_device.manifest import Array
 from torch import Tensor, nn
 
 from edgecl.learner import Learner, State, call_step
 from edgecl.trees import flatten_tree, unflatten_like
+from edgecl_device.manifest import Array
 
 
 class EagerEngine:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from edgecl_device.manifest import TensorSpec
-
 from edgecl.graph.lowering import BuiltStep
 from edgecl.learner import State, dtype_name
+from edgecl_device.manifest import TensorSpec
 
 NOT_COUNTED = "runtime scratch, packed copies of frozen weights, the runtime's own code"
 

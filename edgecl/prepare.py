@@ -1,19 +1,19 @@
 """From a PyTorch model to a learner that is ready for export: split, choose a method, take in base samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from edgecl_device.errors import InputError
-from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
-from edgecl_device.memory import ReplayMemory
 from torch import Tensor, nn
 
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.splitting import split
+from edgecl_device.errors import InputError
+from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
+from edgecl_device.memory import ReplayMemory
 
 KEPT = 32
 """Latents of base samples kept for the checks at export."""
@@ -46,17 +46,26 @@ class Prepared:
     """
 
     def __init__(self, trunk: Trunk, x: TensorSpec, learner: Learner, class_names: Sequence[str] = ()) -> None:
-        if len(class_names) > learner.problem.max_classes or len(set(class_names)) != len(class_names):
-            raise InputError(f"class_names: must be at most {learner.problem.max_classes} different names, got {list(class_names)}")
+        names, most = list(class_names), learner.problem.max_classes
+        if isinstance(class_names, str) or not all(names) or len(names) > most or len(set(names)) != len(names):
+            raise InputError(f"class_names: must be at most {most} different names, none of them empty, got {class_names!r}; raise classes")
         self.trunk = trunk.eval().requires_grad_(False)
         self.x = x
         self.learner = learner
         self.state: State = learner.init()
         self.class_names = tuple(class_names)
+        self._known = len(class_names)
         self.examples: list[tuple[Any, int]] = []
         self.memory: ReplayMemory | None = None
         if learner.replay is not None:
             self.memory = ReplayMemory(ReplaySpec(**vars(learner.replay)), learner.problem.max_classes)
+
+    def known_names(self) -> tuple[str, ...]:
+        """Names of the classes up to the highest that is named or was learned; one without a name is called by its index.
+
+        On the device a new class takes the first index behind them.
+        """
+        return self.class_names + tuple(str(i) for i in range(len(self.class_names), self._known))
 
     def encode(self, x: Array, batch: int = 64) -> list[Any]:
         """Latents of samples [N, ...], one tree of tensors [1, ...] a sample.
@@ -66,13 +75,15 @@ class Prepared:
             batch: Samples a pass; 1 for trunks that take single samples only.
 
         Raises:
-            InputError: when shape or dtype differ from the example's.
+            InputError: when shape or dtype differ from the example's, or a value is not finite.
         """
+        _check_samples("x", x)
         if x.shape[1:] != self.x.shape[1:] or x.dtype.name != self.x.dtype:
-            raise InputError(f"x: must be {self.x.dtype} [N, {', '.join(map(str, self.x.shape[1:]))}], got {x.dtype} {list(x.shape)}")
+            sizes = ", ".join(map(str, ("N", *self.x.shape[1:])))
+            raise InputError(f"x: must be {self.x.dtype} [{sizes}] as the example, got {x.dtype} {list(x.shape)}; convert or resize it")
         latents: list[Any] = []
         with torch.no_grad():
-            for part in torch.tensor(x).split(batch):
+            for part in torch.split(torch.tensor(x), batch):
                 z = self.trunk(part)
                 rows = range(len(part))
                 latents += [_map(z, lambda t, i=i: t[i : i + 1].clone()) for i in rows]  # type: ignore[misc]
@@ -81,6 +92,8 @@ class Prepared:
     def fit(self, x: Array, y: Array, batch: int = 64, progress: Callable[[int, int], None] | None = None) -> "Prepared":
         """Take in base samples: what the model already knows becomes part of the state and of the replay memory.
 
+        May be called again with more samples. The first call calibrates the replay codec.
+
         Args:
             x: Raw samples [N, ...].
             y: Classes [N].
@@ -88,28 +101,41 @@ class Prepared:
             progress: Called with samples done and in all.
 
         Raises:
-            InputError: when shapes, types or labels do not fit; the state is unchanged then.
+            InputError: when shapes, types, values or labels do not fit; state and memory are unchanged then.
         """
-        classes = self.learner.problem.max_classes
-        y = np.asarray(y)
-        if y.shape != (len(x),) or y.dtype.kind not in "iu" or (len(y) and not 0 <= y.min() <= y.max() < classes):
-            raise InputError(f"y: must be {len(x)} integers in [0, {classes}), got {y.dtype} {list(y.shape)}")
         latents = self.encode(x, batch)
-        if any(not bool(torch.isfinite(t).all()) for z in latents for t in _leaves(z)):
+        labels = self._labels(y, len(x))
+        if not _finite(t for z in latents for t in _leaves(z)):
             raise InputError("x: features must be finite; check the model's weights and the preprocessing")
         calibrate = getattr(self.learner, "calibrate", None)
-        if calibrate is not None and latents and not self.examples:
+        if calibrate is not None and not self.examples:
             calibrate(_stack(latents))
-        self.examples = (self.examples + list(zip(latents, y.tolist(), strict=True)))[:KEPT]
-        for i, (z, label) in enumerate(zip(latents, y.tolist(), strict=True)):
+        fields = self.memory.spec.fields if self.memory is not None else ()
+        state, rows = self.state, []
+        for i, (z, label) in enumerate(zip(latents, labels, strict=True)):
             with torch.no_grad():
-                outputs, new = self.learner.prime(self.state, z, torch.tensor([label]))
-            self.state = {**self.state, **new}
-            if self.memory is not None:
-                self.memory.offer({f.name: outputs[f"row.{f.name}"][0].numpy() for f in self.memory.spec.fields}, label, -1 - i)
+                outputs, new = self.learner.prime(state, z, torch.tensor([label]))
+            state = {**state, **new}
+            if not bool(outputs.get("guard", True)) or not _finite(new.values()):
+                raise InputError(f"x: sample {i} must leave a finite state within the method's guard, it does not; scale the features")
+            rows.append({f.name: outputs[f"row.{f.name}"][0].numpy() for f in fields})
             if progress is not None:
                 progress(i + 1, len(latents))
+        self.state = state
+        self._known = max(self._known, max(labels) + 1)
+        self.examples = (self.examples + list(zip(latents, labels, strict=True)))[:KEPT]
+        if self.memory is not None:
+            for row, label in zip(rows, labels, strict=True):
+                self.memory.offer(row, label, -1)
         return self
+
+    def _labels(self, y: Array, samples: int) -> list[int]:
+        classes, y = self.learner.problem.max_classes, np.asarray(y)
+        if y.shape != (samples,) or y.dtype.kind not in "iu":
+            raise InputError(f"y: must be integers [{samples}], one label a sample, got {y.dtype} {list(y.shape)}; convert it with astype")
+        if not 0 <= y.min() <= y.max() < classes:
+            raise InputError(f"y: labels must be in [0, {classes}), got {y.min()} to {y.max()}; prepare with more classes")
+        return [int(label) for label in y]
 
 
 def prepare(
@@ -136,23 +162,46 @@ def prepare(
         class_names: Names of the first classes.
 
     Raises:
-        InputError: for an unknown method, an unsuitable example or a suffix of another number of classes.
+        InputError: for an unknown method, another method's config, an unsuitable example, too few classes, names that do not
+            fit, or a suffix of another number of classes.
         SplitError: when the model cannot be cut there.
     """
     if method not in METHODS:
         raise InputError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
-    if not isinstance(example, np.ndarray) or example.ndim == 0 or example.shape[0] != 1:
-        got = f"{example.dtype} {list(example.shape)}" if isinstance(example, np.ndarray) else type(example).__name__
-        raise InputError(f"example: must be a numpy array with a batch dimension of 1, got {got}; use x[None]")
+    kind = METHODS[method]
+    if config is not None and not isinstance(config, kind.Config):
+        raise InputError(f"config: must be METHODS[{method!r}].Config or None, got {config!r}; make one of that class")
+    if type(classes) is not int or classes < 2:
+        raise InputError(f"classes: must be an integer of at least 2, got {classes!r}; count the classes to come, too")
+    _check_samples("example", example)
+    if example.shape[0] != 1:
+        raise InputError(f"example: must have a batch dimension of 1, got {example.dtype} {list(example.shape)}; use x[:1]")
     parts = split(model, at)
     trunk = Trunk(preprocess, parts.trunk).eval()
-    with torch.no_grad():
-        z = trunk(torch.tensor(example))
+    try:
+        with torch.no_grad():
+            z = trunk(torch.tensor(example))
+    except (RuntimeError, TypeError, ValueError) as error:  # what torch raises for shapes and dtypes that do not fit
+        got = f"{example.dtype} {list(example.shape)} ({error})"
+        raise InputError(f"example: must suit preprocess and model, got {got}; pass a raw sample as the device will get it") from error
     problem = Problem(_specs(z), classes)
-    kind = METHODS[method]
     extra = {"suffix": parts.suffix} if issubclass(kind, SuffixLearner) else {}
     x = TensorSpec("x", example.shape, example.dtype.name)
     return Prepared(trunk, x, kind(problem, config, **extra), class_names)
+
+
+def _check_samples(name: str, x: Any) -> None:
+    if not isinstance(x, np.ndarray) or x.ndim < 2 or not len(x):
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise InputError(f"{name}: must be a numpy array [N, ...] of at least one sample, got {got}; use numpy.asarray, or x[None] for one")
+    if x.dtype.kind not in "fiub":
+        raise InputError(f"{name}: must hold numbers, got {x.dtype}; convert it to float32 or uint8")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise InputError(f"{name}: values must be finite, got NaN or infinity; drop or repair those samples")
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def _specs(z: Any) -> Any:

@@ -1,6 +1,9 @@
 """Rules of the whole run: one thread a process, and a test that skips fails the run."""
 
+import importlib.util
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +28,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name in not_run(terminalreporter.config):
         terminalreporter.write_line(f"FAILED {name}: no test may skip or be expected to fail", red=True)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small model, its data and its bundles (helpers.py); loaded late, because the device's tests run without PyTorch."""
+    spec = importlib.util.spec_from_file_location("edgecl_test_helpers", Path(__file__).with_name("helpers.py"))
+    assert spec is not None and spec.loader is not None
+    helpers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(helpers)
+    toy = helpers.Toy(tmp_path_factory.mktemp("bundles"))
+    toy.helpers = helpers
+    return toy

@@ -64,6 +64,17 @@ def check_steps(manifest: Manifest) -> None:
         raise BundleError(f"class_names: must be at most {classes} different names, got {names}; export the bundle again")
 
 
+def check_listed(manifest: Manifest) -> None:
+    """Check that every file that is going to be read has a hash in the manifest.
+
+    Raises:
+        BundleError: naming the files that have none.
+    """
+    read = {step.file for step in manifest.steps.values()} | {manifest.state_file, manifest.replay_file or manifest.state_file}
+    if missing := sorted(read - set(manifest.files)):
+        raise BundleError(f"files: {', '.join(missing)} must have a SHA-256 in the manifest, got none; export the bundle again")
+
+
 def check_state(manifest: Manifest, state: Mapping[str, Array]) -> None:
     """Check names, shapes, dtypes and finite values of a whole state.
 

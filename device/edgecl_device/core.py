@@ -55,23 +55,24 @@ class Core:
             UpdateRefusedError: when its result must not be kept; it is discarded already.
         """
         memory = self.memory
-        self._counter = memory.generator.counter if memory else 0
+        self._counter = memory.generator.counter if memory is not None else 0
         try:
-            return self._run("learn", {**z, **_scalars(event), **(memory.draw() if memory else {})}, f"sample {event.sample_id}")
+            rows = memory.draw() if memory is not None else {}
+            return self._run("learn", {**z, **_scalars(event), **rows}, f"sample {event.sample_id}")
         except BaseException:
             self.discard()
             raise
 
     def discard(self) -> None:
         """Undo the draws of :meth:`propose`; the engine has changed nothing yet."""
-        if self.memory:
+        if self.memory is not None:
             self.memory.generator.counter = self._counter
 
     def keep(self, event: Event, outputs: Mapping[str, Array]) -> None:
         """Make what :meth:`propose` found the present."""
         self._engine.commit()
         label, sample_id = int(event.label or 0), int(event.sample_id or 0)
-        if self.memory:
+        if self.memory is not None:
             self.memory.offer({f.name: outputs[f"row.{f.name}"][0] for f in self.memory.spec.fields}, label, sample_id)
         self.counts[label] += 1
         self.totals["learned"] += 1
@@ -89,18 +90,18 @@ class Core:
         sample_id = int(event.sample_id or 0)
         if label is None:
             self.totals["forgotten"] += 1
-            if self.memory:
+            if self.memory is not None:
                 self.memory.remove(sample_id)
         else:
             self.totals["relabelled"] += 1
             self.counts[label] += 1
-            if self.memory:
+            if self.memory is not None:
                 self.memory.relabel(sample_id, label)
 
     def capture(self) -> Snapshot:
         """Copies of everything that :meth:`restore` needs."""
         tensors = {f"state.{name}": array for name, array in self._engine.state().items()}
-        if self.memory:
+        if self.memory is not None:
             tensors |= self.memory.snapshot()
         return Snapshot(tensors, {"class_names": list(self.names), "class_counts": self.counts.tolist(), "totals": dict(self.totals)})
 
@@ -113,7 +114,7 @@ class Core:
         state = snapshot.under("state.")
         try:
             check_state(self._manifest, state)
-            if self.memory:
+            if self.memory is not None:
                 self.memory.restore(snapshot.tensors)
             names, counts, totals = (snapshot.meta[key] for key in ("class_names", "class_counts", "totals"))
         except (EdgeclError, KeyError) as error:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from edgecl_device.checks import as_float32, as_int, as_name, as_sample, check_steps, read_tensors
+from edgecl_device.checks import as_float32, as_int, as_name, as_sample, check_listed, check_steps, read_tensors
 from edgecl_device.core import Core
 from edgecl_device.engines import Engine
 from edgecl_device.engines.onnx import OnnxEngine
@@ -80,7 +80,7 @@ class Learner:
             bundle: The folder that ``edgecl export`` wrote.
             store: File of the store, made when there is none; None keeps nothing beyond this process.
             engine: ``onnx``.
-            durability: ``normal``: a power cut may lose the last samples; ``full``: each one is synced to the disk.
+            durability: ``normal``: a power cut may lose the samples since the last ``save``; ``full``: each one is synced to the disk.
             threads: Threads inside one operator; above 1 a resumed run may differ in the last bits.
 
         Raises:
@@ -99,6 +99,7 @@ class Learner:
             raise InputError(f"engine: must be one of {', '.join(ENGINES)}, got {engine!r}; pass one of them")
         if manifest.engine != engine:
             raise BundleError(f"{folder}: was exported for engine {manifest.engine!r}, not {engine!r}; pass engine={manifest.engine!r}")
+        check_listed(manifest)
         check_files(folder, manifest)
         state = read_tensors(folder / manifest.state_file)
         rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
@@ -231,7 +232,7 @@ class Learner:
         """
         key = AUTOMATIC if name is None else as_name(name)
         self._store.fold()
-        with self._store.transaction():
+        with self._store.transaction(sync=True):
             self._put(key)
         self._changed = self._changed and name is not None
 
@@ -251,7 +252,7 @@ class Learner:
         known = self._store.snapshots()
         if key not in known:
             raise InputError(f"name: no snapshot {name!r}, there are {[n for n in known if n] or 'none'}; save one first")
-        with self._core.reverting(), self._store.transaction():
+        with self._core.reverting(), self._store.transaction(sync=True):
             self._core.restore(Snapshot.unpack(self._store.snapshot(key)))
             self._store.drop_after(known[key])
             self._checkpoint()
@@ -262,7 +263,7 @@ class Learner:
 
     def rows(self) -> dict[str, Array]:
         """Copies of the replay rows, as the constructor takes them; empty without a replay memory."""
-        return self._core.memory.rows_by_name() if self._core.memory else {}
+        return self._core.memory.rows_by_name() if self._core.memory is not None else {}
 
     def report(self) -> dict[str, Any]:
         """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health."""
@@ -304,12 +305,12 @@ class Learner:
     def _revise(self, sample_id: int, step: str, label: int | None) -> None:
         core, store = self._core, self._store
         sample_id = as_int("sample_id", sample_id)
-        event = store.sample(sample_id)
+        event = store.sample(sample_id) if store.handed_out(sample_id) else None
         if event is None:
             raise ForgetRefusedError(f"{step}: {self._why_missing(sample_id)}")
         z = self._pending.unpack(event.features or b"")
         store.fold()
-        with core.reverting() as before, store.transaction():
+        with core.reverting() as before, store.transaction(sync=True):
             for name, seq in store.snapshots().items():
                 if name != AUTOMATIC and seq >= event.seq:
                     core.restore(Snapshot.unpack(store.snapshot(name)))

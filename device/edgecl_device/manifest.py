@@ -144,7 +144,7 @@ class Manifest:
         replay_file: Initial replay rows (safetensors), if any.
         learning_rate: Default of the ``lr`` input.
         trunk_hash: SHA-256 over the encode graph and its weights: which states, rows and codes are compatible.
-        bundle_id: SHA-256 over method, config, state specs and trunk: which stores belong to this bundle.
+        bundle_id: SHA-256 over method, config, graphs, initial state and rows: which stores belong to this bundle.
         log_capacity_bytes: Cap of the sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that wait for a delayed label at most.
         forgets: Whether ``forget`` is exact and offered.
@@ -197,7 +197,9 @@ def from_json(text: str, where: str = MANIFEST) -> Manifest:
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise BundleError(f"{where}: schema must be a positive integer, got {schema!r}; export the bundle again")
     if schema > SCHEMA:
-        raise SchemaError(f"{where}: schema is {schema}, this package reads up to {SCHEMA}; update edgecl on the device or export with an older one")
+        raise SchemaError(
+            f"{where}: schema is {schema}, this package reads up to {SCHEMA}; update edgecl on the device or export with an older one"
+        )
     return typing.cast(Manifest, _parse(Manifest, data, where))
 
 
@@ -217,8 +219,12 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
     """Check size and SHA-256 of every file that the manifest names.
 
     Raises:
-        BundleError: naming the first file that is missing or altered.
+        BundleError: naming the first file that is missing or altered, or that is used without a hash.
     """
+    used = [step.file for step in manifest.steps.values()] + [manifest.state_file, manifest.replay_file or manifest.state_file]
+    for name in used:
+        if name not in manifest.files:
+            raise BundleError(f"{MANIFEST}: {name!r} has no entry in files, its content cannot be checked; export the bundle again")
     for name, entry in manifest.files.items():
         path = Path(bundle) / name
         if not path.is_file():
@@ -229,7 +235,7 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -249,7 +255,8 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
         for f in fields:
             required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             _expect(f.name in data or not required, where, f"a field {f.name!r}", sorted(data))
-        return kind(**{name: _parse(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+        make = typing.cast(typing.Callable[..., Any], kind)
+        return make(**{name: _parse(hints[name], value, f"{where}: {name}") for name, value in data.items()})
     if origin is tuple:
         _expect(isinstance(data, list), where, "a list", data)
         return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))

@@ -276,6 +276,8 @@ class ReplayMemory:
         return slot
 
     def _find(self, sample_id: int) -> int | None:
+        if sample_id < 0:  # -1 marks rows without an id
+            return None
         slots = np.flatnonzero(self._ids == sample_id)
         return int(np.flatnonzero(self._slots == slots[0])[0]) if len(slots) else None
 

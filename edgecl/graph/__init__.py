@@ -1,0 +1,1 @@
+"""Step graphs: capture, rules, passes, cost and memory."""

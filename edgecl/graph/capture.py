@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from edgecl_device.manifest import TensorSpec
 from torch import Tensor, nn
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgecl.graph.canonical import CANONICAL
 from edgecl.graph.phases import module_paths, phase
-from edgecl.graph.step import GraphError, Port, StepGraph
+from edgecl.graph.step import GraphError, Kind, Port, StepGraph
 from edgecl.learner import Learner, call_step, dtype_name
 from edgecl.trees import flatten_tree, unflatten_like
+from edgecl_device.manifest import TensorSpec
 
 
 def example(spec: TensorSpec, generator: torch.Generator) -> Tensor:
@@ -94,16 +94,32 @@ def trace(
                 "a step must be a pure function of fixed-shape tensors, without branches on their values"
             ) from error
     _check_not_random(name, module)
-    results = module.graph.output_node().args[0]
+    _name_backward(module)
+    results: Any = module.graph.output_node().args[0]
+    keys: list[tuple[str, Kind]] = [*((key, "data") for key in found["data"]), *((key, "state") for key in found["state"])]
     ports = [
         Port(TensorSpec(key, tuple(n.meta["val"].shape), dtype_name(n.meta["val"].dtype)), kind)
-        for (key, kind), n in zip([(k, "data") for k in found["data"]] + [(k, "state") for k in found["state"]], results, strict=True)
+        for (key, kind), n in zip(keys, results, strict=True)
     ]
     _check_state(name, state, ports)
-    ins = [Port(TensorSpec(k, tuple(v.shape), dtype_name(v.dtype)), "state" if k in state else "data") for k, v in zip(names, values, strict=True)]
+    ins = [
+        Port(TensorSpec(k, tuple(v.shape), dtype_name(v.dtype)), "state" if k in state else "data")
+        for k, v in zip(names, values, strict=True)
+    ]
     for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), values, strict=True):
         node.meta.setdefault("val", value.to("meta"))
     return StepGraph(name, module, tuple(ins), tuple(ports))
+
+
+def _name_backward(module: torch.fx.GraphModule) -> None:
+    """Give every backward operator the module path of the forward operator that it belongs to."""
+    paths: dict[int, str | None] = {}
+    for node in module.graph.nodes:
+        mark, number = node.meta.get("custom") or {}, node.meta.get("seq_nr")
+        if mark.get("phase") != "backward":
+            paths.setdefault(number, mark.get("module"))
+        elif paths.get(number):
+            node.meta["custom"] = {**mark, "module": paths[number]}
 
 
 def _check_not_random(name: str, module: torch.fx.GraphModule) -> None:

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -127,20 +128,18 @@ def _input(node: fx.Node) -> tuple[int, int]:
     return 0, _numel(node.args[0])
 
 
+def _taps(kernel: Any) -> int:
+    return int(prod(kernel) if len(kernel) == 2 else kernel[0] ** 2)
+
+
 def _window(node: fx.Node) -> tuple[int, int]:
-    kernel = node.args[1]
-    assert isinstance(kernel, (list, tuple))
-    taps = prod(kernel) if len(kernel) == 2 else kernel[0] ** 2  # type: ignore[arg-type, operator]
     value = value_of(node)
     out = value[0] if isinstance(value, (list, tuple)) else value
-    return 0, int(out.numel()) * int(taps)
+    return 0, int(out.numel()) * _taps(node.args[1])
 
 
-def _window_backward(node: fx.Node) -> tuple[int, int]:
-    kernel = node.args[2]
-    assert isinstance(kernel, (list, tuple))
-    overlap = prod(kernel) if node.target is aten.avg_pool2d_backward.default else 1  # type: ignore[arg-type]
-    return 0, _numel(node.args[0]) * int(overlap)
+def _average_backward(node: fx.Node) -> tuple[int, int]:
+    return 0, _numel(node.args[0]) * _taps(node.args[2])
 
 
 def _formula(node: fx.Node) -> Callable[[fx.Node], tuple[int, int]]:
@@ -157,19 +156,20 @@ def _formula(node: fx.Node) -> Callable[[fx.Node], tuple[int, int]]:
 _FREE = """view.default _unsafe_view.default reshape.default unsqueeze.default squeeze.dim squeeze.dims expand.default t.default
 transpose.int permute.default slice.Tensor select.int narrow.default cat.default index_select.default gather.default
 constant_pad_nd.default flip.default _to_copy.default clone.default arange.default full.default zeros.default ones.default
-new_zeros.default scalar_tensor.default full_like.default zeros_like.default diagonal.default stack.default"""
-_ONE_PER_OUTPUT = """add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar mul.Tensor mul.Scalar div.Tensor div.Scalar neg.default exp.default log.default
-sqrt.default rsqrt.default reciprocal.default abs.default sign.default sgn.default pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor
-maximum.default minimum.default relu.default sigmoid.default tanh.default clamp.default clamp_min.default clamp_max.default
-hardtanh.default round.default floor.default where.self where.ScalarOther where.ScalarSelf where.Scalar
-eq.Tensor eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar
-logical_and.default logical_or.default logical_not.default bitwise_and.Tensor bitwise_or.Tensor bitwise_not.default
-threshold_backward.default hardtanh_backward.default""".split()
+new_zeros.default scalar_tensor.default full_like.default zeros_like.default ones_like.default
+new_ones.default new_full.default diagonal.default stack.default"""
+_ONE_PER_OUTPUT = """add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar mul.Tensor mul.Scalar div.Tensor div.Scalar
+neg.default exp.default log.default sqrt.default rsqrt.default reciprocal.default abs.default sign.default sgn.default
+pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor maximum.default minimum.default relu.default sigmoid.default tanh.default
+clamp.default clamp_min.default clamp_max.default hardtanh.default round.default floor.default where.self where.ScalarOther
+where.ScalarSelf where.Scalar eq.Tensor eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar lt.Tensor
+lt.Scalar le.Tensor le.Scalar logical_and.default logical_or.default logical_not.default bitwise_and.Tensor bitwise_or.Tensor
+bitwise_not.default threshold_backward.default hardtanh_backward.default"""
 
 
-def _overloads(names: str | list[str]) -> list[object]:
+def _overloads(names: str) -> list[object]:
     found = []
-    for name in names.split() if isinstance(names, str) else names:
+    for name in names.split():
         packet, overload = name.split(".")
         found.append(getattr(getattr(aten, packet), overload))
     return found
@@ -178,14 +178,16 @@ def _overloads(names: str | list[str]) -> list[object]:
 FORMULAS: dict[object, Callable[[fx.Node], tuple[int, int]]] = {
     **dict.fromkeys(_overloads(_FREE), _free),
     **dict.fromkeys(_overloads(_ONE_PER_OUTPUT), _output()),
-    **dict.fromkeys(_overloads("sum.default sum.dim_IntList mean.default mean.dim amax.default any.default all.default argmax.default"), _input),
+    **dict.fromkeys(
+        _overloads("sum.default sum.dim_IntList mean.default mean.dim amax.default any.default all.default argmax.default"), _input
+    ),
     **dict.fromkeys(_overloads("mm.default bmm.default"), _product(0, 1)),
     **dict.fromkeys(_overloads("addmm.default baddbmm.default"), _product(1, 2)),
     aten.convolution.default: _convolution,
     aten.max_pool2d_with_indices.default: _window,
     aten.avg_pool2d.default: _window,
-    aten.max_pool2d_with_indices_backward.default: _window_backward,
-    aten.avg_pool2d_backward.default: _window_backward,
+    aten.max_pool2d_with_indices_backward.default: _input,
+    aten.avg_pool2d_backward.default: _average_backward,
     aten.scatter_add.default: lambda node: (0, _numel(node.args[3])),
     # maximum, difference, exponential, sum, and a logarithm with a difference or a quotient
     aten._log_softmax.default: _output(5),
@@ -198,8 +200,12 @@ FORMULAS: dict[object, Callable[[fx.Node], tuple[int, int]]] = {
 }
 """Cost ``(macs, elementwise)`` of each known operator. Moving data is free; a reduction counts its input elements."""
 
-_PASS_THROUGH = set(_overloads("view.default _unsafe_view.default reshape.default t.default transpose.int permute.default unsqueeze.default "
-                               "squeeze.dim squeeze.dims slice.Tensor narrow.default add.Tensor clone.default"))  # fmt: skip
+_PASS_THROUGH = set(
+    _overloads(
+        """view.default _unsafe_view.default reshape.default t.default transpose.int permute.default unsqueeze.default
+        squeeze.dim squeeze.dims slice.Tensor narrow.default add.Tensor clone.default"""
+    )
+)
 
 
 def _gradient_phase(node: fx.Node) -> str:

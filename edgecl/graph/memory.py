@@ -96,9 +96,16 @@ def plan(graph: StepGraph) -> Plan:
                     break
                 offset = max(offset, other.offset + other.nbytes)
         placed.append(Buffer(buffer.name, buffer.nbytes, buffer.first, buffer.last, offset))
-    events = range(len(graph.nodes))
-    peak = max((sum(b.nbytes for b in wanted if b.first <= i <= b.last) for i in events), default=0)
-    return Plan(max((b.offset + b.nbytes for b in placed), default=0), peak, tuple(placed))
+    return Plan(max((b.offset + b.nbytes for b in placed), default=0), peak_bytes(graph), tuple(placed))
+
+
+def peak_bytes(graph: StepGraph) -> int:
+    """Largest sum of bytes alive at once, in the graph's present order."""
+    change = np.zeros(len(graph.nodes) + 1, np.int64)
+    for buffer in lifetimes(graph):
+        change[buffer.first] += buffer.nbytes
+        change[buffer.last + 1] -= buffer.nbytes
+    return int(change.cumsum().max())
 
 
 def verify(graph: StepGraph, found: Plan) -> None:
@@ -110,33 +117,38 @@ def verify(graph: StepGraph, found: Plan) -> None:
         GraphError: naming the node that would read another tensor's bytes, or a buffer that is missing or too small.
     """
     places = {b.name: b for b in found.buffers}
-    arena = np.full(found.arena_bytes // ALIGNMENT, -1, np.int64)
+    arena = np.full(-(-found.arena_bytes // ALIGNMENT), -1, np.int64)
     results = set(graph.results)
     owner_of: dict[fx.Node, int] = {}
     nodes = graph.nodes
     for index, node in enumerate(nodes):
-        for source in node.all_input_nodes:
-            owner = owner_of[source]
-            if owner >= 0 and (arena[_units(places[nodes[owner].name])] != owner).any():
-                raise GraphError(f"memory plan of {graph.name!r}: {node.name} reads {nodes[owner].name} after it was overwritten")
         owner_of[node] = -1
         if node.op != "call_function":
-            continue
-        if _same_bytes(node):
+            pass
+        elif _same_bytes(node):
             owner_of[node] = owner_of[node.all_input_nodes[0]]
         elif node.name in places:
             place = places[node.name]
             need = sum(v.numel() * v.element_size() for v in _tensors(node))
-            if place.nbytes < need or place.offset < 0 or place.offset + place.nbytes > found.arena_bytes:
+            if place.nbytes < need:
                 raise GraphError(f"memory plan of {graph.name!r}: {node.name} needs {need} bytes, its place has {place.nbytes}")
+            if place.offset < 0 or place.offset % ALIGNMENT or place.offset + place.nbytes > found.arena_bytes:
+                raise GraphError(
+                    f"memory plan of {graph.name!r}: {node.name} must start at a multiple of {ALIGNMENT} and end within "
+                    f"{found.arena_bytes} bytes, its place is {place.offset} to {place.offset + place.nbytes}"
+                )
             arena[_units(place)] = index
             owner_of[node] = index
         elif results.isdisjoint([node, *_views_of(node)]):
             raise GraphError(f"memory plan of {graph.name!r}: {node.name} has no place")
+        for source in node.all_input_nodes:  # after the write: an operator must not overwrite what it reads
+            owner = owner_of[source]
+            if owner >= 0 and (arena[_units(places[nodes[owner].name])] != owner).any():
+                raise GraphError(f"memory plan of {graph.name!r}: {node.name} reads {nodes[owner].name} after it was overwritten")
 
 
 def _units(place: Buffer) -> slice:
-    return slice(place.offset // ALIGNMENT, (place.offset + place.nbytes) // ALIGNMENT)
+    return slice(place.offset // ALIGNMENT, -(-(place.offset + place.nbytes) // ALIGNMENT))
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:

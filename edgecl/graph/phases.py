@@ -6,7 +6,8 @@ cost nothing in eager mode.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,39 @@ def value_and_gradient(
         parameters: Trained tensors by name; the backward pass stops at the shallowest of them.
         seed: float32 [], the cotangent of the loss.
     """
+
+    def marked(tensors: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        value, auxiliary = loss(tensors)
+        if traceback.has_preserved_node_meta():
+            _mark_backward(value)
+        return value, auxiliary
+
     with phase("forward"):
-        value, pullback, auxiliary = torch.func.vjp(loss, parameters, has_aux=True)
+        value, pullback, auxiliary = cast(Any, torch.func.vjp(marked, parameters, has_aux=True))
     with phase("backward"):
         (gradient,) = pullback(seed)
     return value, auxiliary, gradient
+
+
+def _mark_backward(value: Tensor) -> None:
+    """While captured, let each backward operator carry the sequence number of the forward operator that it belongs to."""
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        waiting += [before for before, _ in function.next_functions]
+        function.register_prehook(partial(_enter_backward, function._sequence_nr()))
+        function.register_hook(_leave_backward)
+
+
+def _enter_backward(number: int, gradients: Any) -> None:
+    traceback.set_grad_fn_seq_nr(number)
+
+
+def _leave_backward(results: Any, gradients: Any) -> None:
+    traceback.reset_grad_fn_seq_nr()
 
 
 @contextmanager

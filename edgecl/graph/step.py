@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
+from torch import Tensor, fx
+
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import TensorSpec
-from torch import Tensor, fx
 
 Kind = Literal["state", "data"]
 

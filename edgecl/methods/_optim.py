@@ -5,6 +5,7 @@ weights whose gradient is zero. Tensors are updated in flat shape, because runti
 dimensions of size one slowly.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,9 +39,10 @@ class Optimiser:
     def __post_init__(self) -> None:
         require(self.kind in OPTIMISERS, "optimizer", f"be one of {', '.join(OPTIMISERS)}", self.kind, "use 'sgd'")
         require(0 <= self.momentum < 1, "momentum", "be in [0, 1)", self.momentum, "0.9 is usual")
-        require(all(0 <= b < 1 for b in self.betas), "betas", "be in [0, 1)", self.betas, "(0.9, 0.999) is usual")
-        require(self.eps > 0, "eps", "be above 0", self.eps, "1e-8 is usual")
-        require(self.weight_decay >= 0, "weight_decay", "be at least 0", self.weight_decay, "use 0 for none")
+        ok = [0 <= b < 1 for b in self.betas] == [True, True]
+        require(ok, "betas", "be two numbers in [0, 1)", self.betas, "(0.9, 0.999) is usual")
+        require(0 < self.eps < math.inf, "eps", "be finite and above 0", self.eps, "1e-8 is usual")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "be finite and at least 0", self.weight_decay, "use 0 for none")
 
     def slots(self, parameters: Mapping[str, Tensor]) -> State:
         """Zero-initialised slots, named ``SLOT.PARAMETER``."""

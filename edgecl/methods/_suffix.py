@@ -1,15 +1,17 @@
 """What methods that train a part of the network share: the suffix as state, masked cross-entropy, one update."""
 
 import copy
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-from edgecl_device.errors import InputError
 from torch import Tensor, nn
 
 from edgecl.learner import UNSEEN, Learner, Problem, State, StepResult, mask_unseen, one_hot
+from edgecl.methods._features import require
+from edgecl_device.errors import InputError
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -42,6 +44,11 @@ class SuffixLearner(Learner):
             )
         parameters = dict(self.suffix.named_parameters())
         self.trained = [name for name in parameters if any(fnmatchcase(name, p) for p in self._patterns())]
+        if not self.trained and hasattr(self.config, "trainable"):
+            raise InputError(
+                f"trainable: must name a parameter, got {self.config.trainable!r} on a suffix with {sorted(parameters) or 'none'}; "
+                "give a pattern that matches, or cut the model further up"
+            )
         for name, mask in self.masks.items():
             if name not in self.trained or mask.shape != parameters[name].shape or mask.dtype != torch.bool:
                 raise InputError(f"masks: {name!r} must be a bool tensor of a trained parameter's shape; trained are {self.trained}")
@@ -79,6 +86,22 @@ class SuffixLearner(Learner):
         """The suffix with these parameters: float32 [N, K]."""
         scores: Tensor = torch.func.functional_call(self.suffix, parameters, (z,))
         return scores
+
+
+def check_training(config: Any) -> None:
+    """Check the hyperparameters that every trained method has, and the plain types of all of them.
+
+    Raises:
+        InputError: naming the first that does not fit.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), {float: (int, float), int: (int,), str: (str,)}.get(hint)
+        ok = kinds is None or (isinstance(value, kinds) and not isinstance(value, bool))
+        require(ok, name, f"be of type {getattr(hint, '__name__', hint)}", value, "pass such a value")
+    require(0 <= config.lr < math.inf, "lr", "be finite and at least 0", config.lr, "0.01 is a good start")
+    patterns = config.trainable
+    ok = patterns is None or (isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns))
+    require(ok, "trainable", "be None or a tuple of patterns", patterns, "use ('fc.*',) for one")
 
 
 def cross_entropy(scores: Tensor, target: Tensor, allowed: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from edgecl.graph.phases import value_and_gradient
 from edgecl.learner import State, StepResult, mask_unseen, one_hot
 from edgecl.methods._optim import Optimiser
-from edgecl.methods._suffix import SuffixLearner, cross_entropy
+from edgecl.methods._suffix import SuffixLearner, check_training, cross_entropy
 
 
 class Finetune(SuffixLearner):
@@ -52,6 +52,7 @@ class Finetune(SuffixLearner):
             return Optimiser(self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)
 
         def __post_init__(self) -> None:
+            check_training(self)
             self.optimiser()
 
     def init(self) -> State:

@@ -1,5 +1,6 @@
 """Joint: offline training on all samples at once, over many epochs. The upper bound; it cannot run on the device."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from edgecl.learner import State
-from edgecl.methods._suffix import SuffixLearner, cross_entropy
+from edgecl.methods._features import require
+from edgecl.methods._suffix import SuffixLearner, check_training, cross_entropy
 
 
 class Joint(SuffixLearner):
@@ -39,19 +41,27 @@ class Joint(SuffixLearner):
         trainable: tuple[str, ...] | None = None
         seed: int = 0
 
-    def fit(self, z: Tensor, target: Tensor) -> State:
-        """Train on latents [N, ...] and classes int64 [N] and return the state."""
+        def __post_init__(self) -> None:
+            check_training(self)
+            require(self.epochs >= 1, "epochs", "be at least 1", self.epochs, "20 is usual")
+            require(self.batch >= 1, "batch", "be at least 1 sample", self.batch, "32 is usual")
+            require(0 <= self.seed < 2**64, "seed", "be in [0, 2**64)", self.seed, "0 is as good as any")
+            require(0 <= self.weight_decay < math.inf, "weight_decay", "be finite and at least 0", self.weight_decay, "use 0 for none")
+
+    def fit(self, z: Any, target: Tensor) -> State:
+        """Train on latents [N, ...] (one tensor, or a mapping of named ones) and classes int64 [N] and return the state."""
         state = self.init()
         weights = {name: value.requires_grad_(True) for name, value in self.parameters(state).items()}
         config: Any = self.config
         optimiser = torch.optim.AdamW(weights.values(), config.lr, weight_decay=config.weight_decay)
-        steps = config.epochs * -(-len(z) // config.batch)
+        steps = config.epochs * -(-len(target) // config.batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         generator = torch.Generator().manual_seed(config.seed)
         count = torch.bincount(target, minlength=self.problem.max_classes).float()
         for _ in range(config.epochs):
-            for rows in torch.randperm(len(z), generator=generator).split(config.batch):
-                loss = cross_entropy(self.scores(weights, z[rows]), target[rows], count > 0).mean()
+            for rows in torch.split(torch.randperm(len(target), generator=generator), config.batch):
+                part = z[rows] if isinstance(z, Tensor) else {name: tensor[rows] for name, tensor in z.items()}
+                loss = cross_entropy(self.scores(weights, part), target[rows], count > 0).mean()
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()

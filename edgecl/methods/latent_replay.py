@@ -9,12 +9,12 @@ samples). ER-ACE's current loss runs over the classes of a recent window of samp
 single sample its gradient is zero. Learning and prediction both see the decoded latent.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from edgecl_device.manifest import TensorSpec
 from torch import Tensor, nn
 
 from edgecl.codecs import CODECS
@@ -23,12 +23,13 @@ from edgecl.learner import Problem, ReplayPlan, State, StepResult, mask_unseen, 
 from edgecl.methods._features import require
 from edgecl.methods._suffix import cross_entropy
 from edgecl.methods.finetune import Finetune
+from edgecl_device.manifest import TensorSpec
 
 POLICIES = ("reservoir", "largest-class")
 
 
 class LatentReplay(Finetune):
-    """Experience replay on latents: ``loss = CE(new sample) + mean of CE(r stored rows)``.
+    """Experience replay on latents: ``loss = new_weight * CE(new sample) + mean of CE(r stored rows)``.
 
     State: that of finetune, and 4 K bytes for the window; beside it the replay memory. MACs a sample: (1 + r) times the
     suffix's forward and backward pass.
@@ -47,6 +48,8 @@ class LatentReplay(Finetune):
             codec: ``float32`` or ``uint8``.
             policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows).
             loss: ``er`` or ``er-ace``.
+            new_weight: Weight of the new sample's loss beside the mean of the stored rows'; 1 is ER's. Below 1 a run of samples of
+                one class pulls less.
             window: Samples for which a class counts as current, for ``er-ace``.
             seed: Key of the device's generator.
         """
@@ -56,6 +59,7 @@ class LatentReplay(Finetune):
         codec: str = "uint8"
         policy: str = "largest-class"
         loss: str = "er"
+        new_weight: float = 1.0
         window: int = 50
         seed: int = 0
 
@@ -65,6 +69,7 @@ class LatentReplay(Finetune):
             require(self.codec in CODECS, "codec", f"be one of {', '.join(CODECS)}", self.codec, "use 'uint8'")
             require(self.policy in POLICIES, "policy", f"be one of {', '.join(POLICIES)}", self.policy, "use 'largest-class'")
             require(self.loss in ("er", "er-ace"), "loss", "be 'er' or 'er-ace'", self.loss, "use 'er'")
+            require(0 < self.new_weight < math.inf, "new_weight", "be finite and above 0", self.new_weight, "1 is ER's own")
             require(self.window >= 1, "window", "be at least 1 sample", self.window, "50 is a good start")
 
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -108,7 +113,10 @@ class LatentReplay(Finetune):
         """Scores float32 [1, K] of the latent as a row would hold it."""
         return super().predict(state, self._decode(self._encode(z)))
 
-    def learn(self, state: State, z: Any, target: Tensor, weight: Tensor, lr: Tensor, replay: dict[str, Any]) -> StepResult:
+    # Steps are fed by the names of their inputs, never through the base class.
+    def learn(  # type: ignore[override]
+        self, state: State, z: Any, target: Tensor, weight: Tensor, lr: Tensor, replay: dict[str, Any]
+    ) -> StepResult:
         """One step on the new sample and r stored rows; ``row.z`` is the sample's own row."""
         code = self._encode(z)
         fresh = one_hot(target, self.problem.max_classes).reshape(-1)
@@ -122,7 +130,7 @@ class LatentReplay(Finetune):
         targets = torch.cat([target, replay["target"]])
         allowed = torch.cat([current, seen.expand(rows, -1)])
         real = replay["weight"]
-        weights = torch.cat([weight, real / real.sum().clamp_min(1.0)])
+        weights = torch.cat([weight * self.config.new_weight, real / real.sum().clamp_min(1.0)])
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             scores = self.scores(parameters, batch)

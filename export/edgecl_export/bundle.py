@@ -13,16 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
+from safetensors.numpy import save
+
 from edgecl.graph.lowering import BuiltStep, build
 from edgecl.ledger import ledger, state_specs
 from edgecl.prepare import Prepared
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import MANIFEST, FileEntry, Manifest, ReplaySpec, StepSpec, sha256_file, to_json
-from safetensors.numpy import save_file
-
+from edgecl_device.manifest import MANIFEST, FileEntry, Manifest, StepSpec, sha256_file, to_json
 from edgecl_export.onnx import Emitter, WeightFile
 from edgecl_export.verify import Gate, verify
 
@@ -70,18 +69,21 @@ def export(
     """
     destination = Path(path)
     if destination.exists() and not (overwrite and (destination / MANIFEST).is_file()):
-        raise InputError(f"path: {destination} exists; choose another folder" + (", this one holds no bundle" if overwrite else " or pass overwrite=True"))
+        mend = ", this one holds no bundle" if overwrite else " or pass overwrite=True"
+        raise InputError(f"path: {destination} exists; choose another folder{mend}")
     if prepared.learner.name == "joint":
         raise InputError("method: 'joint' trains offline and has no step for the device; export another method")
     steps = build(prepared)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
+    # Missing parents are made last: a failed export leaves none behind.
+    nearest = next(parent for parent in destination.parents if parent.exists())
+    with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{destination.name}-") as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
         manifest = _write(prepared, steps, folder, log_capacity_bytes, pending_capacity)
         gates = verify(folder, manifest, prepared, steps)
         if destination.exists():
             shutil.rmtree(destination)
+        destination.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(destination)
     return Exported(destination, manifest, gates)
 
@@ -95,10 +97,10 @@ def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log
         model = Emitter(step.graph, weights).emit()
         (folder / files[name]).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     weights.close()
-    save_file({name: tensor.detach().cpu().numpy() for name, tensor in prepared.state.items()}, folder / STATE_FILE)
+    (folder / STATE_FILE).write_bytes(save({name: tensor.detach().cpu().numpy() for name, tensor in prepared.state.items()}))
     replay = None
     if memory is not None:
-        save_file(memory.rows_by_name(), folder / REPLAY_FILE)
+        (folder / REPLAY_FILE).write_bytes(save(memory.rows_by_name()))
         spec = memory.spec
         replay = dataclasses.replace(spec, counter=memory.generator.counter, seen=memory.seen)
     graph_bytes = sum((folder / name).stat().st_size for name in files.values())
@@ -110,16 +112,20 @@ def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log
         replay_bytes=memory.nbytes if memory is not None else 0,
         pending=pending_capacity,
     )
-    trunk_hash = _trunk_hash(steps["encode"])
+    trunk_hash = _graph_hash(steps["encode"])
     specs = state_specs(prepared.state)
     config = json.loads(json.dumps(learner.config_dict()))
-    identity = [learner.name, config, learner.problem.max_classes, [dataclasses.astuple(s) for s in specs], trunk_hash]
+    # Every step counts: a store's state and rows mean something else behind another frozen layer or another codec range.
+    graphs = {name: _graph_hash(step) for name, step in steps.items()}
+    contents = {p.name: FileEntry(sha256_file(p), p.stat().st_size) for p in sorted(folder.iterdir())}
+    start = [contents[name].sha256 for name in (STATE_FILE, REPLAY_FILE) if name in contents]
+    identity = [learner.name, config, learner.problem.max_classes, graphs, start]
     manifest = Manifest(
         method=learner.name,
         config=config,
         target=learner.problem.target,
         max_classes=learner.problem.max_classes,
-        class_names=prepared.class_names,
+        class_names=prepared.known_names(),
         steps={name: _step_spec(files[name], step) for name, step in steps.items()},
         state=specs,
         state_file=STATE_FILE,
@@ -132,7 +138,7 @@ def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log
         pending_capacity=pending_capacity,
         forgets=learner.forgets_exactly,
         ledger=memory_ledger,
-        files={p.name: FileEntry(sha256_file(p), p.stat().st_size) for p in sorted(folder.iterdir())},
+        files=contents,
         versions={name: version(name) for name in ("edgecl", "torch", "onnx-ir", "onnxruntime")},
     )
     (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
@@ -155,11 +161,11 @@ def _step_spec(file: str, step: BuiltStep) -> StepSpec:
     )
 
 
-def _trunk_hash(encode: BuiltStep) -> str:
-    """SHA-256 over the lowered encode graph: its operators, their arguments and every frozen tensor."""
+def _graph_hash(step: BuiltStep) -> str:
+    """SHA-256 over a lowered graph: its operators, their arguments and every frozen tensor."""
     digest = hashlib.sha256()
-    constants = encode.graph.constants()
-    for node in encode.graph.nodes:
+    constants = step.graph.constants()
+    for node in step.graph.nodes:
         digest.update(f"{node.op} {node.target} {node.args} {node.kwargs}".encode())
     for name, tensor in constants.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor, fx
+
 from edgecl.graph.step import Port, StepGraph, UnsupportedOperatorError, value_of, where_in_model
 from edgecl.learner import dtype_name
 from edgecl_device.engines.onnx import STATE_IN, STATE_OUT
-from torch import Tensor, fx
-
 from edgecl_export.onnx_ops import TRANSLATIONS
 
 aten = torch.ops.aten
@@ -70,7 +70,7 @@ class WeightFile:
 
     def close(self) -> None:
         """Write the file, also when it is empty."""
-        with open(self.path, "wb") as file:
+        with self.path.open("wb") as file:
             for offset, blob in self._blobs:
                 file.seek(offset)
                 file.write(blob)
@@ -114,7 +114,12 @@ class Emitter:
         taken: set[int] = set()
         outputs = [self._output(port, node, taken) for port, node in zip(self.graph.outputs, self.graph.results, strict=True)]
         graph = ir.Graph(
-            inputs, outputs, nodes=self.nodes, initializers=list(self.initializers.values()), opset_imports={"": OPSET}, name=self.graph.name
+            inputs,
+            outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET},
+            name=self.graph.name,
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="edgecl")
         RemoveUnusedNodesPass()(model)  # transposes that went into a Gemm
@@ -129,7 +134,7 @@ class Emitter:
                 f"step {self.graph.name!r}: operator {node.target} in {where_in_model(node)} has no ONNX translation; "
                 "replace it in the model, or split the model after it if it is frozen and can run elsewhere"
             )
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         return translation(self, node, *args, **kwargs)
 
     def _record(self, node: fx.Node, value: Any) -> None:
@@ -176,7 +181,13 @@ class Emitter:
             if array.nbytes > INLINE_BYTES:
                 offset, length = self.weights.place(array)
                 tensor = ir.ExternalTensor(
-                    self.weights.path.name, offset, length, inline.dtype, shape=ir.Shape(array.shape), name=key, base_dir=self.weights.path.parent
+                    self.weights.path.name,
+                    offset,
+                    length,
+                    inline.dtype,
+                    shape=ir.Shape(array.shape),
+                    name=key,
+                    base_dir=self.weights.path.parent,
                 )
             value = ir.Value(name=key, shape=ir.Shape(array.shape), type=ir.TensorType(inline.dtype), const_value=tensor)
             self.initializers[key] = value
@@ -208,7 +219,7 @@ class Emitter:
         result: torch.dtype = value_of(node).dtype
         if result != torch.bool:
             return result
-        operands = [value_of(a) if isinstance(a, fx.Node) else a for a in node.args]
+        operands: list[Any] = [value_of(a) if isinstance(a, fx.Node) else a for a in node.args]
         tensors = [a for a in operands if isinstance(a, Tensor)]
         if len(operands) == 1:
             return tensors[0].dtype

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from edgecl.graph.step import shape_of, value_of
 from torch import fx
+
+from edgecl.graph.step import UnsupportedOperatorError, shape_of, value_of, where_in_model
 
 if TYPE_CHECKING:
     from edgecl_export.onnx import Emitter
@@ -33,30 +34,72 @@ def translates(*operators: Any) -> Callable[[Translation], Translation]:
     return register
 
 
+_OF_BOOLEANS = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
+_ORDER = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual"}
+
+
 def _elementwise(op: str) -> Translation:
     """An operator of any number of operands that broadcast; operands take the type that PyTorch computes in."""
 
     def translate(e: "Emitter", node: fx.Node, *operands: Any) -> ir.Value:
         dtype = e.compute_dtype(node)
-        return e.op(op, *(e.operand(value, dtype) for value in operands))
+        if dtype == torch.bool and op in _ORDER.values():
+            dtype = torch.uint8  # runtimes order numbers only
+        return e.op(_OF_BOOLEANS.get(op, op) if dtype == torch.bool else op, *(e.operand(value, dtype) for value in operands))
 
     return translate
 
 
-for name, op in {
-    "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div",
-}.items():  # fmt: skip
+def _sum(op: str) -> Translation:
+    """``left + alpha * right``, or minus."""
+    plain = _elementwise(op)
+
+    def translate(e: "Emitter", node: fx.Node, left: Any, right: Any, alpha: float = 1) -> Any:
+        if alpha != 1:
+            dtype = e.compute_dtype(node)
+            right = e.op("Mul", e.operand(right, dtype), e.operand(alpha, dtype))
+            return e.op(op, e.operand(left, dtype), right)
+        return plain(e, node, left, right)
+
+    return translate
+
+
+def _logical(op: str) -> Translation:
+    """An operator on truth values; numbers are true unless zero."""
+
+    def translate(e: "Emitter", node: fx.Node, *operands: ir.Value) -> ir.Value:
+        return e.op(op, *(e.boolean(value) for value in operands))
+
+    return translate
+
+
+def _bitwise(op: str) -> Translation:
+    """An operator on the bits of integers, or on truth values."""
+
+    def translate(e: "Emitter", node: fx.Node, *operands: ir.Value) -> ir.Value:
+        dtype = value_of(node).dtype
+        return e.op(op if dtype == torch.bool else f"Bitwise{op}", *(e.cast(value, dtype) for value in operands))
+
+    return translate
+
+
+for name, op in {"add": "Add", "sub": "Sub"}.items():
+    TRANSLATIONS[getattr(aten, name).Tensor] = TRANSLATIONS[getattr(aten, name).Scalar] = _sum(op)
+for name, op in {"mul": "Mul", "div": "Div", "eq": "Equal", **_ORDER}.items():
     TRANSLATIONS[getattr(aten, name).Tensor] = TRANSLATIONS[getattr(aten, name).Scalar] = _elementwise(op)
 for name, op in {
-    "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "abs": "Abs", "relu": "Relu", "sigmoid": "Sigmoid",
-    "tanh": "Tanh", "round": "Round", "floor": "Floor", "sign": "Sign", "sgn": "Sign", "maximum": "Max", "minimum": "Min",
-    "logical_not": "Not", "logical_and": "And", "logical_or": "Or",
+    "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "abs": "Abs", "relu": "Relu",
+    "sigmoid": "Sigmoid", "tanh": "Tanh", "round": "Round", "floor": "Floor", "sign": "Sign", "sgn": "Sign",
+    "maximum": "Max", "minimum": "Min",
 }.items():  # fmt: skip
     TRANSLATIONS[getattr(aten, name).default] = _elementwise(op)
-for name, op in {"eq": "Equal", "gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual"}.items():
-    TRANSLATIONS[getattr(aten, name).Tensor] = TRANSLATIONS[getattr(aten, name).Scalar] = _elementwise(op)
 for overload in (aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor):
     TRANSLATIONS[overload] = _elementwise("Pow")
+for name, op in {"logical_not": "Not", "logical_and": "And", "logical_or": "Or"}.items():
+    TRANSLATIONS[getattr(aten, name).default] = _logical(op)
+TRANSLATIONS[aten.bitwise_and.Tensor] = _bitwise("And")
+TRANSLATIONS[aten.bitwise_or.Tensor] = _bitwise("Or")
+TRANSLATIONS[aten.bitwise_not.default] = _bitwise("Not")
 
 
 @translates(aten.ne.Tensor, aten.ne.Scalar)
@@ -66,52 +109,41 @@ def _not_equal(e: "Emitter", node: fx.Node, left: Any, right: Any) -> ir.Value:
 
 
 @translates(aten.rsub.Scalar)
-def _reverse_subtract(e: "Emitter", node: fx.Node, x: ir.Value, left: float) -> ir.Value:
+def _reverse_subtract(e: "Emitter", node: fx.Node, x: ir.Value, left: float, alpha: float = 1) -> ir.Value:
     dtype = e.compute_dtype(node)
-    return e.op("Sub", e.operand(left, dtype), e.operand(x, dtype))
-
-
-@translates(aten.bitwise_and.Tensor)
-def _and(e: "Emitter", node: fx.Node, left: ir.Value, right: ir.Value) -> ir.Value:
-    return e.op("And", e.boolean(left), e.boolean(right))
-
-
-@translates(aten.bitwise_or.Tensor)
-def _or(e: "Emitter", node: fx.Node, left: ir.Value, right: ir.Value) -> ir.Value:
-    return e.op("Or", e.boolean(left), e.boolean(right))
-
-
-@translates(aten.bitwise_not.default)
-def _not(e: "Emitter", node: fx.Node, x: ir.Value) -> ir.Value:
-    return e.op("Not", e.boolean(x))
+    x = e.operand(x, dtype)
+    return e.op("Sub", e.operand(left, dtype), x if alpha == 1 else e.op("Mul", x, e.operand(alpha, dtype)))
 
 
 @translates(aten.rsqrt.default)
 def _inverse_root(e: "Emitter", node: fx.Node, x: ir.Value) -> ir.Value:
-    return e.op("Reciprocal", e.op("Sqrt", x))
+    return e.op("Reciprocal", e.op("Sqrt", e.cast(x, value_of(node).dtype)))
 
 
 @translates(aten.clamp.default, aten.hardtanh.default)
 def _clip(e: "Emitter", node: fx.Node, x: ir.Value, low: float | None = None, high: float | None = None) -> ir.Value:
+    dtype = value_of(node).dtype
     if node.target is aten.hardtanh.default:
         low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
-    limits = [None if v is None else e.operand(v, value_of(node).dtype) for v in (low, high)]
-    return e.op("Clip", x, *limits)
+    return e.op("Clip", e.cast(x, dtype), *(None if v is None else e.operand(v, dtype) for v in (low, high)))
 
 
 @translates(aten.clamp_min.default)
 def _clip_low(e: "Emitter", node: fx.Node, x: ir.Value, low: float) -> ir.Value:
-    return e.op("Max", x, e.operand(low, value_of(node).dtype))
+    return e.op("Max", *(e.operand(value, value_of(node).dtype) for value in (x, low)))
 
 
 @translates(aten.clamp_max.default)
 def _clip_high(e: "Emitter", node: fx.Node, x: ir.Value, high: float) -> ir.Value:
-    return e.op("Min", x, e.operand(high, value_of(node).dtype))
+    return e.op("Min", *(e.operand(value, value_of(node).dtype) for value in (x, high)))
 
 
-@translates(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+@translates(aten.where.self)
 def _where(e: "Emitter", node: fx.Node, condition: ir.Value, yes: Any, no: Any) -> ir.Value:
     dtype = value_of(node).dtype
+    if dtype == torch.bool:  # a choice between truth values has no kernel
+        chosen = e.op("Where", e.boolean(condition), e.operand(yes, torch.uint8), e.operand(no, torch.uint8))
+        return e.op("Cast", chosen, to=int(ir.DataType.BOOL))
     return e.op("Where", e.boolean(condition), e.operand(yes, dtype), e.operand(no, dtype))
 
 
@@ -167,9 +199,7 @@ def _convolution(
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-@translates(
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims
-)
+@translates(aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _reshape(e: "Emitter", node: fx.Node, x: ir.Value, *sizes: Any) -> ir.Value:
     return e.op("Reshape", x, e.ints(shape_of(node)))
 
@@ -197,7 +227,9 @@ def _permute(e: "Emitter", node: fx.Node, x: ir.Value, axes: Sequence[int]) -> i
 
 
 @translates(aten.slice.Tensor)
-def _slice(e: "Emitter", node: fx.Node, x: ir.Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> ir.Value:
+def _slice(
+    e: "Emitter", node: fx.Node, x: ir.Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> ir.Value:
     stop = np.iinfo(np.int64).max if end is None else end
     return e.op("Slice", x, e.ints([start or 0]), e.ints([stop]), e.ints([dim]), e.ints([step]))
 
@@ -209,8 +241,12 @@ def _select(e: "Emitter", node: fx.Node, x: ir.Value, dim: int, index: int) -> i
 
 @translates(aten.diagonal.default)
 def _diagonal(e: "Emitter", node: fx.Node, x: ir.Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> ir.Value:
-    rows, columns = shape_of(node.args[0])  # type: ignore[arg-type]
-    size = shape_of(node)[0]
+    sizes = shape_of(node.args[0])  # type: ignore[arg-type]
+    if len(sizes) != 2:
+        raise UnsupportedOperatorError(f"{node.target} in {where_in_model(node)}: takes a matrix, got {list(sizes)}; index it instead")
+    (rows, columns), size = sizes, shape_of(node)[0]
+    if dim1 % 2 > dim2 % 2:
+        offset = -offset
     start = offset if offset >= 0 else -offset * columns
     flat = e.op("Reshape", x, e.ints([rows * columns]))
     return e.op("Gather", flat, e.constant(start + (columns + 1) * np.arange(size)), axis=0)
@@ -233,6 +269,9 @@ def _gather(e: "Emitter", node: fx.Node, x: ir.Value, dim: int, index: ir.Value,
 
 @translates(aten.scatter_add.default)
 def _scatter_add(e: "Emitter", node: fx.Node, x: ir.Value, dim: int, index: ir.Value, source: ir.Value) -> ir.Value:
+    size = shape_of(node.args[2])  # type: ignore[arg-type]
+    if size != shape_of(node.args[3]):  # type: ignore[arg-type]  # ATen reads as much of the source as the index is long
+        source = e.op("Slice", source, e.ints([0] * len(size)), e.ints(size), e.ints(range(len(size))))
     return e.op("ScatterElements", x, index, source, axis=dim, reduction="add")
 
 
@@ -269,7 +308,10 @@ TRANSLATIONS[aten.amax.default] = _reduction("ReduceMax")
 
 
 @translates(aten.argmax.default)
-def _argmax(e: "Emitter", node: fx.Node, x: ir.Value, dim: int, keepdim: bool = False) -> ir.Value:
+def _argmax(e: "Emitter", node: fx.Node, x: ir.Value, dim: int | None = None, keepdim: bool = False) -> ir.Value:
+    if dim is None:
+        flat = e.op("ArgMax", e.op("Reshape", x, e.ints([-1])), axis=0, keepdims=0)
+        return e.op("Reshape", flat, e.ints(shape_of(node)))
     return e.op("ArgMax", x, axis=dim, keepdims=int(keepdim))
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from edgecl_device.generator import Generator
-from edgecl_device.manifest import FileEntry, Manifest, ReplaySpec, StepSpec, TensorSpec, sha256_file, to_json
 from onnx import numpy_helper, parser
 from safetensors.numpy import save
+
+from edgecl_device.generator import Generator
+from edgecl_device.manifest import FileEntry, Manifest, ReplaySpec, StepSpec, TensorSpec, sha256_file, to_json
 
 HERE = Path(__file__).resolve().parent
 D, K, R = 8, 5, 2
@@ -64,7 +65,8 @@ MEANS = {
     + "health_size = ReduceMin <keepdims = 0> (next_count)  guard = Greater (health_size, low)"
     + FINITE_MEANS,
     "relabel": HOT.format(target="new_target", hot="hot_new", weight="weight")
-    + "old_flag = Equal (target, classes)  old_raw = Cast <to = 1> (old_flag)  hot_old = Mul (old_raw, weight)  hot = Sub (hot_new, hot_old)"
+    + "old_flag = Equal (target, classes)  old_raw = Cast <to = 1> (old_flag)"
+    + "hot_old = Mul (old_raw, weight)  hot = Sub (hot_new, hot_old)"
     + ADD.format(hot="hot", op="Add")
     + FINITE_MEANS,
 }

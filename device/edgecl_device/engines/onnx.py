@@ -49,6 +49,7 @@ class OnnxEngine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
+        options.log_severity_level = 3  # errors; they are raised anyway
         self._steps = {name: _Step(self, Path(bundle) / step.file, step, options) for name, step in manifest.steps.items()}
 
     def load(self, state: Mapping[str, Array]) -> None:

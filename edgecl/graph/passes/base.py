@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from edgecl.graph.step import GraphError, StepGraph
@@ -57,11 +58,14 @@ def constant_expression(graph: StepGraph) -> fx.Node | None:
     return next((n for n in graph.operators if is_constant(n)), None)
 
 
+_LIKE = {getattr(torch.ops.aten, name).default for name in ["zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]}
+
+
 def is_constant(node: fx.Node) -> bool:
-    """Whether a node's value is known before the graph runs."""
-    return node.op == "get_attr" or (
-        node.op == "call_function" and node.target is not operator.getitem and all(n.op == "get_attr" for n in node.all_input_nodes)
-    )
+    """Whether a node's value is known before the graph runs: its operands are, or it needs no more than their shape."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return node.op == "get_attr"
+    return node.target in _LIKE or all(n.op == "get_attr" for n in node.all_input_nodes)
 
 
 CHECKS: dict[str, Callable[[StepGraph], fx.Node | None]] = {

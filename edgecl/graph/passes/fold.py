@@ -18,12 +18,22 @@ class FoldConstants(Pass):
     def rewrite(self, graph: StepGraph) -> StepGraph:
         """See the class."""
         for node in graph.nodes:
-            if node.op == "call_function" and is_constant(node) and isinstance(value_of(node), Tensor):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), graph.constant)  # type: ignore[misc]
+            if node.op == "call_function" and is_constant(node):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _known(graph, source))
                 with torch.no_grad():
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
-                replace_by_constant(graph, node, value)
+                if isinstance(value, Tensor):
+                    replace_by_constant(graph, node, value)
+                else:
+                    for item in list(node.users):  # getitem: the operator has several results
+                        replace_by_constant(graph, item, value[item.args[1]])
+                    graph.module.graph.erase_node(node)
         return graph
+
+
+def _known(graph: StepGraph, node: fx.Node) -> Tensor:
+    """A constant; of another node, whose values are not asked for, zeros of its shape."""
+    return graph.constant(node) if node.op == "get_attr" else torch.zeros(shape_of(node), dtype=value_of(node).dtype)
 
 
 class FoldConvolutionAffine(Pass):
@@ -51,11 +61,13 @@ def _fold_into_producer(graph: StepGraph, node: fx.Node) -> None:
     x, weight, bias = conv.args[:3]
     if bool(conv.args[6]) or not _frozen(weight) or not (bias is None or _frozen(bias)):
         return
+    if (shape_of(conv), value_of(conv).dtype) != (shape_of(node), value_of(node).dtype):
+        return  # the factor widens the result
     channels = shape_of(conv)[1]
-    vector = _channel_vector(graph, factor, channels, len(shape_of(conv)))
+    kernel = graph.constant(weight)  # type: ignore[arg-type]
+    vector = _channel_vector(graph, factor, channels, kernel)
     if vector is None:
         return
-    kernel = graph.constant(weight)  # type: ignore[arg-type]
     old_bias = graph.constant(bias) if isinstance(bias, fx.Node) else torch.zeros(channels, dtype=kernel.dtype)
     if node.target is aten.mul.Tensor:
         kernel, old_bias = kernel * vector.reshape(-1, *[1] * (kernel.dim() - 1)), old_bias * vector
@@ -72,17 +84,17 @@ def _frozen(value: object) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
 
 
-def _channel_vector(graph: StepGraph, factor: object, channels: int, rank: int) -> Tensor | None:
-    """The factor as float [C] when it is a constant that varies along the channels only."""
+def _channel_vector(graph: StepGraph, factor: object, channels: int, kernel: Tensor) -> Tensor | None:
+    """The factor as [C] of the kernel's dtype when it is a constant that varies along the channels only."""
     if isinstance(factor, (int, float)):
-        return torch.full((channels,), float(factor))
+        return torch.full((channels,), float(factor), dtype=kernel.dtype)
     if not _frozen(factor):
         return None
     value = graph.constant(factor)  # type: ignore[arg-type]
-    shape = [1] * (rank - value.dim()) + list(value.shape)
+    shape = [1] * (kernel.dim() - value.dim()) + list(value.shape)
     if shape[1] not in (1, channels) or any(size != 1 for i, size in enumerate(shape) if i != 1):
         return None
-    return value.reshape(-1).expand(channels).clone()
+    return value.reshape(-1).expand(channels).to(kernel.dtype)
 
 
 def new_constant(graph: StepGraph, value: Tensor, like: fx.Node) -> fx.Node:

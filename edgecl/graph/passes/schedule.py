@@ -2,12 +2,16 @@
 
 from torch import fx
 
+from edgecl.graph.memory import peak_bytes
 from edgecl.graph.passes.base import Pass
 from edgecl.graph.step import StepGraph
 
 
 class UpdateEarly(Pass):
     """Run each tensor's update as soon as its gradient exists, so that no two gradients wait for each other.
+
+    What an update computes from state and inputs alone (a decayed weight, say) waits until it is used. The order stays as
+    it was where the new one would need more memory.
 
     Source: "fused backward" of Lv et al. 2023 (LOMO), and operator reordering of Lin et al. 2022,
     "On-Device Training Under 256KB Memory", section 3.3.
@@ -17,27 +21,47 @@ class UpdateEarly(Pass):
 
     def rewrite(self, graph: StepGraph) -> StepGraph:
         """See the class."""
-        nodes = graph.nodes
-        position = {node: i for i, node in enumerate(nodes)}
-        order: list[fx.Node] = []
-        done: set[fx.Node] = set()
-
-        def place(node: fx.Node) -> None:
-            if node in done or node.op == "output":
-                return
-            done.add(node)
-            order.append(node)
-            for user in sorted(node.users, key=position.__getitem__):
-                if _is_update(user) and all(n in done for n in user.all_input_nodes):
-                    place(user)
-
-        for node in nodes:
-            place(node)
-        anchor = graph.module.graph.output_node()
-        for node in order:
-            anchor.prepend(node)
+        before, peak = graph.nodes, peak_bytes(graph)
+        _arrange(graph, _early(before))
+        if peak_bytes(graph) > peak:
+            _arrange(graph, before)
         graph.module.recompile()
         return graph
+
+
+def _early(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Each update right after the last operator of another phase that it depends on."""
+    trigger: dict[fx.Node, int] = {}
+    for i, node in enumerate(nodes):
+        latest = max((trigger[n] for n in node.all_input_nodes), default=-1)
+        trigger[node] = i if node.op == "call_function" and not _is_update(node) else latest
+    free = {node for node in nodes if node.op == "call_function" and trigger[node] < 0}
+    # sorted() is stable: updates of one trigger keep their order; placeholders and constants come first
+    order: list[fx.Node] = []
+    done: set[fx.Node] = set()
+    position = {node: i for i, node in enumerate(nodes)}
+    for node in sorted((n for n in nodes if n not in free), key=trigger.__getitem__):
+        order += [*sorted(_missing(node, free, done), key=position.__getitem__), node]
+    return order + [node for node in nodes if node in free and node not in done]
+
+
+def _missing(node: fx.Node, free: set[fx.Node], done: set[fx.Node]) -> list[fx.Node]:
+    """What ``node`` needs, directly or not, of ``free`` and is not done yet; done from now on."""
+    found, waiting = [], [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source in free and source not in done:
+                done.add(source)
+                found.append(source)
+                waiting.append(source)
+    return found
+
+
+def _arrange(graph: StepGraph, order: list[fx.Node]) -> None:
+    anchor = graph.module.graph.output_node()
+    for node in order:
+        if node is not anchor:
+            anchor.prepend(node)
 
 
 def _is_update(node: fx.Node) -> bool:

@@ -43,7 +43,9 @@ def convolution_backward(
         output_mask: Whether the gradient of input, weight and bias is wanted.
     """
     if transposed:
-        raise UnsupportedOperatorError("aten.convolution_backward of a transposed convolution has no rule; keep ConvTranspose layers in the frozen trunk")
+        raise UnsupportedOperatorError(
+            "aten.convolution_backward of a transposed convolution has no rule; keep ConvTranspose layers in the frozen trunk"
+        )
     pointwise = groups == 1 and prod(weight.shape[2:]) == 1 and prod(stride) == 1 and not any(padding)
     to_input = to_weight = None
     if output_mask[0]:
@@ -84,9 +86,13 @@ def _channels_first(x: Tensor) -> Tensor:
 def _input_gradient(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
-    reach = [(out - 1) * s - 2 * p + d * (k - 1) + 1 for out, s, p, d, k in zip(gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)]
+    reach = [
+        (out - 1) * s - 2 * p + d * (k - 1) + 1
+        for out, s, p, d, k in zip(gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+    ]
     rest = [size - r for size, r in zip(x.shape[2:], reach, strict=True)]
-    return torch.ops.aten.convolution.default(gradient, weight, None, stride, padding, dilation, True, rest, groups)
+    result: Tensor = torch.ops.aten.convolution.default(gradient, weight, None, stride, padding, dilation, True, rest, groups)
+    return result
 
 
 def _weight_gradient(

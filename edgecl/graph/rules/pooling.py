@@ -52,7 +52,9 @@ def avg_pool2d(
     out = [_out_size(n, k, s, p, ceil_mode) for n, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)]
     reach = [(o - 1) * s + k for o, s, k in zip(out, stride, kernel, strict=True)]
     padded = aten.constant_pad_nd(x, _pad_to(x, padding, reach), 0.0)
-    sums = aten.convolution.default(padded, torch.ones(x.shape[1], 1, *kernel), None, stride, [0, 0], [1, 1], False, [0, 0], x.shape[1])
+    sums = aten.convolution.default(
+        padded, torch.ones(x.shape[1], 1, *kernel, dtype=x.dtype), None, stride, [0, 0], [1, 1], False, [0, 0], x.shape[1]
+    )
     return sums * _inverse_divisor(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
@@ -74,9 +76,10 @@ def avg_pool2d_backward(
         rows, columns = gradient.shape[2:]
         tiles = scaled.reshape(batch, channels, rows, 1, columns, 1)
         return tiles.expand(batch, channels, rows, kernel[0], columns, kernel[1]).reshape(x.shape)
-    ones = torch.ones(channels, 1, *kernel)
+    ones = torch.ones(channels, 1, *kernel, dtype=x.dtype)
     spread = aten.convolution.default(scaled, ones, None, stride, [0, 0], [1, 1], True, [0, 0], channels)
-    return aten.constant_pad_nd(spread, [-n for n in _pad_to(x, padding, list(spread.shape[2:]))], 0.0)
+    cropped: Tensor = aten.constant_pad_nd(spread, [-n for n in _pad_to(x, padding, list(spread.shape[2:]))], 0.0)
+    return cropped
 
 
 def _pair(value: Sequence[int]) -> list[int]:

@@ -1,0 +1,157 @@
+"""Time of one learning step on one thread: ONNX Runtime against eager PyTorch, interleaved, medians.
+
+    python benchmarks/step_latency.py [--repeats 400] [--out FILE]
+
+Cases: ``ridge`` at d=512, K=100, and ``latent_replay`` with r=8 on the demo's network. The step alone is timed (latent in,
+new state out, buffers bound); then PyTorch on tensors that lie ready: for ridge the eager step function, for latent replay
+the update as one would write it by hand (autograd, ``torch.optim.SGD``), which is faster than the step function there.
+Engine and step function are compared first. Writes ``benchmarks/results/step_latency.json``.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from edgecl.engine import EagerEngine, to_tensor
+from edgecl.learner import call_step
+from edgecl.methods import LatentReplay, Ridge
+from edgecl.prepare import Prepared, prepare
+from edgecl.streams import fashion_mnist_subset
+from edgecl.trees import unflatten_like
+from edgecl_device.engines.onnx import OnnxEngine
+from edgecl_device.manifest import read_manifest
+from edgecl_export import export
+from edgecl_export.verify import compare_step
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+OUT = Path(__file__).parent / "results" / "step_latency.json"
+
+
+def ridge_case() -> Prepared:
+    """Ridge on 512-d features with room for 100 classes, 400 random samples learned."""
+    generator = np.random.default_rng(0)
+    model = nn.Sequential(nn.Identity(), nn.Linear(512, 100))
+    x = generator.standard_normal((400, 512)).astype(np.float32)
+    return prepare(model, at="0", example=x[:1], method="ridge", classes=100, config=Ridge.Config()).fit(x, generator.integers(0, 100, 400))
+
+
+def replay_case() -> Prepared:
+    """Latent replay of the demo: 8 uint8 rows, the last convolution and the classifier trained."""
+    from edgecl.demo import MEAN, STD
+    from edgecl.backbones.small_cnn import SmallCnn
+    from edgecl.preprocess import ImageU8
+
+    data = fashion_mnist_subset()
+    net, scale = SmallCnn(10), ImageU8([MEAN], [STD], "HW")
+    prepared = prepare(net, at=SmallCnn.MAP, example=data.x[:1], method="latent_replay", classes=10, config=LatentReplay.Config(), preprocess=scale)
+    return prepared.fit(data.x[:400], data.y[:400])
+
+
+def inputs_of(prepared: Prepared) -> dict[str, Any]:
+    """Inputs of one learning step, replay rows included."""
+    z, label = prepared.examples[0]
+    values: dict[str, Any] = {
+        "z": z.numpy(), "target": np.array([label]), "weight": np.ones(1, np.float32), "lr": np.array(prepared.learner.default_lr, np.float32),
+    }  # fmt: skip
+    return {**values, **(prepared.memory.draw() if prepared.memory else {})}
+
+
+def time_case(name: str, prepared: Prepared, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of both engines and of their ratio."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = export(prepared, Path(scratch) / "bundle").path
+        target = OnnxEngine(bundle, read_manifest(bundle))
+        state = {key: value.numpy().copy() for key, value in prepared.state.items()}
+        inputs = inputs_of(prepared)
+        taken = {spec.name: inputs[spec.name] for spec in read_manifest(bundle).steps["learn"].inputs}
+        compare_step("learn", state, inputs, EagerEngine(prepared.trunk, prepared.learner), target)
+        target.load(state)
+        tensors = unflatten_like(prepared.learner.inputs_of("learn"), {key: to_tensor(value) for key, value in inputs.items()})
+
+        def on_onnx() -> None:
+            target.run("learn", taken)
+
+        def on_eager() -> None:
+            with torch.no_grad():
+                call_step(prepared.learner, "learn", prepared.state, tensors)
+
+        by_hand = plain_update(prepared.learner, tensors) if isinstance(prepared.learner, LatentReplay) else on_eager
+        pairs = [(_time(on_onnx), _time(by_hand)) for _ in track(range(repeats), name)][repeats // 10 :]
+        target.close()
+    onnx_ms, eager_ms = ([pair[i] * 1e3 for pair in pairs] for i in (0, 1))
+    quartiles = statistics.quantiles(onnx_ms, n=4)
+    return {
+        "case": name,
+        "onnx_ms": statistics.median(onnx_ms),
+        "onnx_ms_quartiles": [quartiles[0], quartiles[2]],
+        "eager_ms": statistics.median(eager_ms),
+        "ratio": statistics.median(a / b for a, b in zip(onnx_ms, eager_ms, strict=True)),
+    }
+
+
+def plain_update(learner: LatentReplay, inputs: Mapping[str, Any]) -> Callable[[], None]:
+    """Latent replay's update with autograd and ``torch.optim.SGD``, all classes seen."""
+    suffix = copy.deepcopy(learner.suffix)
+    parameters = [suffix.get_parameter(name).requires_grad_(True) for name in learner.trained]
+    optimiser = torch.optim.SGD(parameters, learner.default_lr)
+    codec = learner.codecs[""]
+    targets, real = torch.cat([inputs["target"], inputs["replay"]["target"]]), inputs["replay"]["weight"]
+
+    def update() -> None:
+        batch = torch.cat([codec.decode(codec.encode(inputs["z"])), codec.decode(inputs["replay"]["z"])])
+        weights = torch.cat([inputs["weight"], real / real.sum()])
+        loss = (nn.functional.cross_entropy(suffix(batch), targets, reduction="none") * weights).sum()
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+    return update
+
+
+def _time(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=400)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    targets = {"ridge d=512 K=100": "onnx_ms under 0.15", "latent_replay r=8": "ratio at most 1"}
+    rows = [time_case(name, make(), args.repeats) for name, make in zip(targets, (ridge_case, replay_case), strict=True)]
+    for row in rows:
+        row["target"] = targets[row["case"]]
+    result = {
+        "rows": rows,
+        "repeats": args.repeats,
+        "threads": 1,
+        "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime")},
+        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    table = Table("step", "ONNX Runtime, ms", "eager PyTorch, ms", "ratio", "target", title="One learning step, one thread, batch 1")
+    for row in rows:
+        table.add_row(row["case"], f"{row['onnx_ms']:.3f}", f"{row['eager_ms']:.3f}", f"{row['ratio']:.2f}", row["target"])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The demo: a small network pretrained on six classes of clothing learns four more, one sample at a time.
+
+Every method is exported to a bundle and learns on stock ONNX Runtime through the device's own loop; the baselines run
+beside it. Data: the embedded Fashion-MNIST subset (2,000 training and 500 test images).
+"""
+
+import hashlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgecl.backbones.small_cnn import SmallCnn
+from edgecl.evaluate import StreamResult, run_stream
+from edgecl.learner import Problem
+from edgecl.methods import METHODS, Finetune, Joint, LatentReplay, Ridge, StreamingLDA
+from edgecl.methods._suffix import SuffixLearner
+from edgecl.metrics import average_incremental_accuracy, forgetting
+from edgecl.prepare import Prepared, prepare
+from edgecl.preprocess import ImageU8
+from edgecl.streams import ClassIncremental, Dataset, fashion_mnist_subset
+from edgecl_device import Learner
+from edgecl_device.errors import InputError
+
+MEAN, STD = 0.286, 0.353
+"""Grey level of Fashion-MNIST's training images, on the scale 0 to 1."""
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the demo's table.
+
+    Attributes:
+        method: Registered name.
+        at: Where the frozen trunk ends, a module of :class:`SmallCnn`.
+        label: What the row is called.
+        config: Hyperparameters, chosen by ``benchmarks/choose_settings.py`` on other classes and other images.
+    """
+
+    method: str
+    at: str
+    label: str
+    config: Any = None
+
+
+MAP, FEATURE = SmallCnn.MAP, SmallCnn.FEATURE
+MAP_HEAD = "map-head"
+"""Joint training of a linear classifier on the values at :data:`MAP`, instead of the suffix."""
+
+FORGETTING = "max_before_last"
+BASELINES = ("frozen", "finetune", "ncm")
+SETTINGS = (
+    Setting("frozen", FEATURE, "frozen"),
+    Setting("finetune", FEATURE, "finetune head", Finetune.Config(lr=0.1)),
+    Setting("finetune", MAP, "finetune suffix", Finetune.Config(lr=0.01)),
+    Setting("ncm", FEATURE, "ncm, 62-d"),
+    Setting("ncm", MAP, "ncm, 576-d"),
+    Setting("slda", FEATURE, "slda, 62-d", StreamingLDA.Config()),
+    Setting("slda", MAP, "slda, 576-d", StreamingLDA.Config()),
+    Setting("ridge", FEATURE, "ridge, 62-d", Ridge.Config()),
+    Setting("ridge", MAP, "ridge, 576-d", Ridge.Config()),
+    Setting("latent_replay", MAP, "latent replay suffix", LatentReplay.Config(lr=0.01, capacity_bytes=128 << 10)),
+    Setting("joint", FEATURE, "joint head, 62-d", Joint.Config()),
+    Setting("joint", MAP_HEAD, "joint head, 576-d", Joint.Config()),
+    Setting("joint", MAP, "joint suffix", Joint.Config()),
+)
+"""Every row, baselines included."""
+
+
+def pretrain(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], classes: int, seed: int, epochs: int = 10) -> SmallCnn:
+    """Train the demo's network on its base classes only; outputs of the other classes are masked.
+
+    Args:
+        x: uint8 [N, 28, 28].
+        y: int64 [N].
+        classes: Outputs of the network.
+        seed: Of initial weights and sample order.
+        epochs: Passes over ``x``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    net = SmallCnn(classes, generator=generator).train()
+    images, labels = ImageU8([MEAN], [STD], "HW")(torch.tensor(x)), torch.tensor(y)
+    known = torch.bincount(labels, minlength=classes) > 0
+    batch = 32
+    optimiser = torch.optim.AdamW(net.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=epochs * -(-len(x) // batch))
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(batch):
+            scores = torch.where(known, net(images[rows]), -1e9)
+            loss = nn.functional.cross_entropy(scores, labels[rows])
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+    return net.eval()
+
+
+def prepare_setting(net: SmallCnn, setting: Setting, data: Dataset, base: Sequence[int]) -> Prepared:
+    """The learner of one row, before it has seen a sample."""
+    return prepare(
+        net,
+        at=setting.at,
+        example=data.x[:1],
+        method=setting.method,
+        classes=len(data.class_names),
+        config=setting.config,
+        preprocess=ImageU8([MEAN], [STD], "HW"),
+        class_names=data.class_names[: len(base)] if list(base) == list(range(len(base))) else (),
+    )
+
+
+def role_of(setting: Setting) -> str:
+    """``baseline``, ``method``, or ``upper bound`` for what trains offline."""
+    if setting.method == "joint":
+        return "upper bound"
+    return "baseline" if setting.method in BASELINES else "method"
+
+
+def joint_of(setting: Setting, settings: Sequence[Setting]) -> str | None:
+    """Label of the upper bound that trains the same part of the network on the same features, if ``settings`` has it."""
+    at = setting.at if setting.at != MAP or issubclass(METHODS[setting.method], SuffixLearner) else MAP_HEAD
+    return next((s.label for s in settings if s.method == "joint" and s.at == at), None)
+
+
+def run_setting(net: SmallCnn, setting: Setting, data: Dataset, stream: ClassIncremental, folder: Path, every: int = 50) -> dict[str, Any]:
+    """Prepare, export, load on ONNX Runtime and learn the stream; one row of the result."""
+    if setting.method == "joint":
+        return {"label": setting.label, "method": "joint", "accuracy": joint_accuracy(net, setting, data, stream)}
+    from edgecl_export import export  # the command line and the demo drive the whole path; see pyproject.toml
+
+    prepared = prepare_setting(net, setting, data, list(stream.base_classes)).fit(*stream.base)
+    exported = export(prepared, folder / setting.label.replace(" ", "_").replace(",", ""))
+    with Learner.load(exported.path) as learner:
+        found = run_stream(learner, stream, every=every, learns="learn" in exported.manifest.steps)
+    return {"label": setting.label, "method": setting.method, **_figures(found), **_costs(exported.manifest)}
+
+
+def joint_accuracy(net: SmallCnn, setting: Setting, data: Dataset, stream: ClassIncremental) -> float:
+    """Test accuracy after offline training on the base set and the whole stream."""
+    head = setting.at == MAP_HEAD
+    prepared = prepare_setting(net, Setting("joint", MAP if head else setting.at, setting.label, setting.config), data, ())
+    learner: Any = prepared.learner
+    if head:
+        size, classes = prepared.learner.problem.feature_size, len(data.class_names)
+        learner = Joint(Problem(prepared.learner.problem.features, classes), setting.config, suffix=LinearHead(size, classes))
+    x = np.concatenate([stream.base[0], np.stack([s.x for s in stream])])
+    y = np.concatenate([stream.base[1], np.array([s.y for s in stream])])
+    state = learner.fit(torch.cat(prepared.encode(x)), torch.tensor(y))
+    tests = [stream.test(task) for task in range(stream.tasks)]
+    with torch.no_grad():
+        z = torch.cat(prepared.encode(np.concatenate([t[0] for t in tests])))
+        predicted = learner.scores(learner.parameters(state), z).argmax(1).numpy()
+    return float(np.mean(predicted == np.concatenate([t[1] for t in tests])))
+
+
+class LinearHead(nn.Module):
+    """A linear classifier on the features, scaled to length sqrt(d)."""
+
+    def __init__(self, size: int, classes: int) -> None:
+        super().__init__()
+        self.size = size
+        self.fc = nn.Linear(size, classes)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Scores [N, classes] of latents [N, ...]."""
+        x = z.flatten(1)
+        scores: Tensor = self.fc(x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) * self.size**0.5)
+        return scores
+
+
+def run_demo(
+    seeds: int = 1, *, settings: Sequence[Setting] = SETTINGS, folder: Path | None = None, notice: Notice = lambda text: None
+) -> dict[str, Any]:
+    """The whole demo.
+
+    Args:
+        seeds: Pretrainings and stream orders.
+        settings: Rows.
+        folder: Where the bundles go; a temporary folder by default.
+        notice: Called with the name of what comes next, ``seeds * (1 + len(settings))`` times.
+
+    Returns:
+        What ``edgecl demo --json`` prints.
+
+    Raises:
+        InputError: when there is no seed or no row.
+    """
+    if seeds < 1 or not settings:
+        raise InputError(f"seeds, settings: must be at least 1 seed and 1 row, got {seeds} and {len(settings)}")
+    start = time.perf_counter()
+    data = fashion_mnist_subset()
+    networks: list[str] = []
+    rows: dict[str, list[dict[str, Any]]] = {s.label: [] for s in settings}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(seeds):
+            stream = ClassIncremental(data, base_classes=range(6), steps=[[6], [7], [8], [9]], seed=seed)
+            notice(f"seed {seed}: pretraining on {len(stream.base[1]):,} images of 6 classes")
+            net = pretrain(*stream.base, len(data.class_names), seed)
+            networks.append(weight_hash(net))
+            for setting in settings:
+                notice(f"seed {seed}: {setting.label}")
+                place = (folder or Path(scratch)) / f"seed{seed}"
+                rows[setting.label].append(run_setting(net, setting, data, stream, place))
+    return {
+        "what": "Fashion-MNIST subset: 6 base classes (1,200 images), then 4 more, one sample at a time (800)",
+        "seeds": seeds,
+        "seconds": time.perf_counter() - start,
+        "forgetting": FORGETTING,
+        "tasks": _tasks(data, stream),
+        "rows": [{**summarise(rows[s.label]), "role": role_of(s), "joint": joint_of(s, settings)} for s in settings],
+        "settings": [{**asdict(s), "config": None if s.config is None else asdict(s.config)} for s in settings],
+        "pretrained_sha256": networks,
+        "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime", "numpy")},
+        "machine": {"platform": platform.platform(), "processor": platform.machine(), "python": platform.python_version()},
+    }
+
+
+def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds of every figure, with its standard deviation from two seeds on; curves of the first seed."""
+    first = found[0]
+    row: dict[str, Any] = {}
+    for key, value in first.items():
+        if isinstance(value, float):
+            values = [f[key] for f in found]
+            row[key] = statistics.fmean(values)
+            if len(values) > 1:
+                row[f"{key}_sd"] = statistics.stdev(values)
+        else:
+            row[key] = value
+    return {**row, "accuracy_by_seed": [f["accuracy"] for f in found]}
+
+
+def weight_hash(net: nn.Module) -> str:
+    """SHA-256 over the names and values of a network's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tasks(data: Dataset, stream: ClassIncremental) -> list[dict[str, Any]]:
+    """Name, classes, test images and first stream sample of every task; the base set is task 0."""
+    first: dict[int, int] = {0: 0}
+    for done, sample in enumerate(stream):
+        first.setdefault(sample.task, done)
+    tasks = []
+    for task, start in first.items():
+        labels = stream.test(task)[1]
+        classes = sorted(set(labels.tolist()))
+        names = [data.class_names[c] for c in classes]
+        name = names[0] if len(names) == 1 else f"{len(names)} base classes"
+        tasks.append({"name": name, "classes": names, "test_images": len(labels), "first_sample": start})
+    return tasks
+
+
+def _figures(found: StreamResult) -> dict[str, Any]:
+    return {
+        "accuracy": found.accuracy,
+        "base_accuracy": found.matrix.values[-1][0],
+        "forgetting": forgetting(found.matrix, FORGETTING),
+        "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
+        "prequential": found.prequential,
+        "last_label": found.last_label,
+        "update_ms": statistics.median(found.update_seconds) * 1e3 if found.update_seconds else None,
+        "matrix": [list(row) for row in found.matrix.values],
+        "curve": found.curve,
+    }
+
+
+def _costs(manifest: Any) -> dict[str, Any]:
+    learn = manifest.steps.get("learn")
+    encode = manifest.steps["encode"].canonical_macs
+    return {
+        "learns": METHODS[manifest.method].summary,
+        "update_macs": None if learn is None else learn.canonical_macs,
+        "update_executed_macs": None if learn is None else learn.executed_macs,
+        "encode_macs": encode,
+        "bytes": manifest.ledger["beyond_trunk"],
+        "second_buffer_bytes": manifest.ledger["state_second_buffers"],
+        "replay_bytes": manifest.ledger["replay"],
+        "trunk_bytes": manifest.ledger["frozen_weights"],
+    }

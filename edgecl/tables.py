@@ -1,0 +1,282 @@
+"""Results as text for people: numbers with units, and tables that read the same in colour, without it, and in a file."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from edgecl.profiling import Profile, SplitPoint
+
+Row = Mapping[str, Any]
+
+LEDGER_WORDS = {
+    "frozen_weights": "frozen tensors of all steps",
+    "graphs": "graph files (flash)",
+    "state": "what learning changes, once",
+    "state_second_buffers": "second buffer of every tensor that a step writes",
+    "activations_peak": "intermediate tensors of the largest step",
+    "replay": "replay memory, labels and bookkeeping included",
+    "inputs_outputs": "bound inputs and outputs of all steps",
+    "pending_features": "features that wait for a delayed label, at most",
+    "flash_per_update": "features of one logged sample, written to flash",
+    "beyond_trunk": "state once + replay",
+}
+SECTIONS = {"baseline": "Baselines", "method": "Learners", "upper bound": "Upper bounds"}
+
+
+def si(count: float | None) -> str:
+    """A count with three digits and a decimal unit.
+
+    >>> [si(n) for n in (None, 620, 5_760, 675_648, 1_919_232, 999_999)]
+    ['-', '620', '5.76 k', '676 k', '1.92 M', '1.00 M']
+    """
+    return _scaled(count, 1000, ("", "k", "M", "G", "T"))
+
+
+def size(nbytes: float | None) -> str:
+    """Bytes with three digits and a binary unit.
+
+    >>> [size(n) for n in (40, 17_900, 1_373_264)]
+    ['40 B', '17.5 KiB', '1.31 MiB']
+    """
+    return _scaled(nbytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def percent(fraction: float | None, deviation: float | None = None) -> str:
+    """A fraction in percent, with its standard deviation.
+
+    >>> percent(0.876), percent(0.876, 0.0042), percent(-0.0001)
+    ('87.6', '87.6±0.4', '0.0')
+    """
+    if fraction is None:
+        return "-"
+    return f"{100 * fraction:z.1f}" + ("" if deviation is None else f"±{100 * deviation:.1f}")
+
+
+def _scaled(value: float | None, step: int, units: Sequence[str]) -> str:
+    if value is None:
+        return "-"
+    power = 0
+    while power < len(units) - 1 and abs(value) >= 0.9995 * step:
+        value, power = value / step, power + 1
+    digits = 0 if power == 0 else max(0, 2 - (abs(value) >= 9.995) - (abs(value) >= 99.95))
+    return f"{value:.{digits}f} {units[power]}".strip()
+
+
+def grid(columns: Sequence[str], *, title: str | None = None, caption: str | None = None) -> Table:
+    """An empty table without frames. A heading that starts with ``>`` is right-aligned."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold", caption_style="")
+    table.box, table.show_edge, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, False, True
+    for i, heading in enumerate(columns):
+        side: Literal["right", "left"] = "right" if heading.startswith(">") else "left"
+        table.add_column(heading.removeprefix(">"), justify=side, overflow="fold", no_wrap=i == 0)
+    return table
+
+
+def legend(entries: Mapping[str, str]) -> Table:
+    """Terms and what they mean, in two columns."""
+    table = Table.grid(padding=(0, 2))
+    for term, meaning in entries.items():
+        table.add_row(term, meaning)
+    return table
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the demo's table: heading, text of a row, meaning, and whether a narrow terminal goes without it."""
+
+    heading: str
+    cell: Callable[[Row], str]
+    meaning: str
+    wide: bool = False
+
+
+_DEMO_COLUMNS = (
+    _Column(
+        "accuracy\n%",
+        lambda row: percent(row["accuracy"], row.get("accuracy_sd")),
+        "on all {images} test images after the stream; {seeds}",
+    ),
+    _Column("base\n%", lambda row: percent(row.get("base_accuracy")), "the same, on the test images of the base classes"),
+    _Column(
+        "forgot\n%",
+        lambda row: percent(row.get("forgetting")),
+        "forgetting: best earlier accuracy on a task minus the last, mean over all tasks but the last ({forgetting})",
+    ),
+    _Column(
+        "preq.\n%",
+        lambda row: percent(row.get("prequential")),
+        "prequential accuracy: each sample is predicted before it is learned; the stream comes class by class, so that repeating"
+        " the last label would give {last_label}",
+    ),
+    _Column("update\nMACs", lambda row: si(row.get("update_macs")), "multiply-accumulates of one update, without the trunk"),
+    _Column("trunk\nMACs", lambda row: si(row.get("encode_macs")), "the same of the frozen trunk, which runs once a sample", True),
+    _Column("beyond\ntrunk", lambda row: size(row.get("bytes")), "memory: state once + replay rows"),
+    _Column(
+        "second\nbuffers",
+        lambda row: size(row.get("second_buffer_bytes")),
+        "RAM on top of it: new state is written beside the old, so that a refused update changes nothing",
+        True,
+    ),
+    _Column(
+        "update\nms",
+        lambda row: "-" if row.get("update_ms") is None else f"{row['update_ms']:.2f}",
+        "median time of one update on this machine, trunk included",
+    ),
+)
+
+
+def demo_table(result: Row, *, wide: bool = True) -> Table:
+    """The demo's rows in three sections: baselines, learners, upper bounds.
+
+    Args:
+        result: What :func:`edgecl.demo.run_demo` returns.
+        wide: False leaves two columns out, for terminals below 100 columns.
+    """
+    columns = [column for column in _DEMO_COLUMNS if wide or not column.wide]
+    table = grid(("method, features", *(f">{column.heading}" for column in columns)), title=result["what"])
+    for role, heading in SECTIONS.items():
+        rows = [row for row in result["rows"] if row["role"] == role]
+        if rows:
+            table.add_row(Text(heading, "italic"))
+        for row in rows:
+            table.add_row(f"  {row['label']}", *(column.cell(row) for column in columns))
+        table.add_section()
+    return table
+
+
+def demo_legend(result: Row, *, wide: bool = True) -> Table:
+    """What the columns of :func:`demo_table` mean."""
+    seeds = result["seeds"]
+    values = {
+        "images": sum(task["test_images"] for task in result["tasks"]),
+        "seeds": "one seed" if seeds == 1 else f"mean of {seeds} seeds ± standard deviation",
+        "forgetting": result["forgetting"],
+        "last_label": next((f"{percent(row['last_label'])} %" for row in result["rows"] if "last_label" in row), "-"),
+    }
+    columns = [column for column in _DEMO_COLUMNS if wide or not column.wide]
+    entries = {column.heading.replace("\n", " ").removesuffix(" %"): column.meaning.format(**values) for column in columns}
+    return legend({**entries, "upper bounds": "offline training on all samples, the stream's included; they do not run on the device"})
+
+
+def verdict(result: Row) -> list[str]:
+    """The result in two lines: the best learner against its upper bound, and against naive fine-tuning.
+
+    Differences are paired: taken within each seed, then averaged.
+    """
+    rows = {row["label"]: row for row in result["rows"]}
+    learners = [row for row in rows.values() if row["role"] != "upper bound" and row["method"] not in ("frozen", "finetune")]
+    if not learners:
+        return []
+    best = max(learners, key=lambda row: row["accuracy"])
+    lines = []
+    if best["joint"] in rows:
+        joint = rows[best["joint"]]
+        lines.append(
+            f"Best: {best['label']}, {percent(best['accuracy'])} %: {_difference(best, joint)} {joint['label']} "
+            f"({percent(joint['accuracy'])} %), offline training on the same features."
+        )
+    naive = max((row for row in rows.values() if row["method"] == "finetune"), key=lambda row: row["accuracy"], default=None)
+    if naive is not None:
+        lines.append(f"It is {_difference(best, naive)} naive fine-tuning ({naive['label']}, {percent(naive['accuracy'])} %).")
+    return lines
+
+
+def _difference(row: Row, other: Row) -> str:
+    pairs = [100 * (a - b) for a, b in zip(row["accuracy_by_seed"], other["accuracy_by_seed"], strict=True)]
+    mean = statistics.fmean(pairs)
+    spread = f" ± {statistics.stdev(pairs):.1f}" if len(pairs) > 1 else ""
+    return f"{abs(mean):.1f}{spread} points {'above' if mean >= 0 else 'below'}"
+
+
+def methods_table(methods: Sequence[Row]) -> Table:
+    """Every method with its steps and its defaults."""
+    table = grid(("method", "what it is, and its defaults (--config KEY=VALUE)", "steps", "forgets\nexactly", "needs a\nsuffix"))
+    table.caption = "needs a suffix: uses the layers behind the cut, so that the model's head needs one output for each class"
+    for row in methods:
+        text = Text(row["summary"])
+        for key, value in row["config"].items():
+            text.append(f"\n  {key}={config_text(value)}")
+        steps = ("\n".join(row["steps"])) if row["on_device"] else "(host only)"
+        table.add_row(Text(row["method"], "bold"), text, steps, _yes(row["forgets_exactly"]), _yes(row["needs_suffix"]))
+        table.add_section()
+    return table
+
+
+def config_text(value: Any) -> str:
+    """A hyperparameter as ``--config`` reads it.
+
+    >>> config_text((0.9, 0.999)), config_text(None), config_text(True)
+    ('0.9,0.999', 'none', 'true')
+    """
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(config_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "-"
+
+
+def split_table(points: Sequence[SplitPoint], title: str) -> Table:
+    """Where a model can be cut."""
+    columns = ("--at", "features", ">values", ">trunk\nMACs", ">suffix\nMACs", ">trunk\nparameters", ">suffix\nparameters")
+    table = grid(columns, title=title, caption="The trunk is frozen and runs once a sample; the suffix learns. Deeper names work, too.")
+    for p in points:
+        shapes = " + ".join("x".join(map(str, shape[1:])) for shape in p.features)
+        count = sum(_product(shape) for shape in p.features)
+        macs, parameters = (si(p.trunk_macs), si(p.suffix_macs)), (si(p.trunk_parameters), si(p.suffix_parameters))
+        table.add_row(p.at, shapes, f"{count:,}", *macs, *parameters)
+    return table
+
+
+def _product(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def cost_table(found: Profile, title: str) -> Table:
+    """Work by step and phase: what the mathematics needs beside what the graph does."""
+    columns = ("step", "phase", ">canonical\nMACs", ">executed\nMACs", ">ratio", ">elementwise", ">activations")
+    caption = (
+        "canonical: the mathematics of the step. executed: the graph that ships; ratio: executed by canonical, GAP where they differ. "
+        "FLOPs are 2 x MACs; elementwise operations stand apart. activations: planned peak of intermediate tensors."
+    )
+    table = grid(columns, title=title, caption=caption)
+    for step in found.steps:
+        phases = list(dict.fromkeys([*step.canonical, *step.executed]))
+        total = (si(step.canonical_macs), si(step.executed_macs), _gap(step.canonical_macs, step.executed_macs))
+        table.add_row(Text(step.step, "bold"), "all", *total, si(step.elementwise), size(step.activation_bytes))
+        for phase in phases if len(phases) > 1 else []:
+            canonical, executed = step.canonical.get(phase, 0), step.executed.get(phase, 0)
+            table.add_row("", f"  {phase}", si(canonical), si(executed), _gap(canonical, executed), "", "")
+    return table
+
+
+def _gap(canonical: int, executed: int) -> str:
+    if canonical == executed:
+        return "equal"
+    return f"{executed / canonical:.3f} GAP" if canonical else "GAP"
+
+
+def ledger_table(ledger: Mapping[str, Any]) -> Table:
+    """Memory in bytes by name."""
+    table = grid(("memory", ">bytes", ">", "what"), caption=f"Not counted: {ledger['not_counted']}.")
+    for name, value in ledger.items():
+        if name != "not_counted":
+            table.add_row(name, f"{value:,}", size(value), LEDGER_WORDS.get(name, ""))
+    return table
+
+
+def gates_table(gates: Sequence[Row]) -> Table:
+    """What the checks of an export found; an export with a failed gate writes no bundle."""
+    table = grid(("gate", "passed", "found"))
+    for gate in gates:
+        table.add_row(gate["name"], "✓ yes", gate["found"])
+    return table

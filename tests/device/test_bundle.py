@@ -1,0 +1,188 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save
+
+from edgecl_device import BundleError, InputError, Learner, SchemaError
+from edgecl_device.manifest import TensorSpec, read_manifest, to_json
+
+FILES = ["encode.onnx", "predict.onnx", "learn.onnx", "forget.onnx", "relabel.onnx", "state.safetensors"]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_or_altered_file_is_named_and_the_store_is_left_alone(means, load, stream, tmp_path, name):
+    with load(means, store=tmp_path / "l.db") as learner:
+        learner.learn(stream[0][0], 1)
+    store, good = (tmp_path / "l.db").read_bytes(), (means / name).read_bytes()
+    altered = bytearray(good)
+    altered[len(good) // 2] ^= 1
+    for content, message in (
+        (None, "file is missing; copy the whole bundle again"),
+        (bytes(altered), "SHA-256 differs"),
+        (b"", "SHA-256 differs"),
+    ):
+        (means / name).unlink()
+        if content is not None:
+            (means / name).write_bytes(content)
+        with pytest.raises(BundleError, match=f"{name}: {message}"):
+            load(means, store=tmp_path / "l.db")
+        (means / name).write_bytes(b"")
+    (means / name).write_bytes(good)
+    assert (tmp_path / "l.db").read_bytes() == store
+    assert load(means, store=tmp_path / "l.db").report()["learned"] == 1
+
+
+def test_a_newer_schema_is_refused(means, load, edit_manifest):
+    edit_manifest(means, schema=2)
+    with pytest.raises(SchemaError, match="schema is 2, this package reads up to 1; update edgecl on the device"):
+        load(means)
+
+
+@pytest.mark.parametrize("name", [FILES[2], FILES[5]])
+def test_a_file_without_a_hash_is_refused(means, load, edit_manifest, name):
+    files = json.loads((means / "manifest.json").read_text())["files"]
+    del files[name]
+    edit_manifest(means, files=files)
+    with pytest.raises(BundleError, match=f"files: {name} must have a SHA-256 in the manifest"):
+        load(means)
+
+
+def test_no_folder_and_no_json(means, load, tmp_path):
+    with pytest.raises(BundleError, match="no manifest"):
+        load(tmp_path / "nowhere")
+    (means / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        load(means)
+
+
+def broken(data, change):
+    steps = data["steps"]
+    scores = steps["learn"]["outputs"][0]
+    assert scores["name"] == "scores"
+    if change == "no encode":
+        del steps["encode"]
+    elif change == "no predict":
+        del steps["predict"]
+    elif change == "predict writes":
+        steps["predict"]["state_out"] = ["sum"]
+    elif change == "two inputs":
+        steps["encode"]["inputs"].append({"name": "more", "shape": [1], "dtype": "float32"})
+    elif change == "unknown input":
+        steps["learn"]["inputs"].append({"name": "mood", "shape": [1], "dtype": "float32"})
+    elif change == "wrong input":
+        steps["predict"]["inputs"][0]["shape"] = [1, 9]
+    elif change == "no loss":
+        steps["learn"]["outputs"] = [o for o in steps["learn"]["outputs"] if o["name"] != "loss"]
+    elif change == "no finite":
+        steps["forget"]["outputs"] = []
+    elif change == "names":
+        data["class_names"] = ["a", "b", "c", "d", "e", "f"]
+    elif change == "same names":
+        data["class_names"] = ["a", "a"]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no encode", "steps: 'encode' is missing"),
+        ("no predict", "steps: 'predict' is missing"),
+        ("predict writes", "step 'predict': must not write state"),
+        ("two inputs", "step 'encode': must have one input, x"),
+        ("unknown input", "step 'learn': the loop cannot feed .*mood"),
+        ("wrong input", "step 'predict': the loop cannot feed"),
+        ("no loss", "step 'learn': output .*loss.* is missing"),
+        ("no finite", "step 'forget': output .*finite.* is missing"),
+        ("names", "class_names: must be at most 5 different names"),
+        ("same names", "class_names: must be at most 5 different names"),
+    ],
+)
+def test_a_manifest_that_the_loop_cannot_serve_is_refused(means, edit_manifest, change, message):
+    data = broken(json.loads((means / "manifest.json").read_text()), change)
+    (means / "manifest.json").write_text(json.dumps(data))
+
+    class NoEngine:
+        """The loop's own checks come before any engine's."""
+
+        def load(self, state):
+            raise AssertionError
+
+    with pytest.raises(BundleError, match=message):
+        Learner(read_manifest(means), NoEngine(), load_file(means / "state.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": np.array([0, 0, np.nan, 0, 0], np.float32)}, "count: values must be finite"),
+        ({"count": np.array([0, 0, np.inf, 0, 0], np.float32)}, "count: values must be finite"),
+        ({"count": np.zeros(6, np.float32)}, r"count: shape must be \[5\], got \[6\]"),
+        ({"count": np.zeros(5)}, "count: dtype must be float32, got float64"),
+        ({"more": np.zeros(5)}, r"tensors must be \['count', 'sum'\], got \['count', 'more', 'sum'\]"),
+    ],
+)
+def test_an_initial_state_that_does_not_fit_is_refused(means, load, edit_manifest, change, message):
+    state = {**load_file(means / "state.safetensors"), **change}
+    (means / "state.safetensors").write_bytes(save(state))
+    edit_manifest(means)
+    with pytest.raises(BundleError, match=f"state: .*{message}"):
+        load(means)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors" * 9])
+def test_a_state_file_that_cannot_be_read_is_named(means, load, edit_manifest, content):
+    (means / "state.safetensors").write_bytes(content)
+    edit_manifest(means)
+    with pytest.raises(BundleError, match=r"state\.safetensors: cannot be read as safetensors"):
+        load(means)
+
+
+def test_rows_and_memory_must_fit(head, means, load, edit_manifest):
+    (head / "rows.safetensors").write_bytes(save({"replay.z": np.zeros((12, 8), np.uint8), "replay.target": np.zeros(12, np.int64)}))
+    edit_manifest(head)
+    with pytest.raises(BundleError, match=r"replay: replay\.target: 11 rows fit into 300 bytes, got 12"):
+        load(head)
+    data = json.loads((head / "manifest.json").read_text())
+    edit_manifest(head, replay={**data["replay"], "capacity_bytes": 80})
+    with pytest.raises(BundleError, match="replay: capacity_bytes: must be at least 88"):
+        load(head)
+    edit_manifest(head, replay=data["replay"], replay_file=None)
+    assert len(load(head).rows()["replay.target"]) == 0
+    with pytest.raises(BundleError, match="rows: the manifest has no replay memory"):
+        Learner(read_manifest(means), load(means)._engine, load_file(means / "state.safetensors"), rows={})
+
+
+def test_initial_rows_are_those_of_the_file(head, load):
+    rows = load(head).rows()
+    assert rows["replay.target"].tolist() == [0, 1, 1]
+    assert rows["replay.z"][:, 0].tolist() == [8, 0, 16]
+    assert load(head)._core.memory.generator.counter == 5
+
+
+def test_engine_names_are_checked(means, load, edit_manifest):
+    with pytest.raises(InputError, match="engine: must be one of onnx, got 'tflite'"):
+        load(means, engine="tflite")
+    edit_manifest(means, engine="executorch")
+    with pytest.raises(BundleError, match="was exported for engine 'executorch', not 'onnx'"):
+        load(means)
+
+
+def test_a_bundle_is_never_written_to(means, load, stream, tmp_path):
+    before = contents(means)
+    with load(means, store=tmp_path / "l.db") as learner:
+        ids = [learner.learn(x, 1).sample_id for x in stream[0][:5]]
+        learner.forget(ids[0])
+        learner.save("x")
+        learner.rollback("x")
+    assert contents(means) == before
+
+
+def test_the_manifest_survives_a_round_trip(means):
+    manifest = read_manifest(means)
+    assert to_json(manifest) == (means / "manifest.json").read_text()
+    assert manifest.steps["encode"].inputs == (TensorSpec("x", (1, 4, 4), "uint8"),)

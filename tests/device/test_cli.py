@@ -1,0 +1,165 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgecl_device import Learner, cli
+
+
+@pytest.fixture
+def data(tmp_path, stream):
+    np.savez(tmp_path / "stream.npz", x=stream[0], y=stream[1])
+    return tmp_path / "stream.npz"
+
+
+@pytest.fixture
+def call(capsys):
+    def run(*arguments):
+        code = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_info_is_the_manifests(call, head):
+    code, out, _ = call("info", head, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["method"] == "head" and found["input"] == "uint8 [1, 4, 4]" and found["replay"] == "300 bytes, reservoir"
+    assert found["state_bytes"] == 180
+    assert found["file_bytes"] == sum(p.stat().st_size for p in head.iterdir() if p.name != "manifest.json")
+    assert {step["step"]: step["canonical_macs"] for step in found["steps"]} == {"encode": 128, "predict": 40, "learn": 120}
+    code, table, _ = call("info", head)
+    assert "2 named of 5" in table
+    assert ["learn", "120", "120", "1,024"] in [line.split()[:4] for line in table.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["means", "head"])
+def test_verify_leaves_the_files_as_they_are(call, request, name):
+    bundle = request.getfixturevalue(name)
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in bundle.iterdir()}
+    code, out, _ = call("verify", bundle, "--json")
+    assert code == 0 and json.loads(out)["valid"] is True
+    assert [check["check"] for check in json.loads(out)["checks"]] == [
+        "schema, hashes, state, graphs",
+        "predict",
+        "learn",
+        "files unchanged",
+    ]
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in bundle.iterdir()} == before
+
+
+def test_verify_says_when_the_update_was_refused_or_files_changed(call, means, monkeypatch):
+    def breaking(self, x, y):
+        (means / "manifest.json").write_text("{}")
+        raise cli.UpdateRefusedError("learn: refused")
+
+    monkeypatch.setattr(Learner, "learn", breaking)
+    code, _, err = call("verify", means)
+    assert code == 2 and "files changed while they were verified" in err
+    monkeypatch.undo()
+    code, _, err = call("verify", means)
+    assert code == 2 and "manifest.json: schema must be a positive integer" in err
+
+
+def test_run_is_prequential(call, means, data, stream):
+    code, out, err = call("run", means, "--data", data, "--json")
+    found = json.loads(out)
+    with Learner.load(means) as learner:
+        hits = 0
+        for x, y in zip(*stream, strict=True):
+            hits += learner.predict(x).label == y
+            learner.learn(x, int(y))
+    assert (code, err) == (0, "")
+    assert found["prequential_accuracy"] == hits / 120 > 0.8
+    assert found["samples"] == found["learned_in_all"] == 120 and found["refused"] == 0
+    assert found["macs"] == 120 * (128 + 40 + 120)
+    assert sum(row["samples"] for row in found["classes"]) == 120
+    assert sum(row["samples"] * row["prequential_accuracy"] for row in found["classes"]) == pytest.approx(hits)
+
+
+def test_run_keeps_the_learner_in_the_store_and_counts_refusals(call, means, stream, loud, tmp_path):
+    np.savez(tmp_path / "some.npz", x=np.stack([stream[0][0], loud, stream[0][1]]), y=np.array([0, 1, 2]))
+    arguments = ("run", means, "--data", tmp_path / "some.npz", "--store", tmp_path / "l.db", "--json")
+    found = json.loads(call(*arguments)[1])
+    assert found["refused"] == 1 and found["learned_in_all"] == 2 and found["bytes_written"] > 0
+    found = json.loads(call(*arguments, "--limit", 1)[1])
+    assert found["samples"] == 1 and found["learned_in_all"] == 3
+
+
+def test_run_of_nothing(call, means, data):
+    code, out, _ = call("run", means, "--data", data, "--limit", 0)
+    assert code == 0 and "prequential_accuracy  -" in out
+
+
+def bad_streams(folder, x):
+    np.save(folder / "array.npz", x)
+    (folder / "array.npz.npy").rename(folder / "array.npz")
+    np.savez(folder / "no_y.npz", x=x)
+    np.savez(folder / "short.npz", x=x, y=np.zeros(3, np.int64))
+    np.savez(folder / "floats.npz", x=x, y=np.zeros(len(x)))
+    np.savez(folder / "objects.npz", x=np.array([None] * 3), y=np.zeros(3, np.int64))
+    np.savez(folder / "shape.npz", x=x[:, :3], y=np.zeros(len(x), np.int64))
+    np.savez(folder / "label.npz", x=x, y=np.full(len(x), 9))
+    (folder / "cut.npz").write_bytes((folder / "no_y.npz").read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "none.npz: must be an npz file"),
+        ("array", "array.npz: must be an npz file"),
+        ("no_y", "no_y.npz: must be an npz file with arrays x and y"),
+        ("cut", "cut.npz: must be an npz file"),
+        ("objects", "objects.npz: must be an npz file"),
+        ("short", "y must hold one integer a sample, got int64 [3] for 120 samples"),
+        ("floats", "y must hold one integer a sample, got float64"),
+        ("shape", "x: shape must be [1, 4, 4], got [3, 4]"),
+        ("label", "y: must be in [0, 5)"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(call, means, stream, tmp_path, name, message):
+    bad_streams(tmp_path, stream[0])
+    code, out, err = call("run", means, "--data", tmp_path / f"{name}.npz")
+    assert code == 2 and out == ""
+    assert err.startswith("edgecl-device: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_a_wrong_folder_and_a_wrong_limit(call, means, data, tmp_path):
+    code, _, err = call("info", tmp_path / "none")
+    assert code == 2 and "no manifest; pass the folder that edgecl export wrote" in err
+    code, _, err = call("run", means, "--data", data, "--limit", -1)
+    assert code == 2 and "--limit: must be at least 0, got -1" in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["verify", "--help"], ["run", "--help"]])
+def test_help_has_examples(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 0
+    assert "edgecl-device run bundle/ --data stream.npz" in capsys.readouterr().out
+
+
+def test_as_a_command_without_a_traceback(means, tmp_path):
+    (means / "learn.onnx").write_bytes(b"altered")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "edgecl_device.cli", "verify", str(means)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "learn.onnx: SHA-256 differs" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_progress_only_on_a_terminal(capsys, monkeypatch):
+    assert list(cli.progress(3)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    ticks = iter(range(10))
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(ticks))
+    assert list(cli.progress(3)) == [0, 1, 2]
+    assert "2 of 3 samples" in capsys.readouterr().err

@@ -1,0 +1,212 @@
+"""A small bench for step graphs: trace a function of tensors, lower it, and run it on ONNX Runtime."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgecl.codecs import Uint8Codec
+from edgecl.graph.capture import trace
+from edgecl.graph.lowering import canonicalise, lower
+from edgecl.graph.passes import Clean, FoldConstants
+from edgecl.graph.step import StepGraph
+from edgecl.learner import Learner, Problem, dtype_name
+from edgecl.methods import METHODS
+from edgecl_device.manifest import TensorSpec
+from edgecl_export.onnx import Emitter, WeightFile
+
+torch.set_num_threads(1)
+
+Function = Callable[..., Any]
+
+
+class Residual(nn.Module):
+    """Depthwise and pointwise convolutions with frozen norms around a skip connection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU6()
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pointwise(self.act(self.norm(self.depthwise(x))))
+
+
+def small_net(classes: int = 5) -> nn.Sequential:
+    """Residual, strided, depthwise and linear layers on [N, 4, 7, 7]; norms with statistics of their own."""
+    generator = torch.Generator().manual_seed(3)
+    net = nn.Sequential(
+        Residual(4), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(24, classes)
+    ).eval()
+    for module in net.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator) * 0.4
+                value.data = noise.abs() + 0.5 if name in ("running_var", "weight") and value.dim() == 1 else noise
+    return net
+
+
+class Bench:
+    """Traces, lowers, emits and runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+
+    def trace(self, function: Function, *tensors: Tensor, modules: Sequence[nn.Module] = ()) -> StepGraph:
+        """``function`` of these tensors as a step ``(a0, a1, ...) -> (o0, o1, ...)``."""
+        names = [f"a{i}" for i in range(len(tensors))]
+        specs = {n: TensorSpec(n, tuple(t.shape), dtype_name(t.dtype)) for n, t in zip(names, tensors, strict=True)}
+
+        def run(state: dict[str, Tensor], data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            return {f"o{i}": t for i, t in enumerate(results(function(*(data[n] for n in names))))}, {}
+
+        return trace("bench", run, {}, specs, modules)
+
+    def emit(self, graph: StepGraph) -> Path:
+        """The ONNX file of a graph."""
+        self.count += 1
+        weights = WeightFile(self.folder / f"{self.count}.bin")
+        model = Emitter(graph, weights).emit()
+        weights.close()
+        path = self.folder / f"{self.count}.onnx"
+        path.write_bytes(ir.to_proto(model).SerializeToString())
+        return path
+
+    def session(self, graph: StepGraph) -> Any:
+        """A session with the graph's model."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        return onnxruntime.InferenceSession(str(self.emit(graph)), options, providers=["CPUExecutionProvider"])
+
+    def onnx(self, graph: StepGraph, values: dict[str, Tensor]) -> list[Tensor]:
+        """Results of ONNX Runtime, in the order of the graph's outputs."""
+        session = self.session(graph)
+        feeds = {i.name: values[i.name].detach().numpy() for i in session.get_inputs()}
+        return [torch.from_numpy(np.asarray(r)) for r in session.run(None, feeds)]
+
+    def raw(self, function: Function, *tensors: Tensor) -> StepGraph:
+        """The graph as captured, constants folded."""
+        return Clean()(FoldConstants()(Clean()(self.trace(function, *tensors))))
+
+    def lowered(self, function: Function, *tensors: Tensor) -> StepGraph:
+        """The graph that would ship."""
+        return lower(canonicalise(self.trace(function, *tensors)))
+
+    def check(self, function: Function, *tensors: Tensor, bar: float = 1e-5, raw: bool = False) -> StepGraph:
+        """ONNX Runtime gives what ``function`` gives: shape, dtype and values; ``raw`` applies no rule."""
+        graph = self.raw(function, *tensors) if raw else self.lowered(function, *tensors)
+        found = self.onnx(graph, {f"a{i}": t for i, t in enumerate(tensors)})
+        for i, (want, got) in enumerate(zip(results(function(*tensors)), found, strict=True)):
+            assert_close(got, want.detach(), bar, f"output {i}")
+        return graph
+
+
+def results(value: Any) -> list[Tensor]:
+    """A tensor or a sequence of tensors, as a list."""
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def assert_close(got: Tensor, want: Tensor, bar: float, label: str = "") -> None:
+    """Equal shape and dtype; floats within ``bar`` of the largest value, the rest equal."""
+    assert got.shape == want.shape, (label, got.shape, want.shape)
+    assert got.dtype == want.dtype, (label, got.dtype, want.dtype)
+    if not want.is_floating_point():
+        assert torch.equal(got, want), label
+        return
+    special = ~torch.isfinite(want)
+    assert torch.equal(got[special].isnan(), want[special].isnan()), label
+    assert torch.equal(torch.nan_to_num(got[special]), torch.nan_to_num(want[special])), label
+    size = want[~special].abs().max().item() if (~special).any() else 0.0
+    worst = (got[~special].double() - want[~special].double()).abs().max().item() if (~special).any() else 0.0
+    assert worst <= bar * size, f"{label}: off by {worst:.3g}, largest value {size:.3g}"
+
+
+def gradients(function: Function, *tensors: Tensor) -> Function:
+    """``(*tensors, cotangent) -> gradients of every tensor``, by ``torch.func``."""
+
+    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+        _, pullback = torch.func.vjp(function, *arguments[:-1])
+        return tuple(pullback(arguments[-1]))
+
+    return run
+
+
+def make_learner(name: str, **config: Any) -> Learner:
+    """A method on small features or on the small net."""
+    kind = METHODS[name]
+    if name in ("ncm", "slda", "ridge"):
+        return kind(Problem(TensorSpec("z", (1, 6), "float32"), 4), kind.Config(**config))
+    learner: Any = kind(Problem(TensorSpec("z", (1, 4, 7, 7), "float32"), 5), kind.Config(**config), suffix=small_net())  # type: ignore[call-arg]
+    if name == "latent_replay":
+        for codec in learner.codecs.values():
+            if isinstance(codec, Uint8Codec):
+                codec.fit(torch.tensor([-3.0, 3.0]))
+    return learner  # type: ignore[no-any-return]
+
+
+def random_state(learner: Learner, generator: torch.Generator) -> dict[str, Tensor]:
+    """A state that could occur: counts are positive, matrices well conditioned."""
+    state = {}
+    for name, value in learner.init().items():
+        noise = torch.rand(value.shape, generator=generator, dtype=value.dtype)
+        if name.startswith(("count", "total", "age", "adam_step")):
+            state[name] = (noise * 5).floor() + 1
+        elif name in ("precision", "inverse"):
+            state[name] = value + 0.01 * (noise @ noise.t())
+        else:
+            state[name] = value + 0.1 * noise
+    return state
+
+
+def random_inputs(graph: StepGraph, generator: torch.Generator, classes: int = 4) -> dict[str, Tensor]:
+    """Values for a step's data inputs."""
+    values = {}
+    for port in graph.inputs:
+        if port.kind != "data":
+            continue
+        if port.spec.dtype == "int64":
+            values[port.name] = torch.randint(0, classes, port.spec.shape, generator=generator)
+        elif port.spec.dtype == "uint8":
+            values[port.name] = torch.randint(0, 256, port.spec.shape, generator=generator, dtype=torch.uint8)
+        elif port.name.endswith(("weight", "lr")):
+            values[port.name] = torch.rand(port.spec.shape, generator=generator) * 0.5 + 0.1
+        else:
+            values[port.name] = torch.randn(port.spec.shape, generator=generator)
+    return values
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("onnx"))
+
+
+class Tools:
+    """The helpers above, for test files, which cannot import a conftest."""
+
+    Residual = Residual
+    assert_close = staticmethod(assert_close)
+    gradients = staticmethod(gradients)
+    make_learner = staticmethod(make_learner)
+    random_inputs = staticmethod(random_inputs)
+    random_state = staticmethod(random_state)
+    results = staticmethod(results)
+    small_net = staticmethod(small_net)
+
+
+@pytest.fixture(scope="session")
+def tools() -> type[Tools]:
+    return Tools
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

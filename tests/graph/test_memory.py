@@ -1,0 +1,226 @@
+"""The planner against its verifier, brute force, and a run in PyTorch that frees every value when it is dead."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from edgecl.graph.capture import capture
+from edgecl.graph.lowering import canonicalise, lower
+from edgecl.graph.memory import ALIGNMENT, VIEWS, Buffer, Plan, lifetimes, peak_bytes, plan, verify
+from edgecl.graph.step import GraphError, StepGraph
+
+aten = torch.ops.aten
+METHODS = ["ncm", "slda", "ridge", "finetune", "latent_replay"]
+
+
+@pytest.fixture(scope="module")
+def graphs(tools: Any) -> dict[str, StepGraph]:
+    """Learn of every method, lowered."""
+    return {name: lower(canonicalise(capture(tools.make_learner(name), "learn"))) for name in METHODS}
+
+
+def clash(a: Buffer, b: Buffer) -> bool:
+    """Whether two buffers are alive at one time and share a byte."""
+    in_time = a.first <= b.last and b.first <= a.last
+    return in_time and a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plan(method: str, graphs: dict[str, StepGraph]) -> None:
+    graph = graphs[method]
+    found = plan(graph)
+    verify(graph, found)
+    assert len(found.buffers) > 5
+    for i, a in enumerate(found.buffers):
+        assert a.offset % ALIGNMENT == 0
+        assert not any(clash(a, b) for b in found.buffers[i + 1 :])
+    assert found.peak_bytes == peak_bytes(graph) == brute_force_peak(graph)
+    assert found.peak_bytes <= found.arena_bytes == max(b.offset + b.nbytes for b in found.buffers)
+
+
+def shares_bytes(node: fx.Node) -> bool:
+    if node.target is aten.t.default:
+        return all(user.target in (aten.mm.default, aten.addmm.default) for user in node.users)
+    return node.target in VIEWS or node.name.startswith("getitem")
+
+
+def brute_force_peak(graph: StepGraph) -> int:
+    """At each operator: every value that was computed and that it or a later operator needs, directly or through a view."""
+    nodes = graph.nodes
+    results = set(graph.results)
+
+    def needs(node: fx.Node, value: fx.Node) -> bool:
+        return any(source is value or (shares_bytes(source) and needs(source, value)) for source in node.all_input_nodes)
+
+    peak = 0
+    for i, now in enumerate(nodes):
+        alive = 0
+        for j, value in enumerate(nodes[: i + 1]):
+            if value.op != "call_function" or shares_bytes(value) or value in results:
+                continue
+            if any(shares_bytes(r) and needs(r, value) for r in results):
+                continue  # lies in an output's buffer
+            if j == i or any(needs(later, value) for later in nodes[i:]):
+                values = value.meta["val"] if isinstance(value.meta["val"], (tuple, list)) else [value.meta["val"]]
+                alive += sum(-(-v.numel() * v.element_size() // ALIGNMENT) * ALIGNMENT for v in values)
+        peak = max(peak, alive)
+        assert now.op
+    return peak
+
+
+class Freeing:
+    """Runs a graph with real tensors; an operator that is no view gets memory of its own, a value goes when nobody needs it."""
+
+    def __init__(self, graph: StepGraph, values: dict[str, Tensor]) -> None:
+        nodes, results = graph.nodes, graph.results
+        last = {source: node for node in nodes for source in node.all_input_nodes}
+        live: dict[fx.Node, Any] = {}
+        given_values = {n: values[p.name] for n, p in zip(graph.placeholders, graph.inputs, strict=True)}
+        known: dict[int, int] = {}  # address of a live storage -> number of the tensor
+        moments: list[dict[int, int]] = []
+        fresh = 0
+        for node in nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg(
+                    (node.args, node.kwargs),
+                    lambda n: graph.constant(n) if n.op == "get_attr" else given_values[n] if n.op == "placeholder" else live[n],
+                )
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                if not shares_bytes(node):
+                    value = (
+                        tuple(v.clone(memory_format=torch.contiguous_format) for v in value)
+                        if isinstance(value, tuple)
+                        else value.clone(memory_format=torch.contiguous_format)
+                    )
+                live[node] = value
+            elif node.op == "output":
+                break
+            sizes: dict[int, int] = {}
+            addresses: dict[int, int] = {}
+            for value in live.values():
+                for tensor in value if isinstance(value, tuple) else (value,):
+                    address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+                    if address in self.frozen(graph, given_values):
+                        continue
+                    if address not in known:
+                        fresh += 1
+                        known[address] = fresh
+                    addresses[address] = known[address]
+                    sizes[known[address]] = -(-size // ALIGNMENT) * ALIGNMENT
+            known = addresses
+            moments.append(sizes)
+            for dead in [n for n in live if (last.get(n) in (None, node) or last.get(n) not in nodes) and n not in results]:
+                if last.get(dead) is node or dead not in last:
+                    del live[dead]
+            known = {
+                a: n
+                for a, n in known.items()
+                if any(a == t.untyped_storage().data_ptr() for v in live.values() for t in (v if isinstance(v, tuple) else (v,)))
+            }
+        outputs = {known[a] for r in results if r in live for a in [live[r].untyped_storage().data_ptr()] if a in known}
+        self.peak = max(sum(size for number, size in sizes.items() if number not in outputs) for sizes in moments)
+        self.results = tuple(live[r] if r in live else given_values.get(r) for r in results)
+
+    @staticmethod
+    def frozen(graph: StepGraph, values: dict[fx.Node, Tensor]) -> set[int]:
+        return {t.untyped_storage().data_ptr() for t in [*values.values(), *graph.constants().values()]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_frees_dead_values_needs_the_planned_peak(
+    method: str, graphs: dict[str, StepGraph], tools: Any, generator: torch.Generator
+) -> None:
+    graph = graphs[method]
+    learner = tools.make_learner(method)
+    values = {**tools.random_state(learner, generator), **tools.random_inputs(graph, generator)}
+    run = Freeing(graph, values)
+    for got, want in zip(run.results, graph.run(*(values[p.name] for p in graph.inputs)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    if any(isinstance(n.meta.get("val"), (tuple, list)) for n in graph.operators):
+        # a pooling's maxima and positions are one buffer in the plan, and two tensors of different lives in PyTorch
+        assert 0.9 * peak_bytes(graph) <= run.peak <= peak_bytes(graph)
+    else:
+        assert run.peak == peak_bytes(graph)
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_the_verifier_accepts_a_moved_buffer_exactly_when_no_two_clash(data: st.DataObject, graphs: dict[str, StepGraph]) -> None:
+    graph = graphs[data.draw(st.sampled_from(METHODS))]
+    found = plan(graph)
+    index = data.draw(st.integers(0, len(found.buffers) - 1))
+    moved = replace(found.buffers[index], offset=ALIGNMENT * data.draw(st.integers(0, found.arena_bytes // ALIGNMENT)))
+    others = [b for i, b in enumerate(found.buffers) if i != index]
+    fits = moved.offset + moved.nbytes <= found.arena_bytes
+    good = fits and not any(clash(moved, b) for b in others)
+    assert accepts(graph, replace(found, buffers=(*others, moved))) == good
+
+
+def accepts(graph: StepGraph, found: Plan) -> bool:
+    try:
+        verify(graph, found)
+    except GraphError:
+        return False
+    return True
+
+
+CORRUPTIONS: dict[str, tuple[Any, str]] = {
+    "missing": (lambda p, i: replace(p, buffers=p.buffers[:i] + p.buffers[i + 1 :]), "has no place"),
+    "too small": (lambda p, i: swap(p, i, nbytes=p.buffers[i].nbytes - ALIGNMENT), "needs .* bytes"),
+    "below zero": (lambda p, i: swap(p, i, offset=-ALIGNMENT), "must start at a multiple of 64"),
+    "beyond the end": (lambda p, i: swap(p, i, offset=p.arena_bytes - p.buffers[i].nbytes + ALIGNMENT), "end within"),
+    "not aligned": (lambda p, i: swap(p, i, offset=p.buffers[i].offset + 1), "must start at a multiple of 64"),
+    "arena too small": (lambda p, i: replace(p, arena_bytes=p.arena_bytes - 1), "end within"),
+}
+
+
+def swap(found: Plan, index: int, **changes: int) -> Plan:
+    buffers = list(found.buffers)
+    buffers[index] = replace(buffers[index], **changes)  # type: ignore[arg-type]
+    return replace(found, buffers=tuple(buffers))
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_the_verifier_refuses_corrupted_plans(kind: str, data: st.DataObject, graphs: dict[str, StepGraph]) -> None:
+    graph = graphs[data.draw(st.sampled_from(METHODS))]
+    found = plan(graph)
+    corrupt, message = CORRUPTIONS[kind]
+    with pytest.raises(GraphError, match=message):
+        verify(graph, corrupt(found, data.draw(st.integers(0, len(found.buffers) - 1))))
+
+
+def test_an_operator_must_not_write_over_what_it_reads(bench: Any) -> None:
+    graph = bench.lowered(lambda x: (x * 2.0).exp() + 1.0, torch.ones(64))
+    found = plan(graph)
+    first, second = sorted(found.buffers, key=lambda b: b.first)
+    assert first.offset != second.offset
+    with pytest.raises(GraphError, match="after it was overwritten"):
+        verify(graph, replace(found, buffers=(first, replace(second, offset=first.offset))))
+
+
+def test_a_view_keeps_its_buffer_alive_and_a_result_has_no_buffer(bench: Any) -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        y = x * 2.0
+        view = y.reshape(-1)
+        z = x.exp().sum(0)
+        return [(view + 1.0).reshape(4, 16).sum(1), z]
+
+    graph = bench.lowered(function, torch.ones(8, 8))
+    (first, *_) = lifetimes(graph)
+    names = [n.name for n in graph.nodes]
+    assert first.name == "mul"
+    assert names[first.last] == "add"
+    assert not {b.name for b in lifetimes(graph)} & {n.name for n in graph.results}
+
+
+def test_a_step_without_intermediate_tensors(bench: Any) -> None:
+    graph = bench.lowered(lambda x: x + 1.0, torch.ones(3))
+    assert plan(graph) == Plan(0, 0, ())
+    verify(graph, plan(graph))

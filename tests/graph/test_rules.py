@@ -1,0 +1,266 @@
+"""Rules against autograd: in PyTorch in float64, and lowered and emitted on ONNX Runtime in float32."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgecl.graph.rules import elementwise, pooling
+from edgecl.graph.rules.convolution import convolution_backward
+from edgecl.graph.step import UnsupportedOperatorError
+from edgecl.methods._suffix import cross_entropy
+
+aten = torch.ops.aten
+EXACT = 1e-10
+
+
+def close(got: Tensor, want: Tensor, bar: float, label: object) -> None:
+    assert got.shape == want.shape, (label, got.shape, want.shape)
+    worst, size = (got - want).abs().max().item(), want.abs().max().item()
+    assert worst <= bar * max(size, 1e-30), f"{label}: off by {worst:.3g} of {size:.3g}"
+
+
+def convolutions() -> list[dict[str, Any]]:
+    """Every combination in one and two dimensions that has an output; channels 4 -> 4 or 2 -> 4."""
+    found = []
+    for kernel, stride, padding, dilation, groups in itertools.product(
+        [(1,), (2,), (3,), (5,), (1, 1), (2, 2), (3, 3), (5, 5), (3, 1), (1, 5)], (1, 2, 3), (0, 1, 2), (1, 2), (1, 2, 4)
+    ):
+        sizes = (11, 8)[: len(kernel)]  # with strides 2 and 3, some rests are not zero
+        if all(size + 2 * padding >= dilation * (k - 1) + 1 for size, k in zip(sizes, kernel, strict=True)):
+            found.append({"sizes": sizes, "kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups})
+    return found
+
+
+def convolve(case: dict[str, Any]) -> Any:
+    function: Any = F.conv1d if len(case["kernel"]) == 1 else F.conv2d
+    options = {k: case[k] for k in ("stride", "padding", "dilation", "groups")}
+    return lambda x, w, b: function(x, w, b, **options)
+
+
+def operands(case: dict[str, Any], batch: int, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    return draw(batch, 4, *case["sizes"]), draw(8, 4 // case["groups"], *case["kernel"]), draw(8)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_convolution_backward_equals_autograd(batch: int, generator: torch.Generator) -> None:
+    cases = convolutions()
+    assert len(cases) > 500
+    for case in cases:
+        x, w, b = operands(case, batch, generator, torch.float64)
+        y, pullback = torch.func.vjp(convolve(case), x, w, b)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        rank = len(case["kernel"])
+        options = [[case[k]] * rank for k in ("stride", "padding", "dilation")]
+        found = convolution_backward(cotangent, x, w, [8], *options, False, [0] * rank, case["groups"], [True] * 3)
+        for name, got, want in zip(("input", "weight", "bias"), found, pullback(cotangent), strict=True):
+            assert got is not None
+            close(got, want, EXACT, (name, batch, case))
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_convolution_backward_computes_only_what_the_mask_asks_for(mask: tuple[bool, ...], generator: torch.Generator) -> None:
+    x, w, g = (torch.randn(s, generator=generator) for s in ((2, 4, 6, 6), (3, 4, 3, 3), (2, 3, 4, 4)))
+    found = convolution_backward(g, x, w, [3], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
+    want = aten.convolution_backward.default(g, x, w, [3], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, list(mask))
+    assert [t is not None for t in found] == list(mask)
+    for got, reference in zip(found, want, strict=True):
+        if got is not None:
+            torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_convolution_backward_with_a_different_value_on_each_axis(generator: torch.Generator) -> None:
+    options: Any = {"stride": (2, 3), "padding": (1, 2), "dilation": (2, 1), "groups": 2}
+    x, w = torch.randn(2, 4, 11, 13, generator=generator).double(), torch.randn(6, 2, 3, 5, generator=generator).double()
+    y, pullback = torch.func.vjp(lambda a, b: F.conv2d(a, b, **options), x, w)
+    g = torch.randn(y.shape, generator=generator).double()
+    found = convolution_backward(g, x, w, None, (2, 3), (1, 2), (2, 1), False, (0, 0), 2, (True, True, False))
+    for got, want in zip(found, pullback(g), strict=False):
+        assert got is not None
+        close(got, want, EXACT, "axes")
+
+
+def test_transposed_convolution_is_refused_by_name() -> None:
+    z = torch.zeros(1, 1, 3, 3)
+    with pytest.raises(UnsupportedOperatorError, match="ConvTranspose layers in the frozen trunk"):
+        convolution_backward(z, z, z, None, (1, 1), (0, 0), (1, 1), True, (0, 0), 1, (True, True, False))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_lowered_convolution_gradients_on_onnx_runtime(batch: int, rank: int, bench: Any, tools: Any, generator: torch.Generator) -> None:
+    """Many layers in one graph: every 7th combination, so that each value of each axis of the grid occurs."""
+    cases = [c for c in convolutions() if len(c["kernel"]) == rank][batch :: 7 if rank == 2 else 4]
+    tensors, counts = [], []
+    for case in cases:
+        x, w, b = operands(case, batch, generator, torch.float32)
+        y = convolve(case)(x, w, b)
+        tensors += [x, w, b, torch.randn(y.shape, generator=generator)]
+        counts.append(4)
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        found = []
+        for i, case in enumerate(cases):
+            *inputs, cotangent = arguments[4 * i : 4 * i + 4]
+            found += list(torch.func.vjp(convolve(case), *inputs)[1](cotangent))
+        return found
+
+    bench.check(run, *tensors, bar=1e-4)
+
+
+POOLS = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 1},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)},
+    {"kernel_size": 2, "stride": 3},
+    {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+    {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True},
+    {"kernel_size": 5, "stride": 2, "padding": 2, "ceil_mode": True},
+]
+MAXIMA = [*POOLS, {"kernel_size": 2, "dilation": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2, "ceil_mode": True}]
+AVERAGES = [
+    *POOLS,
+    *({**p, "count_include_pad": False} for p in POOLS),
+    {"kernel_size": 3, "stride": 2, "padding": 1, "divisor_override": 5},
+    {"kernel_size": 1},
+]
+PLANES = [(1, 2, 7, 8), (2, 3, 8, 7), (2, 1, 6, 6)]
+
+
+def images(shape: tuple[int, ...], kind: str, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(shape, generator=generator, dtype=dtype)
+    return {"normal": x, "negative": -1 - x.abs(), "ties": x.round(), "equal": torch.full_like(x, -0.0)}[kind]
+
+
+def pool_backward(pool: Any, case: dict[str, Any]) -> Any:
+    def run(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        y, pullback = torch.func.vjp(lambda t: pool(t, **case), x)
+        return y, pullback(g)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("case", MAXIMA, ids=str)
+def test_max_pool_and_its_gradient(case: dict[str, Any], bench: Any, generator: torch.Generator) -> None:
+    """Overlapping windows, padding, dilation, ties and all-negative inputs; at a tie the first maximum takes the gradient."""
+    for shape, kind in zip(PLANES * 2, ("normal", "negative", "ties", "equal", "negative", "ties"), strict=True):
+        x = images(shape, kind, generator)
+        y = F.max_pool2d(x, **case)
+        bench.check(pool_backward(F.max_pool2d, case), x, torch.randn(y.shape, generator=generator))
+
+
+@pytest.mark.parametrize("case", AVERAGES, ids=str)
+def test_average_pool_and_its_gradient(case: dict[str, Any], bench: Any, generator: torch.Generator) -> None:
+    run = pool_backward(F.avg_pool2d, case)
+    for shape in PLANES:
+        x = images(shape, "normal", generator, torch.float64)
+        g = torch.randn(F.avg_pool2d(x, **case).shape, generator=generator, dtype=x.dtype)
+        y, gradient = run(x, g)
+        kernel, stride, padding = (case.get(k, d) for k, d in (("kernel_size", 0), ("stride", ()), ("padding", 0)))
+        full: Any = [[v] if isinstance(v, int) else list(v) for v in (kernel, stride, padding)]
+        flags = [case.get("ceil_mode", False), case.get("count_include_pad", True), case.get("divisor_override")]
+        forward = pooling.avg_pool2d(x, *full, *flags)
+        if forward is not NotImplemented:
+            close(forward, y, EXACT, case)
+        close(pooling.avg_pool2d_backward(g, x, *full, *flags), gradient, EXACT, case)
+    bench.check(run, x.float(), g.float())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, (1, 1)), lambda x: x.mean((2, 3)), lambda x: x.mean(-1)],
+    ids=["adaptive", "pair", "mean", "last"],
+)
+def test_global_pooling(layer: Any, bench: Any, generator: torch.Generator) -> None:
+    x = torch.randn(2, 3, 5, 7, generator=generator)
+    bench.check(pool_backward(lambda t: layer(t), {}), x, torch.randn(layer(x).shape, generator=generator))
+
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "clip": lambda x: F.hardtanh(x, -0.3, 0.4),
+    "softmax": lambda x: F.softmax(x, 1),
+    "softmax last": lambda x: F.softmax(x, -1),
+    "log_softmax": lambda x: F.log_softmax(x, 1),
+    "log_softmax first": lambda x: F.log_softmax(x, 0),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+EDGES = [-0.0, 0.0, 6.0, -6.0, 1.0, -1.0, 1e-30, -1e-30, 50.0, -50.0, 5.9999995, 6.0000005]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_gradients(name: str, bench: Any, generator: torch.Generator) -> None:
+    layer = ACTIVATIONS[name]
+    x = torch.cat([torch.tensor([EDGES] * 3), torch.randn(3, 12, generator=generator) * 4], 1)
+    for g in (torch.randn(x.shape, generator=generator), torch.zeros(x.shape), torch.full(x.shape, -0.0)):
+        graph = bench.check(pool_backward(layer, {}), x, g)
+    assert not {n.target for n in graph.operators} & {
+        aten.threshold_backward.default, aten.hardtanh_backward.default, aten._softmax_backward_data.default,
+        aten._log_softmax_backward_data.default, aten.sigmoid_backward.default, aten.tanh_backward.default,
+    }  # fmt: skip
+
+
+def test_elementwise_rules_equal_the_operators_in_float64(generator: torch.Generator) -> None:
+    x = torch.cat([torch.tensor([EDGES] * 3), torch.randn(3, 12, generator=generator) * 4], 1).double()
+    g = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    pairs: list[tuple[Any, Any, tuple[Any, ...]]] = [
+        (elementwise.threshold_backward, aten.threshold_backward, (x, 0.0)),
+        (elementwise.threshold_backward, aten.threshold_backward, (x, 1.0)),
+        (elementwise.hardtanh_backward, aten.hardtanh_backward, (x, 0.0, 6.0)),
+        (elementwise.log_softmax_backward, aten._log_softmax_backward_data, (x.log_softmax(1), 1, torch.float64)),
+        (elementwise.softmax_backward, aten._softmax_backward_data, (x.softmax(0), 0, torch.float64)),
+        (elementwise.sigmoid_backward, aten.sigmoid_backward, (x.sigmoid(),)),
+        (elementwise.tanh_backward, aten.tanh_backward, (x.tanh(),)),
+    ]
+    for rule, operator, arguments in pairs:
+        close(rule(g, *arguments), operator(g, *arguments), EXACT, rule.__name__)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 6), (2, 3)], ids=str)
+def test_batch_norm_in_eval_mode(affine: bool, shape: tuple[int, ...], bench: Any, generator: torch.Generator) -> None:
+    """Value, input gradient and the gradients of trained weight and bias."""
+    x, mean, g = (torch.randn(s, generator=generator) for s in (shape, 3, shape))
+    variance = torch.rand(3, generator=generator) + 0.3
+    vectors = [torch.randn(3, generator=generator), torch.randn(3, generator=generator)] if affine else []
+
+    def layer(t: Tensor, *wb: Tensor) -> Tensor:
+        return F.batch_norm(t, mean, variance, *(wb or (None, None)), training=False, eps=1e-3)
+
+    def run(t: Tensor, cotangent: Tensor, *wb: Tensor) -> list[Tensor]:
+        y, pullback = torch.func.vjp(layer, t, *wb)
+        return [y, *pullback(cotangent)]
+
+    bench.check(run, x, g, *vectors)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_cross_entropy_equals_torch_at_any_batch_size(batch: int, bench: Any, generator: torch.Generator) -> None:
+    """The loss of each row and its gradient; and with masked classes, those of the remaining ones alone."""
+    scores = torch.randn(batch, 6, generator=generator) * 3
+    target = torch.randint(0, 4, (batch,), generator=generator)
+    weights = torch.rand(batch, generator=generator)
+    for allowed in (torch.ones(6, dtype=torch.bool), torch.tensor([True] * 4 + [False] * 2)):
+
+        def written_out(s: Tensor, t: Tensor, w: Tensor, mask: Tensor = allowed) -> tuple[Tensor, Tensor]:
+            loss, pullback = torch.func.vjp(lambda v: (cross_entropy(v, t, mask) * w).sum(), s)
+            return loss, pullback(torch.ones_like(loss))[0]
+
+        wide = scores.double().requires_grad_(True)
+        reference = (F.cross_entropy(wide[:, allowed], target, reduction="none") * weights.double()).sum()
+        (gradient,) = torch.autograd.grad(reference, wide)
+        loss, got = written_out(scores.double(), target, weights.double())
+        close(loss, reference.detach(), EXACT, "loss")
+        close(got, gradient, EXACT, "gradient")
+        bench.check(written_out, scores, target, weights)

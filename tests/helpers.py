@@ -1,0 +1,123 @@
+"""A small model, its data and its bundles, shared by the host's tests through the fixture ``toy``."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgecl import METHODS, EagerEngine, Prepared, prepare
+from edgecl_device import Learner
+from edgecl_device.engines.onnx import OnnxEngine
+from edgecl_device.manifest import Array
+from edgecl_export import Exported, export
+
+CLASSES = 5
+CONFIG: dict[str, dict[str, Any]] = {"latent_replay": {"rows_per_step": 4, "capacity_bytes": 4096}, "joint": {"epochs": 3}}
+"""Where the toy differs from a method's defaults: a memory that is full after some 30 samples."""
+
+
+class Net(nn.Module):
+    """8x8 grey images: a stem, a depthwise block, a linear head. Batch norm has statistics of its own."""
+
+    def __init__(self, classes: int = CLASSES, seed: int = 0) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
+        self.mid = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 8, 1))
+        self.fc = nn.Linear(8, classes)
+        settle(self, seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(F.adaptive_avg_pool2d(self.mid(self.stem(x)), 1).flatten(1))
+        return scores
+
+
+def settle(model: nn.Module, seed: int = 0) -> None:
+    """Weights and batch norm statistics from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+            if module.bias is not None:
+                nn.init.uniform_(module.bias, -0.1, 0.1, generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.2, 0.2)):
+                nn.init.uniform_(tensor, low, high, generator=generator)
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.uniform_(-0.2, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    model.eval()
+
+
+def samples(count: int, seed: int = 0, classes: int = CLASSES) -> tuple[Array, Array]:
+    """Noisy copies of one pattern a class, classes in turn: float32 [N, 1, 8, 8] and int64 [N]."""
+    patterns = np.random.default_rng(99).standard_normal((classes, 1, 8, 8))
+    y = np.arange(count) % classes
+    return (patterns[y] + 0.5 * np.random.default_rng(seed).standard_normal((count, 1, 8, 8))).astype(np.float32), y
+
+
+def arrays(state: dict[str, Tensor]) -> dict[str, Array]:
+    """A state as NumPy arrays of their own."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in state.items()}
+
+
+def same(left: dict[str, Array], right: dict[str, Array]) -> bool:
+    """Whether two mappings hold the same arrays, to the bit."""
+    alike = {name: (a.dtype.str, a.shape, a.tobytes()) for name, a in left.items()}
+    return alike == {name: (a.dtype.str, a.shape, a.tobytes()) for name, a in right.items()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+class Toy:
+    """Prepared learners and bundles of :class:`Net` or of another model; a bundle is exported once a session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._bundles: dict[str, tuple[Exported, Prepared]] = {}
+
+    def config(self, method: str, **changes: Any) -> Any:
+        """The toy's hyperparameters of a method."""
+        return METHODS[method].Config(**{**CONFIG.get(method, {}), **changes})
+
+    def prepared(self, method: str, fit: bool = True, **changes: Any) -> Prepared:
+        """A learner on :class:`Net`, fitted on classes 0 and 1."""
+        x, y = samples(60)
+        ready = prepare(Net(), at="stem", example=x[:1], method=method, classes=CLASSES, config=self.config(method, **changes))
+        return ready.fit(x[y < 2], y[y < 2]) if fit else ready
+
+    def bundle(self, method: str, **changes: Any) -> tuple[Exported, Prepared]:
+        """Its bundle, which no test may change, and the learner that it was made from."""
+        key = json.dumps([method, dataclasses.asdict(self.config(method, **changes))], sort_keys=True)
+        if key not in self._bundles:
+            ready = self.prepared(method, **changes)
+            self._bundles[key] = export(ready, self.folder / str(len(self._bundles))), ready
+        return self._bundles[key]
+
+    def device(self, method: str, engine: str, store: Path | None = None, **changes: Any) -> Learner:
+        """The device's learner on an engine, as the bundle starts it."""
+        exported, ready = self.bundle(method, **changes)
+        if engine == "onnx":
+            return Learner.load(exported.path, store)
+        assert store is None
+        return Learner(exported.manifest, EagerEngine(ready.trunk, ready.learner), arrays(ready.state), rows_of(ready))
+
+    def onnx(self, method: str, **changes: Any) -> OnnxEngine:
+        """The bare engine, with the bundle's initial state."""
+        exported, ready = self.bundle(method, **changes)
+        engine = OnnxEngine(exported.path, exported.manifest)
+        engine.load(arrays(ready.state))
+        return engine
+
+
+def rows_of(ready: Prepared) -> dict[str, Array] | None:
+    """Replay rows of a prepared learner, or None without a memory."""
+    return None if ready.memory is None else ready.memory.rows_by_name()

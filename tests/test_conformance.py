@@ -1,0 +1,308 @@
+"""What every method must do on every engine. A new entry in METHODS is tested here without another line."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from edgecl import METHODS
+from edgecl.learner import UNSEEN, Learner, call_step
+from edgecl.trees import flatten_tree
+from edgecl_device.errors import EdgeclError, InputError, StepMissingError, UpdateRefusedError
+
+torch.set_num_threads(1)
+
+SHIPPED = [name for name in METHODS if name != "joint"]  # joint trains offline: tests/test_suffix_methods.py
+LEARNING = [name for name in SHIPPED if hasattr(METHODS[name], "learn")]
+ENGINES = ("eager", "onnx")
+
+shipped = pytest.mark.parametrize("method", SHIPPED)
+learning = pytest.mark.parametrize("method", LEARNING)
+engines = pytest.mark.parametrize("engine", ENGINES)
+
+WRONG = {
+    "lr": (-1.0, float("nan"), float("inf"), "fast"),
+    "optimizer": ("rmsprop", 1),
+    "momentum": (1.0, -0.1, float("nan")),
+    "betas": ((0.9,), (0.9, 1.0), (-0.1, 0.9)),
+    "eps": (0.0, float("nan"), float("inf")),
+    "weight_decay": (-1e-4, float("inf"), float("nan")),
+    "trainable": ("fc.*", ("nothing.*",), (1,), ()),
+    "rows_per_step": (0, -1, 2.5, True),
+    "capacity_bytes": (0, 10, 1e6),
+    "codec": ("int4",),
+    "policy": ("fifo",),
+    "loss": ("mse",),
+    "new_weight": (0.0, float("inf"), "1"),
+    "window": (0, 1.5),
+    "seed": (-1, 2**64, 0.5),
+    "epochs": (0,),
+    "batch": (0,),
+    "gamma": (0.0, -1.0, float("inf"), float("nan")),
+    "g0": (0.0, float("inf")),
+    "projection": (0, -3),
+    "drift": (0.0, 1.5, float("nan")),
+    "trace_cap": (0.0, 5.0),
+    "dtype": ("float16", "double"),
+    "tau": (0.0, 1.0),
+}
+"""Values that no method may take, by the name of the hyperparameter."""
+UNCHECKED = {"projection_seed"}  # any integer is a seed
+
+
+def without_ids(rows):
+    return {name: array for name, array in rows.items() if name != "replay.sample_id"}
+
+
+def test_the_battery_covers_the_registry():
+    assert set(LEARNING) == set(SHIPPED) - {"frozen"}
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.summary
+        assert issubclass(method, Learner)
+        assert dataclasses.is_dataclass(method.Config)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            method.Config().anything = 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_hyperparameters_are_refused_by_name(toy, method):
+    for field in dataclasses.fields(METHODS[method].Config):
+        if field.type is bool or field.name in UNCHECKED:
+            continue
+        for value in WRONG[field.name]:  # a new hyperparameter needs its wrong values here
+            with pytest.raises(InputError, match=f"^{field.name}: .*; "):
+                toy.prepared(method, fit=False, **{field.name: value})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_survives_json(toy, method):
+    plain = toy.prepared(method, fit=False).learner.config_dict()
+    read = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(json.dumps(plain)).items()}
+    assert METHODS[method].Config(**read) == toy.config(method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_init_returns_new_and_distinct_tensors(toy, method):
+    learner = toy.prepared(method, fit=False).learner
+    first, second = learner.init(), learner.init()
+    tensors = [*first.values(), *second.values(), *learner.suffix.parameters()] if hasattr(learner, "suffix") else [*first.values(), *second.values()]
+    places = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+    assert len(set(places)) == len(places)
+    assert toy.helpers.same(toy.helpers.arrays(first), toy.helpers.arrays(second))
+    assert all(torch.isfinite(t).all() for t in first.values())
+
+
+@shipped
+@engines
+def test_steps_run(toy, method, engine):
+    x, y = toy.helpers.samples(40, seed=1)
+    with toy.device(method, engine) as learner:
+        before = learner.state()
+        seen = learner.predict(x[0])
+        assert seen.scores.dtype == np.float32
+        assert seen.scores.shape == (toy.helpers.CLASSES,)
+        assert seen.label == seen.scores.argmax()
+        assert toy.helpers.same(learner.state(), before), "predict must not write state"
+        if method not in LEARNING:
+            with pytest.raises(StepMissingError, match="learn"):
+                learner.learn(x[0], int(y[0]))
+            return
+        reports = [learner.learn(a, int(b)) for a, b in zip(x, y, strict=True)]
+        assert all(np.isfinite(r.loss) and r.label == b for r, b in zip(reports, y, strict=True))
+        assert reports[0].predicted == seen.label, "the prediction is that of the state before the update"
+        assert not toy.helpers.same(learner.state(), before)
+        assert learner.report()["learned"] == 40
+        if learner.manifest.forgets:
+            learner.forget(reports[3].sample_id)
+            assert learner.report()["forgotten"] == 1
+        if "relabel" in learner.manifest.steps:
+            learner.relabel(reports[4].sample_id, 2)
+
+
+@learning
+@engines
+def test_it_learns(toy, method, engine):
+    x, y = toy.helpers.samples(400, seed=2)
+    held_x, held_y = toy.helpers.samples(50, seed=3)
+    with toy.device(method, engine, **({"lr": 0.1} if hasattr(METHODS[method].Config, "lr") else {})) as learner:
+        before = np.mean([learner.predict(a).label == b for a, b in zip(held_x, held_y, strict=True)])
+        for a, b in zip(x, y, strict=True):
+            learner.learn(a, int(b))
+        after = np.mean([learner.predict(a).label == b for a, b in zip(held_x, held_y, strict=True)])
+        assert before <= 0.4, "two of five classes are known"
+        assert after >= (0.4 if method == "finetune" else 0.8)  # finetune forgets: the floor of the others
+
+
+@learning
+@engines
+def test_inputs_are_not_mutated(toy, method, engine):
+    _, ready = toy.bundle(method)
+    x, y = toy.helpers.samples(3, seed=4)
+    kept = x.copy()
+    with toy.device(method, engine) as learner:
+        for a, b in zip(x, y, strict=True):
+            learner.learn(a, int(b))
+    assert x.tobytes() == kept.tobytes()
+    for step in ready.learner.steps:
+        state = {name: t.clone() for name, t in ready.state.items()}
+        specs = ready.learner.inputs_of(step)
+        data = {name: torch.ones(s.shape, dtype=getattr(torch, s.dtype)) for name, s in flatten_tree(specs).items()}
+        given = {**state, **data}
+        versions = {name: t._version for name, t in given.items()}
+        tree = {k: {n: data[f"{k}.{n}"] for n in v} if isinstance(v, dict) else data[k] for k, v in specs.items()}
+        outputs, new = call_step(ready.learner, step, state, tree)
+        assert {name: t._version for name, t in given.items()} == versions
+        assert toy.helpers.same(toy.helpers.arrays(state), toy.helpers.arrays(ready.state))
+        memory = {t.untyped_storage().data_ptr() for t in ready.state.values()}
+        assert not memory & {t.untyped_storage().data_ptr() for t in [*outputs.values(), *new.values()]}
+
+
+@learning
+@engines
+def test_frozen_tensors_are_bit_identical_after_200_samples(toy, method, engine):
+    exported, ready = toy.bundle(method)
+    modules = [ready.trunk, *([ready.learner.suffix] if hasattr(ready.learner, "suffix") else [])]
+    before = [{k: v.numpy().tobytes() for k, v in module.state_dict().items()} for module in modules]
+    files = toy.helpers.hashes(exported.path)
+    x, y = toy.helpers.samples(200, seed=5)
+    with toy.device(method, engine) as learner:
+        for a, b in zip(x, y, strict=True):
+            learner.learn(a, int(b))
+    assert [{k: v.numpy().tobytes() for k, v in module.state_dict().items()} for module in modules] == before
+    assert toy.helpers.hashes(exported.path) == files
+    assert toy.helpers.same(toy.helpers.arrays(ready.state), toy.helpers.arrays(toy.prepared(method).state)), "the host's copy"
+
+
+@learning
+@engines
+def test_rollback_is_bit_identical(toy, method, engine):
+    x, y = toy.helpers.samples(60, seed=6)
+    with toy.device(method, engine) as learner:
+        for a, b in zip(x[:30], y[:30], strict=True):
+            learner.learn(a, int(b))
+        state, rows = learner.state(), learner.rows()
+        learner.save("thirty")
+        first = [learner.learn(a, int(b)).loss for a, b in zip(x[30:], y[30:], strict=True)]
+        end = learner.state(), learner.rows()
+        learner.rollback("thirty")
+        assert toy.helpers.same(learner.state(), state)
+        assert toy.helpers.same(learner.rows(), rows)
+        assert [learner.learn(a, int(b)).loss for a, b in zip(x[30:], y[30:], strict=True)] == first
+        assert toy.helpers.same(learner.state(), end[0])
+        assert toy.helpers.same(without_ids(learner.rows()), without_ids(end[1])), "the same rows; sample ids are never used twice"
+
+
+@learning
+def test_a_resumed_run_equals_an_uninterrupted_one(toy, method, tmp_path):
+    x, y = toy.helpers.samples(60, seed=7)
+    with toy.device(method, "onnx") as whole:
+        for a, b in zip(x, y, strict=True):
+            whole.learn(a, int(b))
+        state, rows = whole.state(), whole.rows()
+    for part in (slice(0, 25), slice(25, 60)):
+        with toy.device(method, "onnx", store=tmp_path / "learner.db") as learner:
+            for a, b in zip(x[part], y[part], strict=True):
+                learner.learn(a, int(b))
+            resumed = learner.state(), learner.rows()
+    assert toy.helpers.same(resumed[0], state)
+    assert toy.helpers.same(without_ids(resumed[1]), without_ids(rows))
+
+
+@learning
+@engines
+def test_bytes_after_2n_samples_equal_those_after_n(toy, method, engine):
+    x, y = toy.helpers.samples(200, seed=8)
+    sizes = []
+    with toy.device(method, engine) as learner:
+        for part in (slice(0, 100), slice(100, 200)):
+            for a, b in zip(x[part], y[part], strict=True):
+                learner.learn(a, int(b))
+            held = [*learner.state().values(), *learner.rows().values()]
+            sizes.append(sum(a.nbytes for a in held))
+    assert sizes[0] == sizes[1]
+
+
+@learning
+@engines
+def test_a_sample_that_is_not_finite_changes_nothing(toy, method, engine):
+    x, y = toy.helpers.samples(12, seed=9)
+    with toy.device(method, engine) as learner:
+        for a, b in zip(x, y, strict=True):
+            learner.learn(a, int(b))
+        state, rows, report = learner.state(), learner.rows(), learner.report()
+        edge = np.zeros(x[0].shape, bool)
+        edge[0, 3, 3] = True
+        for bad in (np.where(edge, np.nan, x[0]), np.where(edge, -np.inf, x[0]), np.where(edge, x[0], 3e38)):
+            for call in (learner.predict, lambda a: learner.learn(a, 1)):
+                with pytest.raises(InputError, match="^x: .*finite.*; "):
+                    call(bad.astype(np.float32))  # the last one is finite and overflows in the trunk
+        if hasattr(METHODS[method].Config, "lr"):
+            with pytest.raises(UpdateRefusedError, match="not finite.*the state is unchanged"):
+                learner.learn(x[0] * 1e4, 1, lr=3e38)
+        assert toy.helpers.same(learner.state(), state)
+        assert toy.helpers.same(learner.rows(), rows)
+        assert learner.report()["learned"] == report["learned"]
+        assert np.isfinite(learner.learn(x[0], 1).loss), "and it goes on"
+
+
+@learning
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_step_itself_says_that_its_state_is_not_finite(toy, method, value):
+    engine = toy.onnx(method)
+    _, ready = toy.bundle(method)
+    inputs = {n: s.zeros() for step in ("learn",) for n, s in flatten_tree(ready.learner.inputs_of(step)).items()}
+    inputs["weight"] = np.ones(1, np.float32)
+    inputs["z"] = np.ones(inputs["z"].shape, np.float32)
+    inputs.pop("replay.weight", None)
+    extra = {"replay.weight": np.zeros(4, np.float32)} if ready.memory is not None else {}
+    assert engine.run("learn", {**inputs, **extra})["finite"]
+    state = engine.state()
+    for name, array in state.items():
+        bad = array.copy()
+        bad.reshape(-1)[-1] = value
+        eager = {k: torch.tensor(bad if k == name else v) for k, v in state.items()}
+        written = name in {s for step in ("learn",) for s in toy.bundle(method)[0].manifest.steps[step].state_out}
+        _, new = call_step(ready.learner, "learn", eager, _tree(ready.learner.inputs_of("learn"), {**inputs, **extra}))
+        spoiled = any(not torch.isfinite(t).all() for t in new.values())
+        engine._views[name][engine._index(name)][...] = bad  # load() would refuse it
+        assert bool(engine.run("learn", {**inputs, **extra})["finite"]) is not spoiled, name
+        engine._views[name][engine._index(name)][...] = array
+        assert written or not spoiled
+
+
+def _tree(specs, data):
+    return {
+        k: {n: torch.tensor(data[f"{k}.{n}"]) for n in v} if isinstance(v, dict) else torch.tensor(data[k]) for k, v in specs.items()
+    }
+
+
+@shipped
+@engines
+def test_unseen_classes_are_never_predicted(toy, method, engine):
+    generator = np.random.default_rng(10)
+    x = (3 * generator.standard_normal((80, 1, 8, 8))).astype(np.float32)
+    with toy.device(method, engine) as learner:
+        known = {0, 1}
+        assert {learner.predict(a).label for a in x} <= known
+        if method in LEARNING:
+            learner.learn(x[0], 3)
+            known.add(3)
+        for a in x:
+            seen = learner.predict(a)
+            assert seen.label in known
+            assert {i for i, score in enumerate(seen.scores) if score > UNSEEN / 2} == known
+
+
+@shipped
+@engines
+@pytest.mark.parametrize("bad", [-1, 5, 2.0, True, "mug", None])
+def test_a_wrong_label_changes_nothing(toy, method, engine, bad):
+    x, _ = toy.helpers.samples(1)
+    with toy.device(method, engine) as learner:
+        state = learner.state()
+        with pytest.raises(EdgeclError):
+            learner.learn(x[0], bad)
+        assert toy.helpers.same(learner.state(), state)
