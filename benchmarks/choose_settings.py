@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
+
 from edgecl.demo import SETTINGS, Setting, pretrain, run_setting
 from edgecl.methods import Finetune, Joint, LatentReplay, Ridge, StreamingLDA
 from edgecl.streams import ClassIncremental, Dataset, fashion_mnist_subset
-from rich.progress import track
 
 SEEDS = (100, 101)
 OUT = Path(__file__).parent / "results" / "choose_settings.json"
@@ -43,7 +44,7 @@ def candidates() -> list[Setting]:
             LatentReplay.Config(lr=lr, loss=loss, new_weight=new_weight, optimizer=optimizer, capacity_bytes=128 << 10)
             for loss in ("er", "er-ace")
             for new_weight in (1.0, 0.3, 0.1)
-            for optimizer, rates in (("sgd", (0.01, 0.03, 0.1)), ("momentum", (0.003, 0.01)), ("adam", (0.001, 0.003, 0.01)))
+            for optimizer, rates in (("sgd", (0.03, 0.1)), ("momentum", (0.003, 0.01)), ("adam", (0.001, 0.003, 0.01)))
             for lr in rates
         ],
         "joint": [Joint.Config(lr=lr, epochs=epochs) for epochs in (20, 40) for lr in (1e-3, 3e-3, 1e-2)],
@@ -54,7 +55,7 @@ def candidates() -> list[Setting]:
 
 def main() -> None:
     """Run the grid and write the result, best first for each row."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     data = validation_split(fashion_mnist_subset())
     found: dict[str, list[dict[str, object]]] = {}
     scores: dict[tuple[str, str], list[float]] = {}
@@ -70,7 +71,9 @@ def main() -> None:
     for rows in found.values():
         rows.sort(key=lambda row: -float(row["accuracy"]))  # type: ignore[arg-type]
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"split": "base 4-9, stream 0-3, 150 + 50 training images a class", "seeds": SEEDS, "rows": found}, indent=1) + "\n")
+    OUT.write_text(
+        json.dumps({"split": "base 4-9, stream 0-3, 150 + 50 training images a class", "seeds": SEEDS, "rows": found}, indent=1) + "\n"
+    )
     for label, rows in found.items():
         print(label)
         for row in rows[:6]:

@@ -22,6 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
 from edgecl.engine import EagerEngine, to_tensor
 from edgecl.learner import call_step
 from edgecl.methods import LatentReplay, Ridge
@@ -32,10 +37,6 @@ from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.manifest import read_manifest
 from edgecl_export import export
 from edgecl_export.verify import compare_step
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import nn
 
 OUT = Path(__file__).parent / "results" / "step_latency.json"
 
@@ -50,13 +51,15 @@ def ridge_case() -> Prepared:
 
 def replay_case() -> Prepared:
     """Latent replay of the demo: 8 uint8 rows, the last convolution and the classifier trained."""
-    from edgecl.demo import MEAN, STD
     from edgecl.backbones.small_cnn import SmallCnn
+    from edgecl.demo import MEAN, STD
     from edgecl.preprocess import ImageU8
 
     data = fashion_mnist_subset()
     net, scale = SmallCnn(10), ImageU8([MEAN], [STD], "HW")
-    prepared = prepare(net, at=SmallCnn.MAP, example=data.x[:1], method="latent_replay", classes=10, config=LatentReplay.Config(), preprocess=scale)
+    prepared = prepare(
+        net, at=SmallCnn.MAP, example=data.x[:1], method="latent_replay", classes=10, config=LatentReplay.Config(), preprocess=scale
+    )
     return prepared.fit(data.x[:400], data.y[:400])
 
 
@@ -64,9 +67,12 @@ def inputs_of(prepared: Prepared) -> dict[str, Any]:
     """Inputs of one learning step, replay rows included."""
     z, label = prepared.examples[0]
     values: dict[str, Any] = {
-        "z": z.numpy(), "target": np.array([label]), "weight": np.ones(1, np.float32), "lr": np.array(prepared.learner.default_lr, np.float32),
-    }  # fmt: skip
-    return {**values, **(prepared.memory.draw() if prepared.memory else {})}
+        "z": z.numpy(),
+        "target": np.array([label]),
+        "weight": np.ones(1, np.float32),
+        "lr": np.array(prepared.learner.default_lr, np.float32),
+    }
+    return {**values, **(prepared.memory.draw() if prepared.memory is not None else {})}
 
 
 def time_case(name: str, prepared: Prepared, repeats: int) -> dict[str, Any]:

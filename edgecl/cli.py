@@ -4,19 +4,15 @@ Results go to stdout, progress and errors to stderr. An error is one line and ex
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -24,26 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import nn
 
 from edgecl import tables
-from edgecl.backbones import BACKBONES, load_weights
+from edgecl.backbones import BACKBONES
 from edgecl.learner import Problem
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.prepare import Prepared, prepare
-from edgecl.preprocess import ImageU8
+from edgecl.options import example_of, load_model, parse_config, preprocessing
+from edgecl.prepare import prepare
 from edgecl.profiling import Profile, profile, split_points
-from edgecl.splitting import widen_head
 from edgecl_device.cli import read_stream
 from edgecl_device.errors import EdgeclError, InputError
-from edgecl_device.manifest import Array, TensorSpec
-
-INPUTS = {
-    "small_cnn": (1, 1, 28, 28),
-    "mobilenet_v2": (1, 3, 224, 224),
-    **{f"resnet{n}": (1, 3, 32, 32) for n in (20, 32, 44, 56)},
-}
-"""Input of each backbone, [1, C, H, W]."""
-
-Number = typing.TypeVar("Number", int, float)
+from edgecl_device.manifest import TensorSpec
 
 WIDE = 100
 """Columns from which tables show everything; output that is not a terminal has more."""
@@ -57,6 +43,11 @@ app = typer.Typer(
 )
 
 
+def _examples(*commands: str) -> str:
+    """The end of a help page; an empty line between commands keeps each on a line of its own."""
+    return "\n\n".join(["Examples:", *commands])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
@@ -66,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EdgeclError, OSError) as error:
         return _fail(str(error))
     except typer.Abort:
-        return _fail("stopped")
+        _fail("stopped")
+        return 130
     return code if isinstance(code, int) else 0
 
 
@@ -104,7 +96,7 @@ Input = Annotated[str | None, typer.Option(metavar="SHAPE", help="Shape of one r
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Type of a raw sample: float32 or uint8.")]
 
 
-@app.command(epilog="Examples: edgecl demo  |  edgecl demo --seeds 3 --out figures  |  edgecl demo --json > demo.json")
+@app.command(epilog=_examples("edgecl demo", "edgecl demo --seeds 3 --out figures", "edgecl demo --json > demo.json"))
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Pretrainings and stream orders.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for demo.json, stream.png and cost.png.")] = Path("edgecl-demo"),
@@ -119,7 +111,10 @@ def show_demo(seeds: int, out: Path, as_json: bool, **options: Any) -> None:
     from edgecl.demo import SETTINGS, run_demo
     from edgecl.plots import save_plots
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be made ({error.strerror}); choose another folder") from error
     with _progress(quiet=as_json) as step:
         total, done = seeds * (1 + len(options.get("settings", SETTINGS))), iter(range(10**9))
         result = run_demo(seeds, notice=lambda text: step(text, next(done), total), **options)
@@ -140,7 +135,7 @@ def show_demo(seeds: int, out: Path, as_json: bool, **options: Any) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-@app.command(epilog="Examples: edgecl methods  |  edgecl methods --json")
+@app.command(epilog=_examples("edgecl methods", "edgecl methods --json"))
 def methods(as_json: Json = False) -> None:
     """List the methods, their steps and the defaults of their hyperparameters."""
     found = []
@@ -166,8 +161,12 @@ def methods(as_json: Json = False) -> None:
 
 @app.command(
     "profile",
-    epilog="Examples: edgecl profile resnet20  |  edgecl profile resnet20 --at layer3 --method ridge --classes 20 --config gamma=1  |  "
-    "edgecl profile net.py:build --input 1,1,40,100 --at conv3 --method latent_replay --classes 12",
+    epilog=_examples(
+        "edgecl profile resnet20",
+        "edgecl profile resnet20 --at layer3 --method ridge --classes 20 --config gamma=1",
+        "edgecl profile small_cnn --at block3 --method latent_replay --config lr=0.03 --config codec=float32",
+        "edgecl profile net.py:build --input 1,1,40,100    (your own file: def build(), which returns the module)",
+    ),
 )
 def profile_(
     model: Model,
@@ -198,10 +197,10 @@ def profile_(
         else:
             _console().print(tables.split_table(points, f"Where {title} can be cut"))
         return
+    values = parse_config(method, config or ())
     with _progress(quiet=as_json) as step:
         step("capturing and counting every step", 0, 1)
-        prepared = _prepare(net, at, example, method, classes, config, preprocess)
-        found = profile(prepared)
+        found = profile(prepare(net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess))
     if as_json:
         print(json.dumps(profile_record(found), indent=1))
         return
@@ -219,8 +218,11 @@ def profile_record(found: Profile) -> dict[str, Any]:
 
 
 @app.command(
-    epilog="Examples: edgecl export small_cnn --at pool --method ncm --classes 10 --out bundle  |  edgecl export resnet20 --weights "
-    "resnet20.th --at layer3 --method ridge --classes 20 --preprocess-u8 HWC --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --data base.npz --out bundle"
+    epilog=_examples(
+        "edgecl export small_cnn --at pool --method ncm --classes 10 --out bundle",
+        "edgecl export small_cnn --at block3 --method ridge --preprocess-u8 HW --mean 0.29 --std 0.35 --out bundle8",
+        "edgecl export net.py:build --at conv3 --data base.npz --class-names yes,no --out own    (your own files)",
+    ),
 )
 def export(
     model: Model,
@@ -228,7 +230,7 @@ def export(
     out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Folder to write.")],
     method: Method = "ridge",
     classes: Classes = 10,
-    data: Annotated[Path | None, typer.Option(help="npz file with base samples x [n, ...] and y [n], taken in before export.")] = None,
+    data: Annotated[Path | None, typer.Option(help="npz file with base samples x and their classes y, taken in before export.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Names of the first classes, as cat,dog,mug.")] = None,
     input: Input = None,
     dtype: Dtype = "float32",
@@ -244,14 +246,22 @@ def export(
     """Prepare a learner, take in base samples, and write a checked bundle for the device."""
     from edgecl_export import export as write  # the command drives the whole path; see pyproject.toml
 
+    if out.exists() and not overwrite:
+        raise InputError(f"--out: {out} exists; choose another folder or pass --overwrite")
+    values = parse_config(method, config or ())
+    names = class_names.split(",") if class_names else ()
     net = load_model(model, classes, weights, model_classes)
     preprocess = preprocessing(preprocess_u8, mean, std)
     xs, ys = (None, None) if data is None else read_stream(data)
     if xs is not None and not len(xs):
         raise InputError(f"--data: {data} must hold at least one sample; leave the option out to start from nothing")
+    if xs is None and getattr(values, "codec", "float32") != "float32":
+        raise InputError(f"--data: is needed, {method} fits its {values.codec} codec to base samples; or pass --config codec=float32")
     example = example_of(model, input, dtype, preprocess) if xs is None else xs[:1]
     with _progress(quiet=as_json) as step:
-        prepared = _prepare(net, at, example, method, classes, config, preprocess, class_names.split(",") if class_names else ())
+        prepared = prepare(
+            net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess, class_names=names
+        )
         if xs is not None and ys is not None:
             prepared.fit(xs, ys, progress=lambda done, total: step("taking in base samples", done, total))
         step("writing the bundle and checking it", 0, 1)
@@ -266,145 +276,6 @@ def export(
     console.print(tables.ledger_table(found.manifest.ledger))
     console.print()
     console.print(f"Wrote {found.path}. Look at it with: edgecl-device info {found.path}", highlight=False, markup=False)
-
-
-def load_model(model: str, classes: int, weights: Path | None = None, model_classes: int | None = None) -> nn.Module:
-    """A backbone by name, or what a function in a file returns.
-
-    Args:
-        model: Name, or ``file.py:function``.
-        classes: Outputs wanted of a backbone.
-        weights: File of weights.
-        model_classes: Outputs of a backbone in ``weights``; its last linear layer is then widened to ``classes``.
-
-    Raises:
-        InputError: when there is no such backbone, file or function, or it returns no module.
-        WeightsError: when the weights do not fit.
-    """
-    net = BACKBONES[model](classes=model_classes or classes) if model in BACKBONES else _own_model(model, model_classes)
-    if weights is not None:
-        load_weights(net, weights)
-    if model_classes is not None and model_classes < classes:
-        net = widen_head(net, [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1], classes)
-    return net
-
-
-def _own_model(model: str, model_classes: int | None) -> nn.Module:
-    file, _, function = model.rpartition(":")
-    path = Path(file)
-    if not file.endswith(".py") or not path.is_file():
-        raise InputError(f"MODEL: must be one of {', '.join(BACKBONES)}, or file.py:function with an existing file, got {model!r}")
-    if model_classes is not None:
-        raise InputError(f"--model-classes: is for the backbones only, got it with {model!r}; widen the head in {function}()")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        net = getattr(module, function)()
-    except Exception as error:  # the user's code may raise anything
-        raise InputError(f"MODEL: {model} failed with {type(error).__name__}: {error}; it must be a function without arguments") from error
-    if not isinstance(net, nn.Module):
-        raise InputError(f"MODEL: {model} must return an nn.Module, got {type(net).__name__}")
-    return net
-
-
-def preprocessing(layout: str | None, mean: str | None, std: str | None) -> ImageU8 | None:
-    """The normalisation that the options describe.
-
-    Raises:
-        InputError: when one of the three is missing or wrong.
-    """
-    if layout is None and mean is None and std is None:
-        return None
-    if layout is None or mean is None or std is None:
-        raise InputError("--preprocess-u8, --mean, --std: go together, one of them is missing; give all three or none")
-    return ImageU8(_numbers("--mean", mean, float), _numbers("--std", std, float), layout)
-
-
-def example_of(model: str, shape: str | None, dtype: str, preprocess: ImageU8 | None) -> Array:
-    """One raw sample of zeros.
-
-    Raises:
-        InputError: when shape or type are wrong, or no shape is known.
-    """
-    if dtype not in ("float32", "uint8"):
-        raise InputError(f"--dtype: must be float32 or uint8, got {dtype!r}")
-    if shape is not None:
-        sizes = tuple(_numbers("--input", shape, int))
-        if len(sizes) < 2 or sizes[0] != 1 or min(sizes) < 1:
-            raise InputError(f"--input: must be a batch of 1 and positive sizes, as 1,3,32,32, got {shape!r}")
-    elif model in INPUTS:
-        _, c, h, w = INPUTS[model]
-        sizes = {None: (1, c, h, w), "CHW": (1, c, h, w), "HWC": (1, h, w, c), "HW": (1, h, w)}[preprocess.layout if preprocess else None]
-    else:
-        raise InputError(f"--input: is needed for {model!r}; give the shape of one raw sample, as 1,3,32,32")
-    return np.zeros(sizes, "uint8" if preprocess else dtype)
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option}: must be numbers separated by commas, got {text!r}") from None
-
-
-def parse_config(method: str, pairs: Sequence[str]) -> Any:
-    """A method's ``Config`` from ``key=value`` texts; tuples are separated by commas, ``none`` is None.
-
-    Raises:
-        InputError: on an unknown method or key, a repeated key, or a value of another type.
-
-    >>> parse_config("finetune", ["lr=0.1", "trainable=fc.*,conv.*"]).trainable
-    ('fc.*', 'conv.*')
-    """
-    if method not in METHODS:
-        raise InputError(f"--method: must be one of {', '.join(METHODS)}, got {method!r}")
-    kind = METHODS[method].Config
-    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or key not in hints or key in values:
-            raise InputError(
-                f"--config: must be KEY=VALUE, each key once, one of {', '.join(hints) or '(none)'} for {method}, got {pair!r}"
-            )
-        try:
-            values[key] = _parsed(hints[key], text)
-        except (ValueError, KeyError):
-            wanted = getattr(hints[key], "__name__", str(hints[key])) if typing.get_origin(hints[key]) is None else str(hints[key])
-            raise InputError(f"--config: {key} must be of type {wanted}, got {text!r}") from None
-    return kind(**values)
-
-
-def _parsed(hint: Any, text: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return None if text == "none" else _parsed(args[0], text)
-    if origin is tuple:
-        parts = text.split(",")
-        if args[-1] is not Ellipsis and len(parts) != len(args):
-            raise ValueError(text)
-        return tuple(_parsed(args[0], part) for part in parts)
-    if hint is bool:
-        return {"true": True, "false": False}[text.lower()]
-    return hint(text)
-
-
-def _prepare(
-    net: nn.Module,
-    at: str,
-    example: Array,
-    method: str,
-    classes: int,
-    config: Sequence[str] | None,
-    preprocess: nn.Module | None,
-    class_names: Sequence[str] = (),
-) -> Prepared:
-    values = parse_config(method, config or ())
-    return prepare(
-        net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess, class_names=class_names
-    )
 
 
 def _console() -> Console:

@@ -9,7 +9,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,7 @@ class Setting:
 
     Attributes:
         method: Registered name.
-        at: Where the frozen trunk ends, a module of :class:`SmallCnn`.
+        at: Where the frozen trunk ends, a module of :class:`SmallCnn`; or :data:`MAP_HEAD`.
         label: What the row is called.
         config: Hyperparameters, chosen by ``benchmarks/choose_settings.py`` on other classes and other images.
     """
@@ -59,7 +60,11 @@ MAP_HEAD = "map-head"
 """Joint training of a linear classifier on the values at :data:`MAP`, instead of the suffix."""
 
 FORGETTING = "max_before_last"
+"""Variant of forgetting that is reported, see :func:`edgecl.metrics.forgetting`."""
+
 BASELINES = ("frozen", "finetune", "ncm")
+"""Methods to compare with."""
+
 SETTINGS = (
     Setting("frozen", FEATURE, "frozen"),
     Setting("finetune", FEATURE, "finetune head", Finetune.Config(lr=0.1)),
@@ -96,7 +101,7 @@ def pretrain(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], classes: int, see
     optimiser = torch.optim.AdamW(net.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=epochs * -(-len(x) // batch))
     for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(batch):
+        for rows in torch.split(torch.randperm(len(x), generator=generator), batch):
             scores = torch.where(known, net(images[rows]), -1e9)
             loss = nn.functional.cross_entropy(scores, labels[rows])
             optimiser.zero_grad()
@@ -204,7 +209,7 @@ def run_demo(
     data = fashion_mnist_subset()
     networks: list[str] = []
     rows: dict[str, list[dict[str, Any]]] = {s.label: [] for s in settings}
-    with tempfile.TemporaryDirectory() as scratch:
+    with _one_thread(), tempfile.TemporaryDirectory() as scratch:
         for seed in range(seeds):
             stream = ClassIncremental(data, base_classes=range(6), steps=[[6], [7], [8], [9]], seed=seed)
             notice(f"seed {seed}: pretraining on {len(stream.base[1]):,} images of 6 classes")
@@ -226,6 +231,17 @@ def run_demo(
         "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime", "numpy")},
         "machine": {"platform": platform.platform(), "processor": platform.machine(), "python": platform.python_version()},
     }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread in PyTorch: sums come out the same whatever the number of cores, and tensors this small gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from edgecl_device import Learner
-from edgecl_device.errors import InputError
 
 from edgecl.metrics import AccuracyMatrix, Prequential
 from edgecl.streams import Stream
+from edgecl_device import Learner
+from edgecl_device.errors import InputError
 
 
 @dataclass

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from edgecl_device.manifest import TensorSpec
 from torch import Tensor
+
+from edgecl_device.manifest import TensorSpec
 
 State = dict[str, Tensor]
 StepResult = tuple[dict[str, Tensor], State]
@@ -133,7 +134,7 @@ def call_step(learner: Learner, step: str, state: State, inputs: Mapping[str, An
 
 
 def all_finite(state: State) -> Tensor:
-    """bool []: no tensor holds NaN or infinity. A sum is not finite when one of its terms is not."""
+    """Whether no tensor holds NaN or infinity, bool []. A sum is not finite when one of its terms is not."""
     total = torch.zeros(())
     for tensor in state.values():
         if tensor.is_floating_point():

@@ -81,9 +81,7 @@ def stream_figure(result: Row) -> Figure:
         for i, task in enumerate(result["tasks"])
     ]
     handles.append(Line2D([], [], color=BLACK, linewidth=2.5, label="all classes so far"))
-    handles.append(
-        Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label="all classes, joint training offline on the same features")
-    )
+    handles.append(Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label="all classes, joint (offline, same features)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=9, frameon=False)
     return figure
 
@@ -118,23 +116,27 @@ def _stream_panel(ax: Axes, row: Row, result: Row) -> None:
     _bare(ax)
 
 
+def _label_lines(ax: Axes, heights: Mapping[str, float], gap: float = 2.6) -> None:
+    """Names of horizontal lines, right of the axes; those of close lines are moved apart, ``gap`` percent at least."""
+    place = -np.inf
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        place = max(height, place + gap)
+        end: Any = ax.get_yaxis_transform()
+        line = {"arrowstyle": "-", "linewidth": 0.6, "color": GREY, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate(name, (1, height), (1.02, place), xycoords=end, textcoords=end, va="center", fontsize=9, arrowprops=line)
+
+
 @dataclass(frozen=True)
 class _Label:
-    """Text beside a point, or at the right end of a horizontal line."""
+    """Text beside a point."""
 
     text: str
     x: float
     y: float
     colour: str
-    point: bool
 
     def places(self) -> Iterator[tuple[float, float, str, str]]:
         """Offsets in points with alignments, the best first."""
-        if not self.point:
-            for left in range(0, 400, 20):
-                yield (-left - 2, 1, "right", "bottom")
-                yield (-left - 2, -1, "right", "top")
-            return
         for far in (8, 14, 22, 32, 44, 58, 74):
             yield from ((far, 0, "left", "center"), (-far, 0, "right", "center"), (0, far, "center", "bottom"), (0, -far, "center", "top"))
             for right, up in ((0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7)):
@@ -166,7 +168,7 @@ def cost_figure(result: Row) -> Figure:
 
 def _cost_panel(ax: Axes, result: Row, key: str, title: str, units: Mapping[int, str]) -> list[_Label]:
     points = [row for row in result["rows"] if row.get("update_macs") is not None]
-    low, high = min(row[key] for row in points) / 4, max(row[key] for row in points) * 12
+    low, high = min(row[key] for row in points) / 4, max(row[key] for row in points) * 8
     ax.set_xscale("log")
     ax.set_xlim(low, high)
     ticks = {n * unit: f"{n}{name}" for unit, name in units.items() for n in (1, 10, 100)}
@@ -176,33 +178,34 @@ def _cost_panel(ax: Axes, result: Row, key: str, title: str, units: Mapping[int,
     ax.set_ylim(0, 100)
     ax.set_yticks(range(0, 101, 10))
     _bare(ax)
-    labels = []
+    labels, lines = [], {}
     for row in result["rows"]:
         height, frozen = 100 * row["accuracy"], row["method"] == "frozen"
         if row["role"] == "upper bound" or frozen:
             colour, dashes = (GREY, ":") if frozen else (BLACK, "--")
             ax.axhline(height, color=colour, linestyle=dashes, linewidth=1, zorder=1)
-            labels.append(_Label(row["label"], high, height, BLACK, point=False))
+            lines[row["label"]] = height
+    _label_lines(ax, lines)
     for row in points:
         height, (colour, marker) = 100 * row["accuracy"], METHOD_STYLES.get(row["method"], (BLACK, "*"))
         spread = [100 * row["accuracy_sd"]] if row.get("accuracy_sd") else None
         ax.errorbar([row[key]], [height], yerr=spread, color=colour, marker=marker, markersize=8, linestyle="none", capsize=3)
-        labels.append(_Label(row["label"], row[key], height, colour, point=True))
+        labels.append(_Label(row["label"], row[key], height, colour))
     return labels
 
 
 def _place(ax: Axes, labels: Sequence[_Label]) -> list[Annotation]:
     """Draw each label at its first place that no marker and no other label takes, else at its last; thin lines lead to far points."""
     renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    points = ax.transData.transform([(label.x, label.y) for label in labels if label.point])
+    points = ax.transData.transform([(label.x, label.y) for label in labels])
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in points]
     frame, notes = ax.get_window_extent(), []
     for label in labels:
         for x, y, horizontal, vertical in label.places():
-            style: dict[str, Any] = {"ha": horizontal, "va": vertical, "color": [0.65 * c for c in to_rgb(label.colour)], "fontsize": 9}
-            if label.point:
-                style["bbox"] = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-            if label.point and np.hypot(x, y) > 14:
+            back = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+            colour = [0.65 * c for c in to_rgb(label.colour)]  # darker: text needs more contrast than a marker
+            style: dict[str, Any] = {"ha": horizontal, "va": vertical, "color": colour, "fontsize": 9, "bbox": back}
+            if np.hypot(x, y) > 14:
                 style["arrowprops"] = {"arrowstyle": "-", "linewidth": 0.6, "color": label.colour, "shrinkB": 4}
             note = ax.annotate(label.text, (label.x, label.y), (x, y), textcoords="offset points", **style)
             note.update_positions(renderer)

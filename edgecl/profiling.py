@@ -87,8 +87,8 @@ def profile(prepared: Prepared) -> Profile:
     >>> from edgecl.prepare import prepare
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> found = profile(prepare(net, at="1", example=np.zeros((1, 4), np.float32), method="ncm", classes=2))
-    >>> found.steps[0].step, found.steps[0].canonical, found.ledger["frozen_weights"]
-    ('encode', {'encode': 12}, 60)
+    >>> found.steps[0].step, found.steps[0].canonical, found.ledger["state"]
+    ('encode', {'encode': 12}, 40)
     """
     steps = build(_calibrated(prepared))
     memory = prepared.memory

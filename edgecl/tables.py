@@ -69,7 +69,9 @@ def _scaled(value: float | None, step: int, units: Sequence[str]) -> str:
 
 def grid(columns: Sequence[str], *, title: str | None = None, caption: str | None = None) -> Table:
     """An empty table without frames. A heading that starts with ``>`` is right-aligned."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold", caption_style="")
+    table = Table(
+        title=title, caption=caption and f"\n{caption}", title_justify="left", caption_justify="left", title_style="bold", caption_style=""
+    )
     table.box, table.show_edge, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, False, True
     for i, heading in enumerate(columns):
         side: Literal["right", "left"] = "right" if heading.startswith(">") else "left"
@@ -190,18 +192,20 @@ def _difference(row: Row, other: Row) -> str:
     pairs = [100 * (a - b) for a, b in zip(row["accuracy_by_seed"], other["accuracy_by_seed"], strict=True)]
     mean = statistics.fmean(pairs)
     spread = f" ± {statistics.stdev(pairs):.1f}" if len(pairs) > 1 else ""
-    return f"{abs(mean):.1f}{spread} points {'above' if mean >= 0 else 'below'}"
+    if round(mean, 1) == 0:
+        return "level with" + (spread and f" (0.0{spread} points)")
+    return f"{abs(mean):.1f}{spread} points {'above' if mean > 0 else 'below'}"
 
 
 def methods_table(methods: Sequence[Row]) -> Table:
     """Every method with its steps and its defaults."""
     table = grid(("method", "what it is, and its defaults (--config KEY=VALUE)", "steps", "forgets\nexactly", "needs a\nsuffix"))
-    table.caption = "needs a suffix: uses the layers behind the cut, so that the model's head needs one output for each class"
+    table.caption = "\nneeds a suffix: uses the layers behind the cut, so that the model's head needs one output for each class"
     for row in methods:
         text = Text(row["summary"])
-        for key, value in row["config"].items():
-            text.append(f"\n  {key}={config_text(value)}")
-        steps = ("\n".join(row["steps"])) if row["on_device"] else "(host only)"
+        if row["config"]:
+            text.append("\n" + "  ".join(f"{key}={config_text(value)}" for key, value in row["config"].items()))
+        steps = ", ".join(row["steps"]) if row["on_device"] else "(host only)"
         table.add_row(Text(row["method"], "bold"), text, steps, _yes(row["forgets_exactly"]), _yes(row["needs_suffix"]))
         table.add_section()
     return table

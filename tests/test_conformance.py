@@ -88,7 +88,8 @@ def test_config_survives_json(toy, method):
 def test_init_returns_new_and_distinct_tensors(toy, method):
     learner = toy.prepared(method, fit=False).learner
     first, second = learner.init(), learner.init()
-    tensors = [*first.values(), *second.values(), *learner.suffix.parameters()] if hasattr(learner, "suffix") else [*first.values(), *second.values()]
+    frozen = learner.suffix.parameters() if hasattr(learner, "suffix") else ()
+    tensors = [*first.values(), *second.values(), *frozen]
     places = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
     assert len(set(places)) == len(places)
     assert toy.helpers.same(toy.helpers.arrays(first), toy.helpers.arrays(second))
@@ -120,6 +121,7 @@ def test_steps_run(toy, method, engine):
             assert learner.report()["forgotten"] == 1
         if "relabel" in learner.manifest.steps:
             learner.relabel(reports[4].sample_id, 2)
+        assert {n: (a.shape, a.dtype) for n, a in learner.state().items()} == {n: (a.shape, a.dtype) for n, a in before.items()}
 
 
 @learning
@@ -237,15 +239,20 @@ def test_a_sample_that_is_not_finite_changes_nothing(toy, method, engine):
         edge[0, 3, 3] = True
         for bad in (np.where(edge, np.nan, x[0]), np.where(edge, -np.inf, x[0]), np.where(edge, x[0], 3e38)):
             for call in (learner.predict, lambda a: learner.learn(a, 1)):
-                with pytest.raises(InputError, match="^x: .*finite.*; "):
+                with pytest.raises(InputError, match=r"^x: .*finite.*; "):
                     call(bad.astype(np.float32))  # the last one is finite and overflows in the trunk
         if hasattr(METHODS[method].Config, "lr"):
-            with pytest.raises(UpdateRefusedError, match="not finite.*the state is unchanged"):
+            with pytest.raises(UpdateRefusedError, match=r"not finite.*the state is unchanged"):
                 learner.learn(x[0] * 1e4, 1, lr=3e38)
         assert toy.helpers.same(learner.state(), state)
         assert toy.helpers.same(learner.rows(), rows)
         assert learner.report()["learned"] == report["learned"]
-        assert np.isfinite(learner.learn(x[0], 1).loss), "and it goes on"
+        with toy.device(method, engine) as twin:
+            for a, b in zip(x, y, strict=True):
+                twin.learn(a, int(b))
+            for a, b in zip(x, y, strict=True):
+                assert learner.learn(a, int(b)).loss == twin.learn(a, int(b)).loss, "as if the refused ones had never come"
+            assert toy.helpers.same(learner.state(), twin.state())
 
 
 @learning
@@ -274,9 +281,7 @@ def test_the_step_itself_says_that_its_state_is_not_finite(toy, method, value):
 
 
 def _tree(specs, data):
-    return {
-        k: {n: torch.tensor(data[f"{k}.{n}"]) for n in v} if isinstance(v, dict) else torch.tensor(data[k]) for k, v in specs.items()
-    }
+    return {k: {n: torch.tensor(data[f"{k}.{n}"]) for n in v} if isinstance(v, dict) else torch.tensor(data[k]) for k, v in specs.items()}
 
 
 @shipped

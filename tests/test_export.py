@@ -159,7 +159,7 @@ def test_gates_refuse_a_step_that_is_ten_percent_wrong(toy, spoil, tmp_path, tra
     ready = prepare(net, at="stem", example=x[:1], method="latent_replay", classes=5, config=toy.config("latent_replay")).fit(x, y)
     export(ready, toy.folder / f"right {trained} {factor}")
     spoil(change)
-    refused(toy, tmp_path, ready, "gate 'parity': step 'learn': the change of")
+    refused(toy, tmp_path, ready, "gate 'parity': step 'learn': .* differs from eager by")
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4])
@@ -181,7 +181,7 @@ def test_gates_refuse_files_that_change_while_they_run(toy, monkeypatch, tmp_pat
     real = bundle.verify
 
     def late(folder, manifest, prepared, steps):
-        with open(folder / "weights.bin", "r+b") as file:
+        with (folder / "weights.bin").open("r+b") as file:
             file.write(b"\x01\x02")
         return real(folder, manifest, prepared, steps)
 
@@ -225,7 +225,7 @@ def test_joint_is_refused(toy, tmp_path):
 
 @shipped
 def test_the_ledger_is_real_sizes(toy, method):
-    exported, ready = toy.bundle(method)
+    exported, _ = toy.bundle(method)
     path, manifest, ledger = exported.path, exported.manifest, exported.manifest.ledger
     state = load_file(path / manifest.state_file)
     assert ledger["frozen_weights"] == (path / "weights.bin").stat().st_size
@@ -266,11 +266,9 @@ def test_two_processes_write_equal_bundles(toy, tmp_path):
         "spec.loader.exec_module(helpers); helpers.Toy(Path(sys.argv[2])).bundle('latent_replay')\n"
     )
     helpers = str(Path(__file__).with_name("helpers.py"))
-    for seed in ("1", "2"):
-        (tmp_path / seed).mkdir()
-        command = [sys.executable, "-c", code, helpers, str(tmp_path / seed)]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
-    assert toy.helpers.hashes(tmp_path / "1" / "0") == toy.helpers.hashes(tmp_path / "2" / "0")
+    command = [sys.executable, "-c", code, helpers, str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"})
+    assert toy.helpers.hashes(tmp_path / "0") == toy.helpers.hashes(toy.bundle("latent_replay")[0].path)
 
 
 @shipped
@@ -291,7 +289,7 @@ def test_a_newer_schema_is_refused(toy, tmp_path):
 
 @pytest.mark.parametrize(("method", "changes"), [("finetune", {"trainable": ("fc.*",)}), ("ridge", {"projection": 40})])
 def test_all_graphs_read_one_weight_file(toy, method, changes):
-    exported, ready = toy.bundle(method, **changes)
+    exported, _ = toy.bundle(method, **changes)
     places = {}
     for step in exported.manifest.steps.values():
         model = ir.load(exported.path / step.file)

@@ -73,6 +73,9 @@ def trace(
     """Trace ``run(state, inputs) -> (outputs, new_state)`` on examples of its inputs."""
     generator = torch.Generator().manual_seed(0)
     specs = flatten_tree(inputs)
+    shared = sorted(state.keys() & specs.keys())
+    if shared:
+        raise GraphError(f"step {name!r}: {shared} name both a state tensor and an input; rename one")
     names = [*state, *specs]
     values = [t.detach().clone() for t in state.values()] + [example(s, generator) for s in specs.values()]
     found: dict[str, list[str]] = {}

@@ -18,6 +18,7 @@ from edgecl.graph.passes import Clean, FoldConstants
 from edgecl.graph.step import StepGraph
 from edgecl.learner import Learner, Problem, dtype_name
 from edgecl.methods import METHODS
+from edgecl_device.engines.onnx import STATE_OUT
 from edgecl_device.manifest import TensorSpec
 from edgecl_export.onnx import Emitter, WeightFile
 
@@ -90,6 +91,8 @@ class Bench:
     def onnx(self, graph: StepGraph, values: dict[str, Tensor]) -> list[Tensor]:
         """Results of ONNX Runtime, in the order of the graph's outputs."""
         session = self.session(graph)
+        ports = [(STATE_OUT if p.kind == "state" else "") + p.name for p in graph.outputs]
+        assert [output.name for output in session.get_outputs()] == ports
         feeds = {i.name: values[i.name].detach().numpy() for i in session.get_inputs()}
         return [torch.from_numpy(np.asarray(r)) for r in session.run(None, feeds)]
 

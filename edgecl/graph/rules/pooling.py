@@ -32,8 +32,10 @@ def max_pool2d_with_indices_backward(
         indices: int64 [N, C, h, w], positions within a plane of ``x``.
     """
     planes, size = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
-    zeros = torch.zeros(planes, size, dtype=x.dtype)
-    return zeros.scatter_add(1, indices.reshape(planes, -1), gradient.reshape(planes, -1)).reshape(x.shape)
+    places = indices.reshape(planes, -1)
+    nothing = places[:, :1] < places[:, :1]  # zeros that are computed: a constant of this size would be stored in the bundle
+    zeros = nothing.to(x.dtype).expand(planes, size)
+    return zeros.scatter_add(1, places, gradient.reshape(planes, -1)).reshape(x.shape)
 
 
 def avg_pool2d(

@@ -1,0 +1,150 @@
+"""What the command's options describe: a model, its input, its normalisation, a method's hyperparameters."""
+
+import dataclasses
+import importlib.util
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from edgecl.backbones import BACKBONES, load_weights
+from edgecl.methods import METHODS
+from edgecl.preprocess import ImageU8
+from edgecl.splitting import widen_head
+from edgecl_device.errors import InputError
+from edgecl_device.manifest import Array
+
+INPUTS = {
+    "small_cnn": (1, 1, 28, 28),
+    "mobilenet_v2": (1, 3, 224, 224),
+    **{f"resnet{n}": (1, 3, 32, 32) for n in (20, 32, 44, 56)},
+}
+"""Input of each backbone, [1, C, H, W]."""
+
+Number = typing.TypeVar("Number", int, float)
+
+
+def load_model(model: str, classes: int, weights: Path | None = None, model_classes: int | None = None) -> nn.Module:
+    """A backbone by name, or what a function in a file returns.
+
+    Args:
+        model: Name, or ``file.py:function``.
+        classes: Outputs wanted of a backbone.
+        weights: File of weights.
+        model_classes: Outputs of a backbone in ``weights``; its last linear layer is then widened to ``classes``.
+
+    Raises:
+        InputError: when there is no such backbone, file or function, or it returns no module.
+        WeightsError: when the weights do not fit.
+    """
+    net = BACKBONES[model](classes=model_classes or classes) if model in BACKBONES else _own_model(model, model_classes)
+    if weights is not None:
+        load_weights(net, weights)
+    if model_classes is not None and model_classes < classes:
+        net = widen_head(net, [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1], classes)
+    return net
+
+
+def _own_model(model: str, model_classes: int | None) -> nn.Module:
+    file, _, function = model.rpartition(":")
+    path = Path(file)
+    if not file.endswith(".py") or not path.is_file():
+        raise InputError(f"MODEL: must be one of {', '.join(BACKBONES)}, or file.py:function with an existing file, got {model!r}")
+    if model_classes is not None:
+        raise InputError(f"--model-classes: is for the backbones only, got it with {model!r}; widen the head in {function}()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        net = getattr(module, function)()
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(f"MODEL: {model} failed with {type(error).__name__}: {error}; it must be a function without arguments") from error
+    if not isinstance(net, nn.Module):
+        raise InputError(f"MODEL: {model} must return an nn.Module, got {type(net).__name__}")
+    return net
+
+
+def preprocessing(layout: str | None, mean: str | None, std: str | None) -> ImageU8 | None:
+    """The normalisation that the options describe.
+
+    Raises:
+        InputError: when one of the three is missing or wrong.
+    """
+    if layout is None and mean is None and std is None:
+        return None
+    if layout is None or mean is None or std is None:
+        raise InputError("--preprocess-u8, --mean, --std: go together, one of them is missing; give all three or none")
+    return ImageU8(_numbers("--mean", mean, float), _numbers("--std", std, float), layout)
+
+
+def example_of(model: str, shape: str | None, dtype: str, preprocess: ImageU8 | None) -> Array:
+    """One raw sample of zeros.
+
+    Raises:
+        InputError: when shape or type are wrong, or no shape is known.
+    """
+    if dtype not in ("float32", "uint8"):
+        raise InputError(f"--dtype: must be float32 or uint8, got {dtype!r}")
+    if shape is not None:
+        sizes = tuple(_numbers("--input", shape, int))
+        if len(sizes) < 2 or sizes[0] != 1 or min(sizes) < 1:
+            raise InputError(f"--input: must be a batch of 1 and positive sizes, as 1,3,32,32, got {shape!r}")
+    elif model in INPUTS:
+        _, c, h, w = INPUTS[model]
+        sizes = {None: (1, c, h, w), "CHW": (1, c, h, w), "HWC": (1, h, w, c), "HW": (1, h, w)}[preprocess.layout if preprocess else None]
+    else:
+        raise InputError(f"--input: is needed for {model!r}; give the shape of one raw sample, as 1,3,32,32")
+    return np.zeros(sizes, "uint8" if preprocess else dtype)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option}: must be numbers separated by commas, got {text!r}") from None
+
+
+def parse_config(method: str, pairs: Sequence[str]) -> Any:
+    """A method's ``Config`` from ``key=value`` texts; tuples are separated by commas, ``none`` is None.
+
+    Raises:
+        InputError: on an unknown method or key, a repeated key, or a value of another type.
+
+    >>> parse_config("finetune", ["lr=0.1", "trainable=fc.*,conv.*"]).trainable
+    ('fc.*', 'conv.*')
+    """
+    if method not in METHODS:
+        raise InputError(f"--method: must be one of {', '.join(METHODS)}, got {method!r}")
+    kind = METHODS[method].Config
+    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in hints or key in values:
+            known = ", ".join(hints) or "(none)"
+            raise InputError(f"--config: must be KEY=VALUE, each key once, keys of {method} are {known}, got {pair!r}")
+        try:
+            values[key] = _parsed(hints[key], text)
+        except (ValueError, KeyError):
+            wanted = getattr(hints[key], "__name__", str(hints[key])) if typing.get_origin(hints[key]) is None else str(hints[key])
+            raise InputError(f"--config: {key} must be of type {wanted}, got {text!r}") from None
+    return kind(**values)
+
+
+def _parsed(hint: Any, text: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if text == "none" else _parsed(args[0], text)
+    if origin is tuple:
+        parts = text.split(",")
+        if args[-1] is not Ellipsis and len(parts) != len(args):
+            raise ValueError(text)
+        return tuple(_parsed(args[0], part) for part in parts)
+    if hint is bool:
+        return {"true": True, "false": False}[text.lower()]
+    return hint(text)

@@ -1,0 +1,233 @@
+"""From a model to a learner: what is refused, what it says, and that nothing has changed afterwards."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgecl import METHODS, ImageU8, SplitError, prepare
+from edgecl.engine import EagerEngine
+from edgecl.trees import flatten_tree
+from edgecl_device.errors import EdgeclError, InputError
+
+torch.set_num_threads(1)
+
+FITTED = list(METHODS)
+
+
+def snapshot(toy, ready):
+    memory = None if ready.memory is None else {k: v.tobytes() for k, v in ready.memory.snapshot().items()}
+    return {k: v.tobytes() for k, v in toy.helpers.arrays(ready.state).items()}, memory, len(ready.examples)
+
+
+def spoil_x(kind, x):
+    if kind == "nan":
+        x = x.copy()
+        x[7, 0, 2, 2] = np.nan
+    if kind == "infinity":
+        x = np.where(np.arange(x.size).reshape(x.shape) == 99, np.float32(np.inf), x)
+    wrong = {
+        "list": x.tolist(),
+        "tensor": torch.from_numpy(x),
+        "scalar": np.float32(3),
+        "size": x[:, :, :5],
+        "rank": x[:, 0],
+        "dtype": x.astype(np.float64),
+        "integers": np.zeros(x.shape, np.uint8),
+        "text": np.full(x.shape, "a"),
+        "empty": x[:0],
+        "overflow": np.full_like(x, 3e38),
+    }
+    return wrong.get(kind, x)
+
+
+X = {
+    "list": "numpy array",
+    "tensor": "numpy array",
+    "scalar": "numpy array",
+    "size": r"must be float32 \[N, 1, 8, 8\] as the example, got float32 \[60, 1, 5, 8\]",
+    "rank": r"got float32 \[60, 8, 8\]",
+    "dtype": r"got float64 \[60, 1, 8, 8\]",
+    "integers": "got uint8",
+    "text": "must hold numbers",
+    "empty": "at least one sample",
+    "nan": "values must be finite",
+    "infinity": "values must be finite",
+    "overflow": "features must be finite",
+}
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("kind", X)
+def test_fit_refuses_samples(toy, kind, fitted):
+    x, y = toy.helpers.samples(60)
+    ready = toy.prepared("latent_replay", fit=fitted)
+    before = snapshot(toy, ready)
+    bad = spoil_x(kind, x)
+    with pytest.raises(InputError, match=f"^x: .*{X[kind]}.*; "):
+        ready.fit(bad, y[:0] if kind == "empty" else y)
+    assert snapshot(toy, ready) == before
+    ready.fit(x, y)
+
+
+@pytest.mark.parametrize("method", FITTED)
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda y: y[:5], r"y: must be integers \[60\].*got int64 \[5\]"),
+        (lambda y: y[:, None], r"y: must be integers \[60\].*got int64 \[60, 1\]"),
+        (lambda y: y.astype(np.float32), "y: must be integers.*got float32"),
+        (lambda y: y > 1, "y: must be integers.*got bool"),
+        (lambda y: y.astype(str), "y: must be integers.*got <U"),
+        (lambda y: y - 1, r"y: labels must be in \[0, 5\), got -1 to 3"),
+        (lambda y: y + 1, r"y: labels must be in \[0, 5\), got 1 to 5"),
+    ],
+)
+def test_fit_refuses_labels(toy, method, spoil, match):
+    x, y = toy.helpers.samples(60)
+    ready = toy.prepared(method)
+    before = snapshot(toy, ready)
+    with pytest.raises(InputError, match=f"^{match}.*; "):
+        ready.fit(x, spoil(y))
+    assert snapshot(toy, ready) == before
+
+
+def test_fit_refuses_a_state_that_is_not_finite(toy):
+    x, y = toy.helpers.samples(60)
+    ready = toy.prepared("slda", unit_norm=False)
+    before = snapshot(toy, ready)
+    with pytest.raises(InputError, match=r"^x: sample \d+ must leave a finite state within the method's guard"):
+        ready.fit(x * np.float32(1e20), y)
+    assert snapshot(toy, ready) == before
+
+
+def test_an_interrupted_fit_changes_nothing(toy):
+    x, y = toy.helpers.samples(60)
+    ready = toy.prepared("latent_replay")
+    before = snapshot(toy, ready)
+
+    def stop(done, total):
+        if done == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ready.fit(x, y, progress=stop)
+    assert snapshot(toy, ready) == before
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_fit_in_two_parts_equals_fit_at_once(toy, method):
+    x, y = toy.helpers.samples(80)
+    once, twice = toy.prepared(method, fit=False), toy.prepared(method, fit=False)
+    seen = []
+    once.fit(x, y, batch=1, progress=lambda done, total: seen.append((done, total)))
+    if method == "latent_replay":
+        # The first part fixes the codec's range, so both learners get the range of all.
+        once.learner.codecs = twice.learner.codecs
+        for codec in twice.learner.codecs.values():
+            codec.fit(torch.cat(once.encode(x)))
+        once, twice.learner.calibrate = toy.prepared(method, fit=False), lambda latents: None
+        once.learner.codecs, once.learner.calibrate = twice.learner.codecs, lambda latents: None
+        once.fit(x, y)
+    twice.fit(x[:50], y[:50]).fit(x[50:], y[50:])
+    for name, value in once.state.items():
+        assert torch.allclose(value, twice.state[name], rtol=1e-5, atol=1e-6), name
+    assert seen == [(i + 1, 80) for i in range(80)]
+    if once.memory is not None:
+        assert once.memory.seen == twice.memory.seen == 80
+        assert snapshot(toy, once)[1] == snapshot(toy, twice)[1]
+    assert len(twice.examples) == 32
+
+
+def test_fit_gives_what_the_steps_give(toy):
+    """One by one through the eager engine."""
+    x, y = toy.helpers.samples(30)
+    ready = toy.prepared("ridge", fit=False)
+    engine = EagerEngine(ready.trunk, ready.learner)
+    for sample, label in zip(x, y, strict=True):
+        z = engine.run("encode", {"x": sample[None]})
+        engine.run("learn", {**z, "target": np.array([label]), "weight": np.ones(1, np.float32)})
+        engine.commit()
+    ready.fit(x, y, batch=1)
+    assert toy.helpers.same(toy.helpers.arrays(ready.state), engine.state())
+
+
+def test_encode_gives_what_the_model_computes(toy):
+    x, _ = toy.helpers.samples(10)
+    net = toy.helpers.Net()
+    ready = prepare(net, at="stem", example=x[:1], method="frozen", classes=5)
+    with torch.no_grad():
+        want = net(torch.from_numpy(x))
+        got = torch.cat([ready.learner.suffix(z) for z in ready.encode(x, batch=3)])
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def go(toy, **changes):
+    x, _ = toy.helpers.samples(1)
+    arguments = {"model": toy.helpers.Net(), "at": "stem", "example": x, "method": "ridge", "classes": 5, **changes}
+    return prepare(arguments.pop("model"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"method": "icarl"}, r"method: must be one of frozen, .*ridge.*got 'icarl'"),
+        ({"config": 3}, r"config: must be METHODS\['ridge'\]\.Config or None, got 3; "),
+        ({"config": METHODS["ncm"].Config()}, r"config: must be METHODS\['ridge'\]\.Config"),
+        ({"classes": 1}, "classes: must be an integer of at least 2, got 1; "),
+        ({"classes": 2.0}, "classes: must be an integer"),
+        ({"classes": True}, "classes: must be an integer"),
+        ({"example": [[1.0]]}, "example: must be a numpy array.*got list; "),
+        ({"example": np.zeros((2, 1, 8, 8), np.float32)}, r"example: must have a batch dimension of 1, got .*\[2, 1, 8, 8\]; use x\[:1\]"),
+        ({"example": np.zeros((1, 3, 8, 8), np.float32)}, r"example: must suit preprocess and model, got float32 \[1, 3, 8, 8\].*; "),
+        ({"example": np.zeros((1, 1, 8, 8))}, "example: must suit preprocess and model, got float64"),
+        ({"example": np.array([[None]])}, "example: must hold numbers, got object; "),
+        ({"example": np.full((1, 1, 8, 8), np.nan, np.float32)}, "example: values must be finite"),
+        ({"class_names": list("abcdef")}, "class_names: must be at most 5 different names.*; raise classes"),
+        ({"class_names": ["mug", "mug"]}, "class_names: must be at most 5 different names"),
+        ({"class_names": ["mug", ""]}, "class_names: .*none of them empty"),
+        ({"class_names": "mug"}, "class_names: .*got 'mug'"),
+    ],
+)
+def test_prepare_refuses(toy, changes, match):
+    with pytest.raises(InputError, match=f"^{match}"):
+        go(toy, **changes)
+
+
+def test_an_unknown_split_lists_the_names(toy):
+    with pytest.raises(SplitError, match=r"no module named 'stm' is called by the model; choose one of: stem, ") as caught:
+        go(toy, at="stm")
+    assert all(name in str(caught.value) for name in ("stem.0", "mid", "mid.3"))
+    assert isinstance(caught.value, EdgeclError)
+
+
+def test_the_users_model_is_not_changed(toy):
+    net = toy.helpers.Net().train()
+    kept = {k: v.clone() for k, v in net.state_dict().items()}
+    x, y = toy.helpers.samples(20)
+    ready = go(toy, model=net, method="finetune").fit(x, y)
+    assert net.training
+    assert all(p.requires_grad for p in net.parameters())
+    assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
+    assert not ready.trunk.training
+
+
+def test_raw_bytes_and_several_tensors_across_the_cut():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(2, 4)
+
+        def forward(self, x):
+            a = self.first(x)
+            return self.fc((self.second(a) + a).mean((2, 3))[:, :2])
+
+    x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    preprocess = ImageU8([0.5] * 3, [0.2] * 3, "HWC")
+    ready = prepare(Skip(), at="second", example=x[:1], method="ncm", classes=3, preprocess=preprocess, class_names=("cup", "pot"))
+    ready.fit(x, np.arange(6) % 3)
+    assert set(flatten_tree({"z": ready.learner.problem.features})) == {f"z.{name}" for name in ready.learner.problem.features}
+    assert len(ready.learner.problem.features) == 2
+    assert ready.learner.problem.feature_size == 2 * 4 * 36
+    assert ready.x.dtype == "uint8"
+    assert ready.class_names == ("cup", "pot")
