@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edgecl_device.errors import InputError
 from edgecl_device.manifest import TensorSpec
 
 State = dict[str, Tensor]
@@ -43,9 +44,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.target != "class":
-            raise ValueError(f"target: must be 'class', got {self.target!r}")
+            raise InputError(f"target: must be 'class', got {self.target!r}; other targets are not there yet")
         if self.max_classes < 2:
-            raise ValueError(f"max_classes: must be at least 2, got {self.max_classes}")
+            raise InputError(f"max_classes: must be at least 2, got {self.max_classes}; leave room for new classes")
 
     @property
     def feature_size(self) -> int:
@@ -69,7 +70,7 @@ class Learner(ABC):
         self.problem = problem
         self.config = self.Config() if config is None else config
         if not isinstance(self.config, self.Config):
-            raise TypeError(f"config: must be a {self.name} Config, got {type(self.config).__name__}")
+            raise InputError(f"config: must be a Config of {self.name}, got {type(self.config).__name__}; see edgecl methods")
 
     @abstractmethod
     def init(self) -> State:

@@ -142,3 +142,10 @@ def read_tensors(path: Path) -> dict[str, Array]:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path}: cannot be read as safetensors ({error}); copy the bundle again") from error
+
+
+def has_length(value: Array) -> bool:
+    """Whether a sum of squares is finite: no NaN, no infinity, and no length that a method would round to infinity."""
+    flat = value.ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        return value.dtype.kind != "f" or bool(np.isfinite(flat @ flat))

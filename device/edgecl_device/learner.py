@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from edgecl_device.checks import as_float32, as_int, as_name, as_sample, check_listed, check_steps, read_tensors
+from edgecl_device.checks import as_float32, as_int, as_name, as_sample, check_listed, check_steps, has_length, read_tensors
 from edgecl_device.core import Core
 from edgecl_device.engines import Engine
 from edgecl_device.engines.onnx import OnnxEngine
@@ -298,8 +298,8 @@ class Learner:
 
     def _encode(self, x: Array) -> dict[str, Array]:
         z = self._engine.run("encode", {"x": as_sample(x, self._x)})
-        if not all(np.isfinite(value).all() for value in z.values()):
-            raise InputError("x: its features are not finite, its values are too large; scale it as the bundle's preprocessing expects")
+        if not all(has_length(value) for value in z.values()):
+            raise InputError("x: its features are not finite or too large to square; scale it as the bundle's preprocessing expects")
         return z
 
     def _revise(self, sample_id: int, step: str, label: int | None) -> None:

@@ -20,6 +20,7 @@ from edgecl.graph.phases import module_paths, phase
 from edgecl.graph.step import GraphError, Kind, Port, StepGraph
 from edgecl.learner import Learner, call_step, dtype_name
 from edgecl.trees import flatten_tree, unflatten_like
+from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import TensorSpec
 
 
@@ -91,6 +92,8 @@ def trace(
         stack.enter_context(traceback.preserve_node_meta())
         try:
             module = make_fx(torch.func.functionalize(flat), decomposition_table=CANONICAL)(*values)
+        except EdgeclError:
+            raise
         except Exception as error:
             raise GraphError(
                 f"step {name!r}: cannot be captured: {type(error).__name__}: {error}; "

@@ -5,12 +5,12 @@ cost nothing in eager mode.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx import traceback
 
 PHASES = ("encode", "replay_decode", "forward", "input_gradient", "weight_gradient", "update")
@@ -74,6 +74,17 @@ def _leave_backward(results: Any, gradients: Any) -> None:
     traceback.reset_grad_fn_seq_nr()
 
 
+class _Marked(fx.Interpreter):
+    """Runs a traced module node by node, each under the path of the module whose code called it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        path = next(reversed(n.meta.get("nn_module_stack") or {"": None}))
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        # Not the base class's run_node: it puts the node's own marks in place of those that are open, the phase among them.
+        with traceback.annotate({"module": path}) if path else nullcontext():
+            return getattr(self, n.op)(n.target, args, kwargs)
+
+
 @contextmanager
 def module_paths(*modules: nn.Module) -> Iterator[None]:
     """While inside, operators captured in a submodule's forward carry its dotted path in the user's model."""
@@ -91,13 +102,18 @@ def module_paths(*modules: nn.Module) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         open_marks.pop().__exit__(None, None, None)
 
+    split = [module for module in modules if isinstance(module, fx.GraphModule)]
     for module in modules:
         for path, child in module.named_modules():
             handles.append(child.register_forward_pre_hook(enter(path)))
             handles.append(child.register_forward_hook(leave))
+    for module in split:  # split() leaves no call of a container behind, only where each node came from
+        module.forward = _Marked(module).run
     try:
         yield
     finally:
+        for module in split:
+            del module.forward
         for handle in handles:
             handle.remove()
         while open_marks:

@@ -52,6 +52,7 @@ def export(
     overwrite: bool = False,
     log_capacity_bytes: int = 16 << 20,
     pending_capacity: int = 256,
+    ram_budget_bytes: int = 128 << 20,
 ) -> Exported:
     """Write a bundle and check it.
 
@@ -61,9 +62,10 @@ def export(
         overwrite: Replace an existing bundle.
         log_capacity_bytes: Cap of the device's sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that may wait for a delayed label.
+        ram_budget_bytes: What the state, held twice, and the replay memory may take on the device.
 
     Raises:
-        InputError: when the folder exists, or the method is for the host only.
+        InputError: when the folder exists, the method is for the host only, or state and replay exceed the budget.
         GraphError: when a step cannot be captured or has no translation, with its place in the model.
         ExportError: when a gate fails; nothing is written.
     """
@@ -73,6 +75,13 @@ def export(
         raise InputError(f"path: {destination} exists; choose another folder{mend}")
     if prepared.learner.name == "joint":
         raise InputError("method: 'joint' trains offline and has no step for the device; export another method")
+    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in prepared.state.values())
+    needed = 2 * state_bytes + (prepared.memory.nbytes if prepared.memory is not None else 0)
+    if needed > ram_budget_bytes:
+        raise InputError(
+            f"ram_budget_bytes: state twice and replay take {needed:,} bytes, the budget is {ram_budget_bytes:,}; "
+            "split where the features are smaller, or raise the budget"
+        )
     steps = build(prepared)
     # Missing parents are made last: a failed export leaves none behind.
     nearest = next(parent for parent in destination.parents if parent.exists())
