@@ -3,7 +3,9 @@
     python benchmarks/choose_settings.py
 
 Base classes 4-9, then 0-3 one sample at a time; 150 training images a class, and the other 50 of the training images as
-the test set. The demo's own test images are not touched. Writes ``benchmarks/results/choose_settings.json``.
+the test set. The demo's own test images are not touched. For each row the best final accuracy counts, among the settings
+that do learn a new class: by accuracy alone, the best rate of naive fine-tuning is none, which is the frozen network.
+Writes ``benchmarks/results/choose_settings.json``, the chosen setting first in each list.
 """
 
 import json
@@ -11,6 +13,7 @@ import statistics
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from edgecl.methods import Finetune, Joint, LatentReplay, Ridge, StreamingLDA
 from edgecl.streams import ClassIncremental, Dataset, fashion_mnist_subset
 
 SEEDS = (100, 101)
+LEARNS = 0.5
+"""Least accuracy on a new class right after its samples, mean over the four."""
 OUT = Path(__file__).parent / "results" / "choose_settings.json"
 
 
@@ -41,11 +46,11 @@ def candidates() -> list[Setting]:
         "slda": [StreamingLDA.Config(g0=g) for g in (0.01, 0.1, 1.0, 10.0)],
         "ridge": [Ridge.Config(gamma=g) for g in (0.01, 0.03, 0.1, 0.3, 1.0)],
         "latent_replay": [
-            LatentReplay.Config(lr=lr, loss=loss, new_weight=new_weight, optimizer=optimizer, capacity_bytes=128 << 10)
+            LatentReplay.Config(lr=lr, optimizer=optimizer, loss=loss, new_weight=new_weight, average=average, capacity_bytes=128 << 10)
             for loss in ("er", "er-ace")
-            for new_weight in (1.0, 0.3, 0.1)
-            for optimizer, rates in (("sgd", (0.03, 0.1)), ("momentum", (0.003, 0.01)), ("adam", (0.001, 0.003, 0.01)))
-            for lr in rates
+            for new_weight in (1.0, 0.3)
+            for average in (0.0, 0.98)
+            for optimizer, lr in (("sgd", 0.03), ("sgd", 0.1), ("momentum", 0.01), ("adam", 0.003), ("adam", 0.01))
         ],
         "joint": [Joint.Config(lr=lr, epochs=epochs) for epochs in (20, 40) for lr in (1e-3, 3e-3, 1e-2)],
     }
@@ -54,30 +59,33 @@ def candidates() -> list[Setting]:
 
 
 def main() -> None:
-    """Run the grid and write the result, best first for each row."""
+    """Run the grid and write the result, the chosen setting first for each row."""
     torch.set_num_threads(1)
     data = validation_split(fashion_mnist_subset())
-    found: dict[str, list[dict[str, object]]] = {}
-    scores: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in SEEDS:
             stream = ClassIncremental(data, base_classes=range(4, 10), steps=[[0], [1], [2], [3]], seed=seed)
             net = pretrain(*stream.base, len(data.class_names), seed)
             for i, setting in enumerate(track(candidates(), f"seed {seed}")):
                 row = run_setting(net, setting, data, stream, Path(scratch) / f"{seed}-{i}", every=10_000)
-                scores.setdefault((setting.label, json.dumps(asdict(setting.config))), []).append(row["accuracy"])
-    for (label, config), values in scores.items():
-        found.setdefault(label, []).append({"config": json.loads(config), "accuracy": statistics.fmean(values), "by_seed": values})
-    for rows in found.values():
-        rows.sort(key=lambda row: -float(row["accuracy"]))  # type: ignore[arg-type]
+                found.setdefault((setting.label, json.dumps(asdict(setting.config))), []).append(row)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for (label, config), results in found.items():
+        accuracies = [row["accuracy"] for row in results]
+        entry = {"config": json.loads(config), "accuracy": statistics.fmean(accuracies), "by_seed": accuracies}
+        if "matrix" in results[0]:
+            entry["just_learned"] = statistics.fmean(row["matrix"][task][task] for row in results for task in range(1, len(row["matrix"])))
+        rows.setdefault(label, []).append(entry)
+    for entries in rows.values():
+        entries.sort(key=lambda e: (e.get("just_learned", 1.0) < LEARNS, -e["accuracy"]))
+    result = {"split": "base 4-9, stream 0-3, 150 + 50 training images a class", "seeds": SEEDS, "learns": LEARNS, "rows": rows}
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(
-        json.dumps({"split": "base 4-9, stream 0-3, 150 + 50 training images a class", "seeds": SEEDS, "rows": found}, indent=1) + "\n"
-    )
-    for label, rows in found.items():
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    for label, entries in rows.items():
         print(label)
-        for row in rows[:6]:
-            print(f"  {float(row['accuracy']):.3f}  {row['config']}")  # type: ignore[arg-type]
+        for entry in entries[:6]:
+            print(f"  {entry['accuracy']:.3f}  {entry.get('just_learned', float('nan')):.2f}  {entry['config']}")
 
 
 if __name__ == "__main__":

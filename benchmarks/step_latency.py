@@ -11,7 +11,6 @@ Engine and step function are compared first. Writes ``benchmarks/results/step_la
 import argparse
 import copy
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from edgecl.demo import machine
 from edgecl.engine import EagerEngine, to_tensor
 from edgecl.learner import call_step
 from edgecl.methods import LatentReplay, Ridge
@@ -149,7 +149,7 @@ def main() -> None:
         "repeats": args.repeats,
         "threads": 1,
         "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime")},
-        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+        "machine": machine(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

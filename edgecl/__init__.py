@@ -1,4 +1,8 @@
-"""edgecl: continual learning on the device, prepared in PyTorch, run by a stock inference runtime."""
+"""edgecl: continual learning on the device, prepared in PyTorch, run by a stock inference runtime.
+
+:class:`Learner` here is the contract that every method fulfils; ``edgecl_device.Learner`` is the running one, which loads a
+bundle and learns.
+"""
 
 from edgecl.codecs import Codec
 from edgecl.engine import EagerEngine

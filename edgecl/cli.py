@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. An error is one line and ex
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from torch import nn
 
 from edgecl import tables
@@ -24,15 +26,12 @@ from edgecl.backbones import BACKBONES
 from edgecl.learner import Problem
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.options import example_of, load_model, parse_config, preprocessing
-from edgecl.prepare import prepare
+from edgecl.options import example_of, load_model, parse_bytes, parse_config, preprocessing
+from edgecl.prepare import MOST_CLASSES, prepare
 from edgecl.profiling import Profile, profile, split_points
 from edgecl_device.cli import read_stream
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import TensorSpec
-
-WIDE = 100
-"""Columns from which tables show everything; output that is not a terminal has more."""
 
 app = typer.Typer(
     add_completion=False,
@@ -50,12 +49,20 @@ def _examples(*commands: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by `edgecl methods >&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # for the rest of the process
     try:
         code = app(args=None if argv is None else list(argv), prog_name="edgecl", standalone_mode=False)
     except typer.TyperException as error:
-        return _fail(f"{error.format_message().rstrip('.')}; see edgecl --help")
+        message = error.format_message().rstrip(".")  # none when the help was shown because there was no command
+        return _fail(f"{message}; see edgecl --help") if message else 2
     except (EdgeclError, OSError) as error:
         return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch has no type of its own for it
+            raise
+        return _fail("there is not enough memory for this; take fewer classes or a smaller model, or cut it further down")
     except typer.Abort:
         _fail("stopped")
         return 130
@@ -83,7 +90,7 @@ def _root(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{', '.join(BACKBONES)}, or file.py:function that returns an nn.Module.")]
 Method = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; see edgecl methods.")]
-Classes = Annotated[int, typer.Option(min=2, help="Classes that the learner has room for, the new ones included.")]
+Classes = Annotated[int, typer.Option(min=2, max=MOST_CLASSES, help="Classes that the learner has room for, the new ones included.")]
 Config = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A hyperparameter; repeat for more.")]
 Weights = Annotated[Path | None, typer.Option(help="Weights: .pth, .th or .safetensors.")]
 ModelClasses = Annotated[
@@ -126,13 +133,13 @@ def show_demo(seeds: int, out: Path, as_json: bool, **options: Any) -> None:
         print(text)
         return
     console = _console()
-    wide = console.width >= WIDE
-    console.print(tables.demo_table(result, wide=wide))
+    table = tables.demo_table(result, console.width)
+    console.print(table)
     console.print()
-    console.print(tables.demo_legend(result, wide=wide))
+    console.print(tables.demo_legend(result, table))
     console.print()
     for line in [*tables.verdict(result), f"{result['seconds']:.0f} s. Files: {', '.join(map(str, files))}"]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False)
 
 
 @app.command(epilog=_examples("edgecl methods", "edgecl methods --json"))
@@ -147,7 +154,7 @@ def methods(as_json: Json = False) -> None:
                 "method": name,
                 "summary": kind.summary,
                 "steps": list(learner.steps),
-                "on_device": name != "joint",
+                "on_device": not kind.host_only,
                 "forgets_exactly": learner.forgets_exactly,
                 "needs_suffix": suffix,
                 "config": learner.config_dict(),
@@ -156,7 +163,7 @@ def methods(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        _console().print(tables.methods_table(found))
+        _show(tables.methods_table(found))
 
 
 @app.command(
@@ -195,7 +202,7 @@ def profile_(
         if as_json:
             print(json.dumps([dataclasses.asdict(p) for p in points], indent=1))
         else:
-            _console().print(tables.split_table(points, f"Where {title} can be cut"))
+            _show(tables.split_table(points, f"Where {title} can be cut"))
         return
     values = parse_config(method, config or ())
     with _progress(quiet=as_json) as step:
@@ -204,11 +211,9 @@ def profile_(
     if as_json:
         print(json.dumps(profile_record(found), indent=1))
         return
-    console = _console()
     shapes = ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in found.features.items())
-    console.print(tables.cost_table(found, f"{method} on {title}, cut at {at}: {shapes}, {classes} classes"))
-    console.print()
-    console.print(tables.ledger_table(found.ledger))
+    cost = tables.cost_table(found, f"{method} on {title}, cut at {at}: {shapes}, {classes} classes")
+    _show(cost, tables.ledger_table(found.ledger))
 
 
 def profile_record(found: Profile) -> dict[str, Any]:
@@ -240,6 +245,9 @@ def export(
     mean: Mean = None,
     std: Std = None,
     config: Config = None,
+    ram_budget: Annotated[
+        str, typer.Option(metavar="BYTES", help="Refuse if state, its second buffers and replay take more: 64MiB, 500KB or a number.")
+    ] = "128MiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -248,6 +256,7 @@ def export(
 
     if out.exists() and not overwrite:
         raise InputError(f"--out: {out} exists; choose another folder or pass --overwrite")
+    budget = parse_bytes("--ram-budget", ram_budget)
     values = parse_config(method, config or ())
     names = class_names.split(",") if class_names else ()
     net = load_model(model, classes, weights, model_classes)
@@ -265,22 +274,26 @@ def export(
         if xs is not None and ys is not None:
             prepared.fit(xs, ys, progress=lambda done, total: step("taking in base samples", done, total))
         step("writing the bundle and checking it", 0, 1)
-        found = write(prepared, out, overwrite=overwrite)
+        found = write(prepared, out, overwrite=overwrite, ram_budget_bytes=budget)
     gates = [{"name": gate.name, "found": gate.found} for gate in found.gates]
     if as_json:
-        print(json.dumps({"path": str(found.path), "gates": gates, "ledger": found.manifest.ledger}, indent=1))
+        print(json.dumps({"path": str(out), "gates": gates, "ledger": found.manifest.ledger}, indent=1))
         return
-    console = _console()
-    console.print(tables.gates_table(gates))
-    console.print()
-    console.print(tables.ledger_table(found.manifest.ledger))
-    console.print()
-    console.print(f"Wrote {found.path}. Look at it with: edgecl-device info {found.path}", highlight=False, markup=False)
+    _show(tables.gates_table(gates), tables.ledger_table(found.manifest.ledger))
+    print(f"\nWrote {out}. Look at it with: edgecl-device info {shlex.quote(str(out))}")
 
 
 def _console() -> Console:
-    """Results on stdout, at the terminal's width; a pipe gets room for every table."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+    """Results on stdout, at the terminal's width; a pipe gets room for every table. Names of the user's are no markup."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120, markup=False, emoji=False)
+
+
+def _show(*results: Table) -> None:
+    console = _console()
+    for i, table in enumerate(results):
+        if i:
+            console.print()
+        console.print(tables.fit(table, console.width))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ beside it. Data: the embedded Fashion-MNIST subset (2,000 training and 500 test 
 """
 
 import hashlib
+import os
 import platform
 import statistics
 import tempfile
@@ -67,18 +68,23 @@ BASELINES = ("frozen", "finetune", "ncm")
 
 SETTINGS = (
     Setting("frozen", FEATURE, "frozen"),
-    Setting("finetune", FEATURE, "finetune head", Finetune.Config(lr=0.1)),
-    Setting("finetune", MAP, "finetune suffix", Finetune.Config(lr=0.01)),
+    Setting("finetune", FEATURE, "finetune head", Finetune.Config(lr=0.001)),
+    Setting("finetune", MAP, "finetune suffix", Finetune.Config(lr=0.001)),
     Setting("ncm", FEATURE, "ncm, 62-d"),
     Setting("ncm", MAP, "ncm, 576-d"),
-    Setting("slda", FEATURE, "slda, 62-d", StreamingLDA.Config()),
-    Setting("slda", MAP, "slda, 576-d", StreamingLDA.Config()),
-    Setting("ridge", FEATURE, "ridge, 62-d", Ridge.Config()),
-    Setting("ridge", MAP, "ridge, 576-d", Ridge.Config()),
-    Setting("latent_replay", MAP, "latent replay suffix", LatentReplay.Config(lr=0.01, capacity_bytes=128 << 10)),
-    Setting("joint", FEATURE, "joint head, 62-d", Joint.Config()),
-    Setting("joint", MAP_HEAD, "joint head, 576-d", Joint.Config()),
-    Setting("joint", MAP, "joint suffix", Joint.Config()),
+    Setting("slda", FEATURE, "slda, 62-d", StreamingLDA.Config(g0=0.01)),
+    Setting("slda", MAP, "slda, 576-d", StreamingLDA.Config(g0=0.1)),
+    Setting("ridge", FEATURE, "ridge, 62-d", Ridge.Config(gamma=0.01)),
+    Setting("ridge", MAP, "ridge, 576-d", Ridge.Config(gamma=0.1)),
+    Setting(
+        "latent_replay",
+        MAP,
+        "latent replay suffix",
+        LatentReplay.Config(lr=0.01, optimizer="adam", loss="er-ace", new_weight=0.3, average=0.98, capacity_bytes=128 << 10),
+    ),
+    Setting("joint", FEATURE, "joint head, 62-d", Joint.Config(epochs=40, lr=0.01)),
+    Setting("joint", MAP_HEAD, "joint head, 576-d", Joint.Config(epochs=20, lr=0.003)),
+    Setting("joint", MAP, "joint suffix", Joint.Config(epochs=40, lr=0.01)),
 )
 """Every row, baselines included."""
 
@@ -146,7 +152,7 @@ def run_setting(net: SmallCnn, setting: Setting, data: Dataset, stream: ClassInc
 
     prepared = prepare_setting(net, setting, data, list(stream.base_classes)).fit(*stream.base)
     exported = export(prepared, folder / setting.label.replace(" ", "_").replace(",", ""))
-    with Learner.load(exported.path) as learner:
+    with Learner.load(exported.path, store=exported.path.with_suffix(".db")) as learner:
         found = run_stream(learner, stream, every=every, learns="learn" in exported.manifest.steps)
     return {"label": setting.label, "method": setting.method, **_figures(found), **_costs(exported.manifest)}
 
@@ -229,8 +235,13 @@ def run_demo(
         "settings": [{**asdict(s), "config": None if s.config is None else asdict(s.config)} for s in settings],
         "pretrained_sha256": networks,
         "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime", "numpy")},
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "python": platform.python_version()},
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """The machine in words: system, processor architecture, cores, Python."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 @contextmanager
@@ -290,6 +301,7 @@ def _figures(found: StreamResult) -> dict[str, Any]:
         "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
         "prequential": found.prequential,
         "last_label": found.last_label,
+        "update_bytes": statistics.median(found.update_bytes) if found.update_bytes else None,
         "update_ms": statistics.median(found.update_seconds) * 1e3 if found.update_seconds else None,
         "matrix": [list(row) for row in found.matrix.values],
         "curve": found.curve,

@@ -23,6 +23,7 @@ class StreamResult:
         last_label: The same for a baseline that repeats the previous label.
         curve: Test accuracy along the stream: ``samples`` seen, ``tasks`` (one list of accuracies a task).
         update_seconds: Wall time of each update, the trunk included.
+        update_bytes: Bytes that each update appended to the store's log; zeros without a store.
     """
 
     matrix: AccuracyMatrix
@@ -31,6 +32,7 @@ class StreamResult:
     last_label: float
     curve: dict[str, list[Any]] = field(default_factory=dict)
     update_seconds: list[float] = field(default_factory=list)
+    update_bytes: list[int] = field(default_factory=list)
 
 
 def run_stream(
@@ -53,7 +55,7 @@ def run_stream(
     tests = [stream.test(task) for task in range(stream.tasks)]
     rows = [_test(learner, tests)]
     samples, curve = [0], [list(rows[0])]
-    prequential, seconds, previous = Prequential(), [], 1
+    prequential, seconds, written, previous = Prequential(), [], [], 1
     for done, sample in enumerate(stream, start=1):
         if sample.task != previous:
             rows.append(_test(learner, tests))
@@ -62,6 +64,7 @@ def run_stream(
             report = learner.learn(sample.x, sample.y)
             prequential.update(sample.y, report.predicted)
             seconds.append(report.seconds)
+            written.append(report.bytes_written)
         else:
             prequential.update(sample.y, learner.predict(sample.x).label)
         if done % every == 0 or done == len(stream):
@@ -78,6 +81,7 @@ def run_stream(
         prequential.last_label,
         {"samples": samples, "tasks": [list(task) for task in zip(*curve, strict=True)]},
         seconds,
+        written,
     )
 
 

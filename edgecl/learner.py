@@ -8,6 +8,7 @@ runs it as it is, :mod:`edgecl.graph` captures it, and export turns the captured
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import TensorSpec
+from edgecl_device.manifest import UNSEEN_SCORE, ReplaySpec, TensorSpec
 
 State = dict[str, Tensor]
 StepResult = tuple[dict[str, Tensor], State]
 Nested = Mapping[str, Any]
 """A tensor spec, or a mapping of names to such (any depth); flattened with dots."""
 
-STEPS = ("predict", "learn", "adapt", "forget", "relabel", "refresh")
+STEPS = ("predict", "learn", "forget", "relabel")
 """Names a method may give its steps, in the order in which they are listed."""
 
 
@@ -65,12 +66,17 @@ class Learner(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type]
+    host_only: ClassVar[bool] = False
+    """Whether the method has no step for the device, as offline training."""
 
     def __init__(self, problem: Problem, config: Any = None) -> None:
         self.problem = problem
         self.config = self.Config() if config is None else config
         if not isinstance(self.config, self.Config):
             raise InputError(f"config: must be a Config of {self.name}, got {type(self.config).__name__}; see edgecl methods")
+        for name, value in self.config_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name}: must be finite, got {value}; give a number")
 
     @abstractmethod
     def init(self) -> State:
@@ -97,6 +103,9 @@ class Learner(ABC):
         weight = {"weight": torch.ones(1)} if "weight" in self.inputs_of("learn") else {}
         return self.steps["learn"](state, z, target, **weight)
 
+    def calibrate(self, latents: Any) -> None:  # noqa: B027  # most methods have nothing to fit
+        """Fit what is frozen, such as a codec's range, on latents [N, ...] of the first base samples, before they are taken in."""
+
     @property
     def default_lr(self) -> float:
         """Learning rate that the device uses unless it is given another; 0 for methods without one."""
@@ -114,7 +123,7 @@ class Learner(ABC):
         return {name: known[name] for name in parameters}
 
     @property
-    def replay(self) -> "ReplayPlan | None":
+    def replay(self) -> ReplaySpec | None:
         """How the device fills the ``replay`` input, for methods that have one."""
         return None
 
@@ -143,27 +152,8 @@ def all_finite(state: State) -> Tensor:
     return (total - total) == 0
 
 
-UNSEEN = -1e30
-"""Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
-
-
-@dataclass(frozen=True)
-class ReplayPlan:
-    """Replay memory of a method.
-
-    Attributes:
-        fields: One row's tensors as ``learn`` returns them under ``row.NAME``, without a batch dimension.
-        rows_per_step: Rows drawn for one update.
-        capacity_bytes: Budget of the whole memory.
-        policy: ``reservoir`` or ``largest-class``.
-        seed: Key of the device's generator.
-    """
-
-    fields: tuple[TensorSpec, ...]
-    rows_per_step: int
-    capacity_bytes: int
-    policy: str
-    seed: int = 0
+UNSEEN = UNSEEN_SCORE
+"""Score of a class that has not been learned yet."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,7 +7,10 @@ from edgecl.graph.lowering import BuiltStep
 from edgecl.learner import State, dtype_name
 from edgecl_device.manifest import TensorSpec
 
-NOT_COUNTED = "runtime scratch, packed copies of frozen weights, the runtime's own code"
+NOT_COUNTED = (
+    "runtime scratch, packed copies of frozen weights, the runtime's own code; the log's RAM without a store; "
+    "copies made by forget, relabel and rollback"
+)
 
 
 def ledger(
@@ -25,8 +28,9 @@ def ledger(
 
     Returns:
         ``frozen_weights``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``, ``inputs_outputs``,
-        ``pending_features``: RAM but for ``graphs``; ``flash_per_update``: features of one logged sample;
-        ``beyond_trunk``: state once and replay; ``not_counted``.
+        ``pending_features``: RAM but for ``graphs``; ``logged_features_per_update``: features of one sample as the log holds them,
+        to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once and
+        replay; ``not_counted``.
     """
     written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
     state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
@@ -41,7 +45,7 @@ def ledger(
         "replay": replay_bytes,
         "inputs_outputs": sum(ports),
         "pending_features": pending * features,
-        "flash_per_update": features,
+        "logged_features_per_update": features,
         "beyond_trunk": sum(state_bytes.values()) + replay_bytes,
         "not_counted": NOT_COUNTED,
     }

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -17,6 +19,9 @@ from edgecl.preprocess import ImageU8
 from edgecl.splitting import widen_head
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import Array
+
+MOST_VALUES = 1 << 28
+"""Most values of one sample; more are not even tried to allocate."""
 
 INPUTS = {
     "small_cnn": (1, 1, 28, 28),
@@ -94,6 +99,8 @@ def example_of(model: str, shape: str | None, dtype: str, preprocess: ImageU8 | 
         sizes = tuple(_numbers("--input", shape, int))
         if len(sizes) < 2 or sizes[0] != 1 or min(sizes) < 1:
             raise InputError(f"--input: must be a batch of 1 and positive sizes, as 1,3,32,32, got {shape!r}")
+        if (values := math.prod(sizes)) > MOST_VALUES:
+            raise InputError(f"--input: must hold at most {MOST_VALUES:,} values, got {values:,} in {shape!r}; give a smaller sample")
     elif model in INPUTS:
         _, c, h, w = INPUTS[model]
         sizes = {None: (1, c, h, w), "CHW": (1, c, h, w), "HWC": (1, h, w, c), "HW": (1, h, w)}[preprocess.layout if preprocess else None]
@@ -107,6 +114,23 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numb
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option}: must be numbers separated by commas, got {text!r}") from None
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes from a number, with or without a unit.
+
+    Raises:
+        InputError: on anything else.
+
+    >>> parse_bytes("--ram-budget", "64MiB"), parse_bytes("--ram-budget", "1.5 KB"), parse_bytes("--ram-budget", "4096")
+    (67108864, 1500, 4096)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMG])(i?))?B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise InputError(f"{option}: must be bytes, as 64MiB, 500KB or 1048576, got {text!r}")
+    number, prefix, binary = found.groups()
+    power = " KMG".index(prefix.upper()) if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def parse_config(method: str, pairs: Sequence[str]) -> Any:

@@ -1,19 +1,28 @@
 """From a PyTorch model to a learner that is ready for export: split, choose a method, take in base samples."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgecl.fidelity import check_gradients, check_values
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.splitting import split
+from edgecl.splitting import check_backward, split
+from edgecl.trees import flatten_tree
+from edgecl_device.checks import as_int, has_length
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
+from edgecl_device.manifest import Array, TensorSpec
 from edgecl_device.memory import ReplayMemory
+
+DTYPES = ("float32", "float64", "int64", "int32", "uint8", "bool")
+"""Types of samples and latents."""
+
+MOST_CLASSES = 1 << 20
+"""More room than any label space needs; beyond, a state cannot be allocated."""
 
 KEPT = 32
 """Latents of base samples kept for the checks at export."""
@@ -37,7 +46,8 @@ class Prepared:
 
     Attributes:
         trunk: Maps a raw sample to its latent ``z``.
-        x: Spec of one raw sample, batch dimension of 1 included.
+        example: One raw sample, batch dimension of 1 included; real once ``fit`` has seen samples.
+        x: Its spec.
         learner: The method.
         state: Its state after the base samples.
         memory: Its replay memory, or None.
@@ -45,12 +55,11 @@ class Prepared:
         examples: Latents and classes of some base samples, which the checks at export start from.
     """
 
-    def __init__(self, trunk: Trunk, x: TensorSpec, learner: Learner, class_names: Sequence[str] = ()) -> None:
-        names, most = list(class_names), learner.problem.max_classes
-        if isinstance(class_names, str) or not all(names) or len(names) > most or len(set(names)) != len(names):
-            raise InputError(f"class_names: must be at most {most} different names, none of them empty, got {class_names!r}; raise classes")
+    def __init__(self, trunk: Trunk, example: Array, learner: Learner, class_names: Sequence[str] = ()) -> None:
+        _check_names(class_names, learner.problem.max_classes)
         self.trunk = trunk.eval().requires_grad_(False)
-        self.x = x
+        self.example = example
+        self.x = TensorSpec("x", example.shape, example.dtype.name)
         self.learner = learner
         self.state: State = learner.init()
         self.class_names = tuple(class_names)
@@ -58,14 +67,20 @@ class Prepared:
         self.examples: list[tuple[Any, int]] = []
         self.memory: ReplayMemory | None = None
         if learner.replay is not None:
-            self.memory = ReplayMemory(ReplaySpec(**vars(learner.replay)), learner.problem.max_classes)
+            self.memory = ReplayMemory(learner.replay, learner.problem.max_classes)
 
     def known_names(self) -> tuple[str, ...]:
         """Names of the classes up to the highest that is named or was learned; one without a name is called by its index.
 
-        On the device a new class takes the first index behind them.
+        An index that is another class's name gets an underscore in front. On the device a new class takes the first index behind them.
         """
-        return self.class_names + tuple(str(i) for i in range(len(self.class_names), self._known))
+        names = list(self.class_names)
+        for i in range(len(names), self._known):
+            name = str(i)
+            while name in names:
+                name = f"_{name}"
+            names.append(name)
+        return tuple(names)
 
     def encode(self, x: Array, batch: int = 64) -> list[Any]:
         """Latents of samples [N, ...], one tree of tensors [1, ...] a sample.
@@ -75,9 +90,13 @@ class Prepared:
             batch: Samples a pass; 1 for trunks that take single samples only.
 
         Raises:
-            InputError: when shape or dtype differ from the example's, or a value is not finite.
+            InputError: when shape or dtype differ from the example's, a value is not finite, or a latent depends on the other samples
+                of its batch.
         """
-        _check_samples("x", x)
+        x = _samples("x", x)
+        batch = as_int("batch", batch)
+        if batch < 1:
+            raise InputError(f"batch: must be at least 1 sample, got {batch}; 64 is usual")
         if x.shape[1:] != self.x.shape[1:] or x.dtype.name != self.x.dtype:
             sizes = ", ".join(map(str, ("N", *self.x.shape[1:])))
             raise InputError(f"x: must be {self.x.dtype} [{sizes}] as the example, got {x.dtype} {list(x.shape)}; convert or resize it")
@@ -85,6 +104,8 @@ class Prepared:
         with torch.no_grad():
             for part in torch.split(torch.tensor(x), batch):
                 z = self.trunk(part)
+                if len(part) > 1 and not latents:
+                    _check_independent(z, self.trunk(part[:1]), len(part))
                 rows = range(len(part))
                 latents += [_map(z, lambda t, i=i: t[i : i + 1].clone()) for i in rows]  # type: ignore[misc]
         return latents
@@ -105,11 +126,10 @@ class Prepared:
         """
         latents = self.encode(x, batch)
         labels = self._labels(y, len(x))
-        if not _finite(t for z in latents for t in _leaves(z)):
-            raise InputError("x: features must be finite; check the model's weights and the preprocessing")
-        calibrate = getattr(self.learner, "calibrate", None)
-        if calibrate is not None and not self.examples:
-            calibrate(_stack(latents))
+        if not all(has_length(t.numpy()) for z in latents for t in _leaves(z)):
+            raise InputError("x: features must be finite, and so must their squares; check the model's weights and the preprocessing")
+        if not self.examples:
+            self.learner.calibrate(_stack(latents))
         fields = self.memory.spec.fields if self.memory is not None else ()
         state, rows = self.state, []
         for i, (z, label) in enumerate(zip(latents, labels, strict=True)):
@@ -123,6 +143,7 @@ class Prepared:
                 progress(i + 1, len(latents))
         self.state = state
         self._known = max(self._known, max(labels) + 1)
+        self.example = _samples("x", x)[:1].copy()
         self.examples = (self.examples + list(zip(latents, labels, strict=True)))[:KEPT]
         if self.memory is not None:
             for row, label in zip(rows, labels, strict=True):
@@ -130,7 +151,13 @@ class Prepared:
         return self
 
     def _labels(self, y: Array, samples: int) -> list[int]:
-        classes, y = self.learner.problem.max_classes, np.asarray(y)
+        classes = self.learner.problem.max_classes
+        try:
+            y = np.asarray(y)
+        except ValueError as error:
+            raise InputError(
+                f"y: must be integers [{samples}], one label a sample, got rows of several lengths; pass a flat list"
+            ) from error
         if y.shape != (samples,) or y.dtype.kind not in "iu":
             raise InputError(f"y: must be integers [{samples}], one label a sample, got {y.dtype} {list(y.shape)}; convert it with astype")
         if not 0 <= y.min() <= y.max() < classes:
@@ -148,6 +175,7 @@ def prepare(
     config: Any = None,
     preprocess: nn.Module | None = None,
     class_names: Sequence[str] = (),
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Prepared:
     """Split a model and put a continual learner behind its frozen part.
 
@@ -160,20 +188,25 @@ def prepare(
         config: The method's ``Config``, or None for its defaults.
         preprocess: Runs before the model, on the device too; for instance :class:`edgecl.preprocess.ImageU8`.
         class_names: Names of the first classes.
+        masks: For methods that train the suffix: bool tensors by parameter name, of its shape; only where true is a weight
+            updated. Names are the model's own, as in ``model.named_parameters()``.
 
     Raises:
-        InputError: for an unknown method, another method's config, an unsuitable example, too few classes, names that do not
-            fit, or a suffix of another number of classes.
+        InputError: for an unknown method, another method's config, an unsuitable example, too few classes, names or masks that
+            do not fit, or a suffix of another number of classes.
         SplitError: when the model cannot be cut there.
     """
-    if method not in METHODS:
+    if method not in list(METHODS):  # a list: what is given may have no hash
         raise InputError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
     kind = METHODS[method]
     if config is not None and not isinstance(config, kind.Config):
         raise InputError(f"config: must be METHODS[{method!r}].Config or None, got {config!r}; make one of that class")
-    if type(classes) is not int or classes < 2:
-        raise InputError(f"classes: must be an integer of at least 2, got {classes!r}; count the classes to come, too")
-    _check_samples("example", example)
+    classes = as_int("classes", classes)
+    if not 2 <= classes <= MOST_CLASSES:
+        raise InputError(f"classes: must be an integer of 2 to {MOST_CLASSES:,}, got {classes!r}; count the classes to come, too")
+    example = _samples("example", example)
+    if example.dtype.name not in DTYPES:
+        raise InputError(f"example: must be of {', '.join(DTYPES)}, got {example.dtype}; convert it to float32 or uint8")
     if example.shape[0] != 1:
         raise InputError(f"example: must have a batch dimension of 1, got {example.dtype} {list(example.shape)}; use x[:1]")
     parts = split(model, at)
@@ -184,20 +217,58 @@ def prepare(
     except (RuntimeError, TypeError, ValueError) as error:  # what torch raises for shapes and dtypes that do not fit
         got = f"{example.dtype} {list(example.shape)} ({error})"
         raise InputError(f"example: must suit preprocess and model, got {got}; pass a raw sample as the device will get it") from error
+    for name, part in flatten_tree({"z": z}).items():
+        if dtype_name(part.dtype) not in DTYPES:
+            raise InputError(
+                f"at: the latent {name} behind {at!r} is {dtype_name(part.dtype)}, must be of {', '.join(DTYPES)}; cut elsewhere"
+            )
+    with torch.no_grad():
+        x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
+    output = check_values(model, parts, x)
+    if issubclass(kind, SuffixLearner):
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            got = dtype_name(output.dtype) if isinstance(output, Tensor) else type(output).__name__
+            raise InputError(f"model: must return one tensor of scores for {method}, got {got}; wrap it in a module that does")
+        check_backward(parts)
+        check_gradients(model, parts, x)
     problem = Problem(_specs(z), classes)
-    extra = {"suffix": parts.suffix} if issubclass(kind, SuffixLearner) else {}
-    x = TensorSpec("x", example.shape, example.dtype.name)
-    return Prepared(trunk, x, kind(problem, config, **extra), class_names)
+    extra: dict[str, Any] = {"suffix": parts.suffix, "masks": masks} if issubclass(kind, SuffixLearner) else {}
+    if masks and not extra:
+        raise InputError(f"masks: {method} trains no parameter of the model, got masks for {list(masks)}; leave them out")
+    return Prepared(trunk, example, kind(problem, config, **extra), class_names)
 
 
-def _check_samples(name: str, x: Any) -> None:
-    if not isinstance(x, np.ndarray) or x.ndim < 2 or not len(x):
+def _check_names(names: Any, most: int) -> None:
+    ok = isinstance(names, Sequence) and not isinstance(names, (str, bytes)) and all(isinstance(name, str) and name for name in names)
+    if not ok:
+        raise InputError(f"class_names: must be a list of strings, none of them empty, got {names!r}; pass ['cat', 'dog']")
+    if len(names) > most:
+        raise InputError(f"class_names: must be at most {most} names, got {len(names)}; raise classes")
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise InputError(f"class_names: must be different names, got {twice} more than once; rename one")
+
+
+def _check_independent(z: Any, alone: Any, batch: int) -> None:
+    """The first row of a batch of latents must be the latent of the first sample alone, which is how the device computes it."""
+    for together, single in zip(_leaves(z), _leaves(alone), strict=True):
+        ok = len(together) == batch and len(single) == 1
+        if not ok or not torch.allclose(together[:1].double(), single.double(), rtol=1e-3, atol=1e-4 * float(single.double().abs().max())):
+            raise InputError(
+                f"x: the model's latent of a sample depends on the rest of its batch of {batch}; pass batch=1 to fit and encode"
+            )
+
+
+def _samples(name: str, x: Any) -> Array:
+    """Samples as a plain array in this machine's byte order."""
+    if isinstance(x, np.ma.MaskedArray) or not isinstance(x, np.ndarray) or x.ndim < 2 or not len(x):
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
         raise InputError(f"{name}: must be a numpy array [N, ...] of at least one sample, got {got}; use numpy.asarray, or x[None] for one")
     if x.dtype.kind not in "fiub":
         raise InputError(f"{name}: must hold numbers, got {x.dtype}; convert it to float32 or uint8")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
         raise InputError(f"{name}: values must be finite, got NaN or infinity; drop or repair those samples")
+    return np.ascontiguousarray(x, x.dtype.newbyteorder("="))
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -1,5 +1,6 @@
 """Preprocessing that becomes part of the trunk, so that the device feeds raw bytes."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,8 +38,8 @@ class ImageU8(nn.Module):
             raise InputError(f"layout: must be 'HWC', 'CHW' or 'HW', got {layout!r}")
         if len(mean) != len(std) or not mean or (layout == "HW" and len(mean) != 1):
             raise InputError(f"mean, std: must have one value for each channel, got {len(mean)} and {len(std)} for layout {layout}")
-        if min(std) <= 0:
-            raise InputError(f"std: must be positive, got {list(std)}; give it on the scale 0 to 1")
+        if not all(math.isfinite(value) for value in [*mean, *std]) or min(std) <= 0:
+            raise InputError(f"mean, std: must be finite, std positive, got {list(mean)} and {list(std)}; give them on the scale 0 to 1")
         self.layout = layout
         exact_mean, exact_std = torch.tensor([mean, std], dtype=torch.float64).reshape(2, -1, 1, 1)
         self.register_buffer("scale", (1 / (255 * exact_std)).float())

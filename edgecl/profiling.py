@@ -18,10 +18,7 @@ from edgecl.ledger import ledger
 from edgecl.prepare import Prepared
 from edgecl.splitting import Split, SplitError, split
 from edgecl.trees import flatten_tree
-from edgecl_device.manifest import TensorSpec
-
-PENDING = 256
-"""Predictions kept for a delayed label, as :func:`edgecl_export.export` does by default."""
+from edgecl_device.manifest import DEFAULT_PENDING, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def profile(prepared: Prepared) -> Profile:
         weight_bytes=frozen_bytes(steps),
         graph_bytes=0,
         replay_bytes=0 if memory is None else memory.nbytes,
-        pending=PENDING,
+        pending=DEFAULT_PENDING,
     )
     del found["graphs"]
     found["not_counted"] += ", graph files and padding of the weight file (known after export)"
@@ -126,7 +123,7 @@ def frozen_bytes(steps: Mapping[str, BuiltStep]) -> int:
 
 
 def _calibrated(prepared: Prepared) -> Prepared:
-    if prepared.examples or not hasattr(prepared.learner, "calibrate"):
+    if prepared.examples:
         return prepared
     ready = copy.copy(prepared)
     ready.learner = learner = copy.deepcopy(prepared.learner)

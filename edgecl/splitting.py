@@ -7,10 +7,12 @@ needs no change to the model's code. The user's model is never changed: both par
 import copy
 import difflib
 import operator
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,8 +36,8 @@ class Split:
             Several: trunk returns and suffix takes a ``dict[str, Tensor]`` with these keys.
     """
 
-    trunk: nn.Module
-    suffix: nn.Module
+    trunk: fx.GraphModule
+    suffix: fx.GraphModule
     features: tuple[str, ...]
 
 
@@ -45,7 +47,8 @@ def split(model: nn.Module, at: str) -> Split:
     The cut follows the order of execution: what runs until ``at`` has ended is the trunk. A tensor that skips past ``at``
     crosses the cut beside it. Both parts are copies in eval mode; their ``state_dict`` keys are the model's, and forward
     hooks on leaf modules such as ``layer3.0.conv1`` fire in them (containers leave no call behind). A parameter that both
-    parts use becomes two. Neither part changes its input in place.
+    parts use becomes two. Neither part changes its input in place. Tracing keeps values, not the backward pass that a
+    ``torch.autograd.Function`` defines: before training the suffix call :func:`check_backward`.
 
     Args:
         model: Any module with one tensor input that ``torch.fx`` can trace.
@@ -53,7 +56,8 @@ def split(model: nn.Module, at: str) -> Split:
 
     Raises:
         SplitError: when the name is unknown, is called more than once, or leaves a part empty; when the model takes more
-            than one input or cannot be traced; when a value that is no tensor would cross the cut.
+            than one input, cannot be copied or traced, or holds float16 or bfloat16; when a value that is no tensor would
+            cross the cut.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> parts = split(net, at="1")
@@ -63,7 +67,12 @@ def split(model: nn.Module, at: str) -> Split:
     >>> sorted(parts.suffix.state_dict())
     ['2.bias', '2.weight']
     """
-    whole = copy.deepcopy(model).eval()
+    if not isinstance(at, str):
+        raise SplitError(f"at: must be the name of a module, got {at!r}; pass one of model.named_modules()")
+    whole = copied(model).eval()
+    for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            raise SplitError(f"model: {name} must be of a type that bundles have, got {tensor.dtype}; call model.float()")
     tracer = _Tracer()
     graph = _trace(tracer, whole)
     nodes = [node for node in graph.nodes if node.op != "output"]
@@ -86,6 +95,20 @@ def split(model: nn.Module, at: str) -> Split:
     return Split(trunk, suffix, tuple(node.name for node in crossing))
 
 
+def check_backward(parts: Split) -> None:
+    """Check that the suffix can be trained: its operators have the backward pass that the model gave them.
+
+    Raises:
+        SplitError: naming the first ``torch.autograd.Function`` of the suffix and its module.
+    """
+    for node in parts.suffix.graph.nodes:
+        if _FUNCTION in node.meta:
+            raise SplitError(
+                f"model: {node.meta[_FUNCTION]} lies behind the cut, and tracing loses its backward pass; write it as plain "
+                "operators, cut behind it, or take a method that trains no layer of the model"
+            )
+
+
 def widen_head(model: nn.Module, name: str, classes: int) -> nn.Module:
     """Copy ``model`` with room for ``classes`` classes in its linear layer ``name``.
 
@@ -98,7 +121,7 @@ def widen_head(model: nn.Module, name: str, classes: int) -> nn.Module:
     >>> wide(torch.zeros(1, 4)).shape
     torch.Size([1, 5])
     """
-    wide = copy.deepcopy(model)
+    wide = copied(model)
     linears = {key: module for key, module in wide.named_modules() if isinstance(module, nn.Linear) and key}
     if name not in linears:
         raise SplitError(f"name: must be an nn.Linear of the model, got {name!r}; choose one of: {_listing(name, linears)}")
@@ -111,6 +134,23 @@ def widen_head(model: nn.Module, name: str, classes: int) -> nn.Module:
         head.bias = nn.Parameter(_pad_rows(head.bias, extra), head.bias.requires_grad)
     head.out_features = classes
     return wide
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        SplitError: when it is no module, or holds what cannot be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise SplitError(f"model: must be a torch.nn.Module, got {type(model).__name__}; pass a module, not a function")
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:  # what torch and pickle raise for a tensor that was computed, a lock, a file
+        raise SplitError(
+            f"model: cannot be copied ({str(error).partition(chr(10))[0].rstrip('.')}); let forward keep no result in the module, and "
+            "call torch.nn.utils.remove_weight_norm on layers with the old weight_norm"
+        ) from error
 
 
 def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -132,8 +172,12 @@ for _function in _AUGMENTED:
     setattr(_Proxy, f"__{_function.__name__}__", _recorder(_function))
 
 
+_FUNCTION = "autograd_function"
+_APPLY = torch.autograd.Function.apply.__code__
+
+
 class _Tracer(fx.Tracer):
-    """Records which nodes each module's call spans, and where tracing stopped."""
+    """Records which nodes each module's call spans, which come from a custom autograd function, and where tracing stopped."""
 
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
@@ -142,6 +186,15 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:  # fx traces through the function's forward; its callers are the only sign of it
+            if frame.f_code is _APPLY:
+                node.meta[_FUNCTION] = f"{frame.f_locals['cls'].__name__}, called in {_place(self.place)},"
+            frame = frame.f_back
+        return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, caller, start = self.path_of_module(m), self.place, len(self.graph.nodes)
@@ -159,15 +212,18 @@ def _trace(tracer: _Tracer, model: nn.Module) -> fx.Graph:
         own = Path(torch.__file__).parent
         frames = [f for f in traceback.extract_tb(error.__traceback__) if own not in Path(f.filename).parents and f.filename != __file__]
         line = f", {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-        module = f"module {tracer.place!r}" if tracer.place else "the model's own forward"
         raise SplitError(
-            f"model: cannot be traced, in {module}{line}: {error}; make this code independent of the input's values,"
+            f"model: cannot be traced, in {_place(tracer.place)}{line}: {error}; make this code independent of the input's values,"
             " or cut a submodule of the model that does not contain it"
         ) from error
     inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise SplitError(f"model: forward must take one tensor, got {inputs}; wrap it in a module whose forward takes one")
     return graph
+
+
+def _place(module: str) -> str:
+    return f"module {module!r}" if module else "the model's own forward"
 
 
 def _why_not(at: str, spans: dict[str, list[tuple[int, int]]], ends: dict[str, int], total: int) -> str:

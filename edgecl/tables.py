@@ -3,9 +3,12 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,9 +25,12 @@ LEDGER_WORDS = {
     "replay": "replay memory, labels and bookkeeping included",
     "inputs_outputs": "bound inputs and outputs of all steps",
     "pending_features": "features that wait for a delayed label, at most",
-    "flash_per_update": "features of one logged sample, written to flash",
+    "logged_features_per_update": "features of one sample as the log holds them; the store adds its own bytes",
     "beyond_trunk": "state once + replay",
 }
+WIDE = 104
+"""Columns from which the demo's table shows everything."""
+
 SECTIONS = {"baseline": "Baselines", "method": "Learners", "upper bound": "Upper bounds"}
 
 
@@ -68,14 +74,36 @@ def _scaled(value: float | None, step: int, units: Sequence[str]) -> str:
 
 
 def grid(columns: Sequence[str], *, title: str | None = None, caption: str | None = None) -> Table:
-    """An empty table without frames. A heading that starts with ``>`` is right-aligned."""
+    """An empty table without frames. A heading that starts with ``>`` is that of numbers: right-aligned, never broken."""
     table = Table(
         title=title, caption=caption and f"\n{caption}", title_justify="left", caption_justify="left", title_style="bold", caption_style=""
     )
     table.box, table.show_edge, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, False, True
     for i, heading in enumerate(columns):
         side: Literal["right", "left"] = "right" if heading.startswith(">") else "left"
-        table.add_column(heading.removeprefix(">"), justify=side, overflow="fold", no_wrap=i == 0)
+        table.add_column(heading.removeprefix(">"), justify=side, overflow="fold", no_wrap=i == 0 or side == "right")
+    return table
+
+
+def fit(table: Table, width: int) -> Table:
+    r"""Leave columns out from the right, all but two, until no number of the rest must be broken at ``width``; a note names them.
+
+    >>> table = grid(("name", ">bytes", ">MACs"))
+    >>> table.add_row("learn", "1,048,576", "2,097,152")
+    >>> [column.header for column in fit(table, 20).columns], table.caption
+    (['name', 'bytes'], '\nLeft out at this width: MACs.')
+    """
+    ruler, left_out = Console(width=10_000), list[str]()
+    for column in table.columns:
+        if column.no_wrap:
+            lines = [line for text in (column.header, *column.cells) for line in str(text).splitlines()]
+            column.min_width = max(map(cell_len, lines), default=0)
+    while len(table.columns) > 2 and ruler.measure(table).minimum > width:
+        left_out.insert(0, str(table.columns.pop().header).replace("\n", " "))
+    if ruler.measure(table).minimum > width:  # even the first two columns: then the names fold
+        table.columns[0].no_wrap, table.columns[0].min_width = False, None
+    if left_out:
+        table.caption = f"{table.caption or ''}\nLeft out at this width: {', '.join(left_out)}."
     return table
 
 
@@ -125,21 +153,26 @@ _DEMO_COLUMNS = (
         True,
     ),
     _Column(
+        "update\nwrites",
+        lambda row: size(row.get("update_bytes")),
+        "median bytes that one update appends to the store's log on flash",
+    ),
+    _Column(
         "update\nms",
         lambda row: "-" if row.get("update_ms") is None else f"{row['update_ms']:.2f}",
-        "median time of one update on this machine, trunk included",
+        "median time of one update on this machine, trunk and store included",
     ),
 )
 
 
-def demo_table(result: Row, *, wide: bool = True) -> Table:
+def demo_table(result: Row, width: int = WIDE) -> Table:
     """The demo's rows in three sections: baselines, learners, upper bounds.
 
     Args:
         result: What :func:`edgecl.demo.run_demo` returns.
-        wide: False leaves two columns out, for terminals below 100 columns.
+        width: Of the terminal; below :data:`WIDE` two columns are left out, and more where they do not fit.
     """
-    columns = [column for column in _DEMO_COLUMNS if wide or not column.wide]
+    columns = [column for column in _DEMO_COLUMNS if width >= WIDE or not column.wide]
     table = grid(("method, features", *(f">{column.heading}" for column in columns)), title=result["what"])
     for role, heading in SECTIONS.items():
         rows = [row for row in result["rows"] if row["role"] == role]
@@ -148,11 +181,11 @@ def demo_table(result: Row, *, wide: bool = True) -> Table:
         for row in rows:
             table.add_row(f"  {row['label']}", *(column.cell(row) for column in columns))
         table.add_section()
-    return table
+    return fit(table, width)
 
 
-def demo_legend(result: Row, *, wide: bool = True) -> Table:
-    """What the columns of :func:`demo_table` mean."""
+def demo_legend(result: Row, table: Table) -> Table:
+    """What the columns of a :func:`demo_table` mean."""
     seeds = result["seeds"]
     values = {
         "images": sum(task["test_images"] for task in result["tasks"]),
@@ -160,7 +193,8 @@ def demo_legend(result: Row, *, wide: bool = True) -> Table:
         "forgetting": result["forgetting"],
         "last_label": next((f"{percent(row['last_label'])} %" for row in result["rows"] if "last_label" in row), "-"),
     }
-    columns = [column for column in _DEMO_COLUMNS if wide or not column.wide]
+    shown = {column.header for column in table.columns}
+    columns = [column for column in _DEMO_COLUMNS if column.heading in shown]
     entries = {column.heading.replace("\n", " ").removesuffix(" %"): column.meaning.format(**values) for column in columns}
     return legend({**entries, "upper bounds": "offline training on all samples, the stream's included; they do not run on the device"})
 
@@ -232,17 +266,10 @@ def split_table(points: Sequence[SplitPoint], title: str) -> Table:
     table = grid(columns, title=title, caption="The trunk is frozen and runs once a sample; the suffix learns. Deeper names work, too.")
     for p in points:
         shapes = " + ".join("x".join(map(str, shape[1:])) for shape in p.features)
-        count = sum(_product(shape) for shape in p.features)
+        count = sum(prod(shape) for shape in p.features)
         macs, parameters = (si(p.trunk_macs), si(p.suffix_macs)), (si(p.trunk_parameters), si(p.suffix_parameters))
         table.add_row(p.at, shapes, f"{count:,}", *macs, *parameters)
     return table
-
-
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def cost_table(found: Profile, title: str) -> Table:
@@ -271,7 +298,7 @@ def _gap(canonical: int, executed: int) -> str:
 
 def ledger_table(ledger: Mapping[str, Any]) -> Table:
     """Memory in bytes by name."""
-    table = grid(("memory", ">bytes", ">", "what"), caption=f"Not counted: {ledger['not_counted']}.")
+    table = grid(("memory", ">bytes", ">rounded", "what"), caption=f"Not counted: {ledger['not_counted']}.")
     for name, value in ledger.items():
         if name != "not_counted":
             table.add_row(name, f"{value:,}", size(value), LEDGER_WORDS.get(name, ""))

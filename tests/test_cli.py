@@ -1,6 +1,7 @@
 """The command line: every command as a user calls it, and every bad input as one line with exit code 2."""
 
 import json
+import shlex
 import subprocess
 import sys
 from io import StringIO
@@ -17,10 +18,12 @@ from edgecl.backbones import BACKBONES, SmallCnn
 from edgecl.graph import cost
 from edgecl.graph.capture import capture_encode
 from edgecl.graph.lowering import canonicalise
-from edgecl.methods import METHODS
+from edgecl.learner import Problem
+from edgecl.methods import METHODS, ridge
 from edgecl.prepare import prepare
 from edgecl.profiling import profile, split_points
 from edgecl.splitting import SplitError, split
+from edgecl_device.errors import InputError
 from edgecl_device.manifest import TensorSpec, read_manifest
 
 OWN = """
@@ -48,6 +51,11 @@ def folder(tmp_path, monkeypatch):
     np.savez("base.npz", x=x, y=np.arange(40) % 4)
     np.savez("empty.npz", x=x[:0], y=np.arange(0))
     np.savez("bytes.npz", x=generator.integers(0, 256, (12, 28, 28)).astype(np.uint8), y=np.arange(12) % 3)
+    np.savez_compressed("damaged.npz", x=x, y=np.arange(40) % 4)
+    data = bytearray((tmp_path / "damaged.npz").read_bytes())
+    data[100:300] = bytes(200)
+    (tmp_path / "damaged.npz").write_bytes(data)
+    (tmp_path / "text.pth").write_text("hello, this is text")  # the unpickler pops from an empty stack
     np.savez("wide.npz", x=np.zeros((4, 7), np.float32), y=np.arange(4))
     return tmp_path
 
@@ -203,14 +211,27 @@ def test_profile_lists_places(capsys, folder):
 def test_export_then_the_device_runs_it(capsys, folder):
     words = ["net.py:build", "--at", "1", "--method", "latent_replay", "--classes", "4", "--data", "base.npz", "--out", "bundle"]
     text = good(capsys, "export", *words, "--class-names", "a,b", "--config", "capacity_bytes=4096")
-    assert "parity" in text and "beyond_trunk" in text and text.count("✓ yes") == 6
+    assert "parity" in text and "beyond_trunk" in text and text.count("✓ yes") > 5
     assert read_manifest(folder / "bundle").class_names[:2] == ("a", "b")
     command = [Path(sys.executable).with_name("edgecl-device"), "run", "bundle", "--data", "base.npz", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["samples"] == 40
     found = json.loads(good(capsys, "export", *words, "--overwrite", "--json"))
-    assert found["path"] == "bundle" and len(found["gates"]) == 6
+    assert found["path"] == "bundle" and len(found["gates"]) == text.count("✓ yes")
     assert found["ledger"] == read_manifest(folder / "bundle").ledger
+
+
+def test_a_memory_budget(capsys, folder):
+    command = ("export", "small_cnn", "--at", "pool", "--method", "ncm")
+    code, out, err = run(capsys, *command, "--ram-budget", "1KiB", "--out", "small")
+    assert (code, out) == (2, "")
+    assert "ram_budget_bytes (--ram-budget): must be at least" in err
+    assert not Path("small").exists()
+    for budget in ("1 MiB", "1000000"):
+        good(capsys, *command, "--ram-budget", budget, "--out", budget)
+    for wrong in ("much", "-1", "1TiB", "MiB", ""):
+        with pytest.raises(InputError, match=r"^--ram-budget: must be bytes, as 64MiB"):
+            options.parse_bytes("--ram-budget", wrong)
 
 
 def test_export_puts_preprocessing_into_the_bundle(capsys, folder):
@@ -228,6 +249,7 @@ def test_weights_of_fewer_classes_are_widened(folder):
 
 
 EXPORT = ("export", "net.py:build", "--at", "1", "--classes", "4", "--data", "base.npz", "--out", "new")
+PROFILE_LARGE = ("profile", "resnet20", "--at", "conv1", "--input", "1,3,64,64", "--method")
 BAD = {
     "unknown command": (("bogus",), "No such command 'bogus'"),
     "unknown option": (("demo", "--bogus"), "No such option"),
@@ -261,6 +283,16 @@ BAD = {
     "tuple too short": (("profile", "small_cnn", "--at", "pool", "--method", "finetune", "--config", "betas=0.9"), "betas must be"),
     "value out of range": (("profile", "small_cnn", "--at", "pool", "--config", "gamma=-1"), "gamma: must be"),
     "no weights": (("profile", "small_cnn", "--weights", "gone.pth"), "gone.pth: no such file"),
+    "weights of a text": (("profile", "small_cnn", "--weights", "text.pth"), "text.pth: not a readable weight file"),
+    "too many features for ridge": ((*PROFILE_LARGE, "ridge"), "features: state and constants must take at most 4 GiB, got 65,536"),
+    "too many features for slda": ((*PROFILE_LARGE, "slda"), "features: state and constants must take at most 4 GiB, got 65,536"),
+    "too large a projection": (
+        ("profile", "small_cnn", "--at", "pool", "--config", "projection=1000000"),
+        "projection: state and constants must take at most 4 GiB, got 1,000,000 units for 62 features",
+    ),
+    "too many classes": (("profile", "small_cnn", "--at", "pool", "--classes", "100000000"), "--classes"),
+    "too large an input": (("profile", "small_cnn", "--input", "1,1,99999,99999"), "--input: must hold at most"),
+    "damaged data": ((*EXPORT, "--data", "damaged.npz"), "damaged.npz: must be an npz file"),
     "weights that are none": (("profile", "small_cnn", "--weights", "net.py"), "not a readable weight file"),
     "model classes of an own model": (("profile", "net.py:build", "--input", "1,6", "--model-classes", "2"), "--model-classes"),
     "head too small": ((*EXPORT, "--method", "finetune", "--classes", "5"), "suffix: must return scores [1, 5]"),
@@ -293,6 +325,83 @@ def test_the_installed_command_exits_with_2_when_piped(folder):
     command = [Path(sys.executable).with_name("edgecl"), "profile", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_without_arguments_the_help_is_all(capsys):
+    code, out, err = run(capsys)
+    assert code == 2 and "Usage: edgecl" in out + err and "edgecl: " not in out + err
+
+
+def test_a_closed_stdout_is_no_error(folder):
+    command = f"{Path(sys.executable).with_name('edgecl')} methods >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_names_with_brackets_are_shown_as_they_are(capsys, folder):
+    (folder / "n[red]:x:.py").write_text(OWN)
+    text = good(capsys, "profile", "n[red]:x:.py:build", "--input", "1,6")
+    assert text.startswith("Where n[red]:x:.py:build, input 1x6 float32 can be cut")
+
+
+def test_the_next_command_can_be_pasted(capsys, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = good(capsys, "export", "net.py:build", "--at", "1", "--method", "ncm", "--input", "1,6", "--out", "my [b] $bundle")
+    command = text.splitlines()[-1].split("Look at it with: ")[1]
+    assert shlex.split(command) == ["edgecl-device", "info", "my [b] $bundle"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_no_memory_is_one_line(capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "show_demo", fail)
+    code, out, err = run(capsys, "demo")
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("edgecl: there is not enough memory for this; take fewer classes")
+
+
+def test_a_defect_is_not_called_a_lack_of_memory(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "show_demo", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["demo"])
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "features", "needs"),
+    [
+        ("ridge", {}, 8, 4 * (8 * 8 + 8 * 3)),
+        ("ridge", {"dtype": "float64"}, 8, 8 * (8 * 8 + 8 * 3)),
+        ("ridge", {"projection": 5}, 8, 4 * (5 * 5 + 5 * 3 + 8 * 5)),
+        ("slda", {}, 8, 4 * (8 * 8 + 2 * 8 * 3)),
+    ],
+)
+def test_the_bound_on_state_is_exact(monkeypatch, method, config, features, needs):
+    kind, problem = METHODS[method], Problem(TensorSpec("z", (1, features), "float32"), 3)
+    monkeypatch.setattr(ridge, "HOST_BYTES", needs)
+    kind(problem, kind.Config(**config))
+    monkeypatch.setattr(ridge, "HOST_BYTES", needs - 1)
+    with pytest.raises(InputError, match=r"^(features|projection): state and constants must take at most .*; "):
+        kind(problem, kind.Config(**config))
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_no_number_is_broken_on_a_narrow_terminal(capsys, folder, monkeypatch, width):
+    wide = json.loads(good(capsys, "profile", "small_cnn", "--at", "pool", "--json"))
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = good(capsys, "profile", "small_cnn", "--at", "pool")
+    assert max(map(len, text.splitlines())) <= width
+    learn = next(step for step in wide["steps"] if step["step"] == "learn")
+    line = next(line for line in text.splitlines() if line.startswith("learn"))
+    assert tables.si(sum(learn["canonical"].values())) in line
+    assert all(f" {value:,}" in text for value in wide["ledger"].values() if isinstance(value, int))
+    left_out = " ".join(text.split()).count("Left out at this width: ")
+    assert left_out == (2 if width < 60 else 1 if width < 80 else 0)
 
 
 def test_output_is_plain_when_piped(capsys, folder):

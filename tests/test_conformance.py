@@ -14,7 +14,7 @@ from edgecl_device.errors import EdgeclError, InputError, StepMissingError, Upda
 
 torch.set_num_threads(1)
 
-SHIPPED = [name for name in METHODS if name != "joint"]  # joint trains offline: tests/test_suffix_methods.py
+SHIPPED = [name for name, kind in METHODS.items() if not kind.host_only]  # joint trains offline: tests/test_suffix_methods.py
 LEARNING = [name for name in SHIPPED if hasattr(METHODS[name], "learn")]
 ENGINES = ("eager", "onnx")
 
@@ -36,20 +36,23 @@ WRONG = {
     "policy": ("fifo",),
     "loss": ("mse",),
     "new_weight": (0.0, float("inf"), "1"),
+    "average": (1.0, -0.1, float("nan")),
     "window": (0, 1.5),
     "seed": (-1, 2**64, 0.5),
     "epochs": (0,),
     "batch": (0,),
-    "gamma": (0.0, -1.0, float("inf"), float("nan")),
-    "g0": (0.0, float("inf")),
-    "projection": (0, -3),
+    "gamma": (0.0, -1.0, float("inf"), float("nan"), "1", True),
+    "g0": (0.0, float("inf"), "a"),
+    "projection": (0, -3, 2.5, True, 10**6),
+    "projection_seed": ("a", 0.5),
+    "unit_norm": ("no", 1, None),
+    "priors": ("x",),
     "drift": (0.0, 1.5, float("nan")),
     "trace_cap": (0.0, 5.0),
     "dtype": ("float16", "double"),
     "tau": (0.0, 1.0),
 }
-"""Values that no method may take, by the name of the hyperparameter."""
-UNCHECKED = {"projection_seed"}  # any integer is a seed
+"""Values that no method may take, by the name of the hyperparameter; of others, those that are not finite."""
 
 
 def without_ids(rows):
@@ -70,11 +73,18 @@ def test_the_battery_covers_the_registry():
 @pytest.mark.parametrize("method", METHODS)
 def test_wrong_hyperparameters_are_refused_by_name(toy, method):
     for field in dataclasses.fields(METHODS[method].Config):
-        if field.type is bool or field.name in UNCHECKED:
-            continue
-        for value in WRONG[field.name]:  # a new hyperparameter needs its wrong values here
+        for value in WRONG.get(field.name, (float("nan"), float("inf")) if field.type is float else ()):
             with pytest.raises(InputError, match=f"^{field.name}: .*; "):
                 toy.prepared(method, fit=False, **{field.name: value})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_of_numpy_become_plain(toy, method):
+    kinds = {float: np.float64, int: np.int64, bool: np.bool_, str: np.str_}
+    plain = toy.config(method)
+    given = {f.name: kinds[f.type](getattr(plain, f.name)) for f in dataclasses.fields(plain) if f.type in kinds}
+    read = toy.prepared(method, fit=False, **given).learner.config_dict()
+    assert json.loads(json.dumps(read)) == json.loads(json.dumps(dataclasses.asdict(plain)))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -69,16 +69,34 @@ def test_table_shows_every_row_in_its_section(demo, result):
 def test_a_narrow_terminal_gets_fewer_columns(result):
     text = StringIO()
     console = Console(file=text, width=80)
-    console.print(tables.demo_table(result, wide=False))
-    console.print(tables.demo_legend(result, wide=False))
+    table = tables.demo_table(result, 80)
+    console.print(table)
+    console.print(tables.demo_legend(result, table))
     assert "second" not in text.getvalue() and "beyond" in text.getvalue()
     lines = [line.split() for line in text.getvalue().splitlines() if line.startswith("  ncm")]
-    assert [len(words) for words in lines] == [10]  # the label has two words, the bytes have a unit
+    assert [len(words) for words in lines] == [11]  # the label has two words, each of the two columns of bytes has a unit
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_very_narrow_terminal_gets_whole_numbers_and_their_meaning(result, width):
+    table = tables.demo_table(result, width)
+    text = StringIO()
+    Console(file=text, width=width).print(table)
+    shown = [column.header.replace("\n", " ") for column in table.columns]
+    assert shown[1] == "accuracy %" and "update ms" not in shown
+    row = next(r for r in result["rows"] if r["method"] == "ncm")
+    line = next(line for line in text.getvalue().splitlines() if line.startswith("  ncm, 62-d"))
+    assert line.split()[2] == tables.percent(row["accuracy"])
+    assert "update ms" in " ".join(text.getvalue().split("Left out at this width: ")[1].split())
+    text = StringIO()
+    Console(file=text, width=200).print(tables.demo_legend(result, table))
+    terms = [line.split("  ")[0] for line in text.getvalue().splitlines()]
+    assert terms == [*(heading.removesuffix(" %") for heading in shown[1:]), "upper bounds"]
 
 
 def test_result_has_every_field(result):
     assert result["seeds"] == 1 and result["forgetting"] == "max_before_last"
-    assert {"edgecl", "torch", "onnxruntime", "numpy"} <= set(result["versions"]) and result["machine"]["python"]
+    assert {"edgecl", "torch", "onnxruntime", "numpy"} <= set(result["versions"]) and "Python" in result["machine"]
     assert [len(text) for text in result["pretrained_sha256"]] == [64]
     assert [(t["first_sample"], t["test_images"]) for t in result["tasks"]] == [(0, 300), (0, 50), (200, 50), (400, 50), (600, 50)]
     assert [t["name"] for t in result["tasks"]] == ["6 base classes", "Shirt", "Sneaker", "Bag", "Ankle boot"]

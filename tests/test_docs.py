@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from edgecl import METHODS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
 MARK = "<!-- runs -->"
@@ -44,10 +46,15 @@ def test_marked_examples_run(page, tmp_path, monkeypatch):
     assert len(blocks) == text.count(MARK), f"{name(page)}: a mark without a python block right after it"
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for block in blocks:
-        # Blank lines in front make a traceback show the page's own line numbers.
-        code = "\n" * text.count("\n", 0, block.start(1)) + block[1]
-        exec(compile(code, str(page), "exec"), namespace)
+    registry = dict(METHODS)
+    try:
+        for block in blocks:
+            # Blank lines in front make a traceback show the page's own line numbers.
+            code = "\n" * text.count("\n", 0, block.start(1)) + block[1]
+            exec(compile(code, str(page), "exec"), namespace)
+    finally:  # a page may register a method
+        METHODS.clear()
+        METHODS.update(registry)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

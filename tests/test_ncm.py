@@ -177,3 +177,14 @@ def test_inputs_are_not_mutated_and_results_are_new_tensors(name: str) -> None:
 
 def test_state_bytes_are_those_of_the_docstring() -> None:
     assert sum(t.nbytes for t in make(10, 3).init().values()) == 4 * (3 * 10 + 2 * 3)
+
+
+@pytest.mark.parametrize(("heavy", "kept"), [(50.0, True), (150.0, False), (1e8, False)])
+def test_guard_refuses_to_forget_nearly_all_the_weight(heavy: float, kept: bool) -> None:
+    """One of 1 + heavy would remain: the mean would be what rounding left of it."""
+    learner = make(4, 2, unit_norm=False)
+    x, _, _ = stream(2, 4, 2)
+    state = learn_all(learner, x, np.zeros(2, np.int64), np.array([1.0, heavy], np.float32))
+    outputs, after = step(learner, "forget", state, x[1], 0, heavy)
+    assert bool(outputs["guard"]) is kept
+    assert not kept or np.allclose(after["mean"][0].numpy(), x[0], rtol=1e-4)

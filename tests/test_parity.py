@@ -15,7 +15,7 @@ from edgecl.streams import fashion_mnist_subset
 from edgecl_device import Learner
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_export import ExportError, export
-from edgecl_export.verify import compare_step
+from edgecl_export.parity import Tally, compare_step
 
 torch.set_num_threads(1)
 
@@ -24,17 +24,17 @@ WEIGHTS, MOMENTS, CHANGE, WHOLE = 1e-5, 1e-4, 1e-3, 1e-4
 LR = {"sgd": 1e-2, "momentum": 1e-3, "adam": 1e-3}
 REPLAY = itertools.product(LR, ("er", "er-ace"), ("float32", "uint8"))
 CASES = [
-    ("frozen", {}),
+    *((name, {}) for name, kind in METHODS.items() if not kind.host_only),  # a new method is in it without another line
     *(("finetune", {"optimizer": o, "lr": LR[o]}) for o in LR),
     *(("latent_replay", {"optimizer": o, "loss": loss, "codec": codec, "lr": LR[o]}) for o, loss, codec in REPLAY),
-    ("ncm", {}),
-    ("slda", {}),
-    ("ridge", {}),
     ("ridge", {"gamma": 1.0}),
     ("ridge", {"gamma": 1.0, "dtype": "float64"}),
     ("ridge", {"projection": 150}),
     ("ridge", {"drift": 0.99}),
 ]
+
+ANALYTIC = ("ncm", "slda", "ridge")
+"""Methods without a decision or a gradient in them: their whole trajectories stay together, too."""
 
 
 class Small(nn.Module):
@@ -137,7 +137,7 @@ def test_single_steps_equal_eager(toy, tmp_path, method, config):
     learner = Learner(exported.manifest, witness, *initial(ready, toy))
     ids = []
     for sample, label in zip(x, y, strict=True):
-        if method == "frozen":
+        if "learn" not in exported.manifest.steps:
             learner.predict(sample)
             continue
         ids.append(learner.learn(sample, int(label)).sample_id)
@@ -149,10 +149,11 @@ def test_single_steps_equal_eager(toy, tmp_path, method, config):
         for sample_id in ids[1::20]:
             learner.relabel(sample_id, 3)
     assert witness.compared >= STEPS
-    assert witness.batch == (9 if method == "latent_replay" else 0)
+    replay = exported.manifest.replay
+    assert witness.batch == (0 if replay is None else 1 + replay.rows_per_step)
 
 
-@pytest.mark.parametrize(("method", "config"), [c for c in CASES if c[0] in ("ncm", "slda", "ridge")], ids=str)
+@pytest.mark.parametrize(("method", "config"), [c for c in CASES if c[0] in ANALYTIC], ids=str)
 def test_analytic_methods_stay_together_over_the_whole_trajectory(toy, tmp_path, method, config):
     ready, exported, x, y = toy_case(toy, tmp_path, method, config)
     eager = Learner(exported.manifest, EagerEngine(ready.trunk, ready.learner), *initial(ready, toy))
@@ -290,6 +291,74 @@ def test_the_bars_refuse_a_missing_epsilon(toy, tmp_path, eps, wrong):
     for state, inputs in trajectory(toy, ready, exported, x[:50], y[:50]):
         with pytest.raises(ExportError, match=r"gate 'parity': step 'learn': .*eager"):
             compare_step("learn", state, inputs, eager, EagerEngine(ready.trunk, other))
+
+
+class Fixed:
+    """An engine that gives one answer."""
+
+    def __init__(self, new, **outputs):
+        self.new, self.outputs = (
+            np.array(new),
+            {name: np.array(value, bool if name == "guard" else np.float32) for name, value in outputs.items()},
+        )
+
+    def load(self, state):
+        pass
+
+    def run(self, step, inputs):
+        return self.outputs
+
+    def commit(self):
+        pass
+
+    def state(self):
+        return {"w": self.new}
+
+
+OLD = {"w": np.array([1.0, 2.0])}
+ALLOWANCES = [  # outputs, new state of both engines, whether it passes, how many comparisons need an allowance
+    ({}, [1.1, 2.1], [1.1, 2.1], True, 0),
+    ({}, [1.1, 2.1], [1.1001, 2.1], True, 1),  # 4e-5 of the state, 7e-4 of the change
+    ({}, [1.1, 2.1], [1.1002, 2.1], False, 0),  # 8e-5 and 1.4e-3
+    ({}, [21.0, 22.0], [21.004, 22.0], False, 0),  # 1.3e-4 and 1.4e-4
+    ({"health.s": 0.05}, [1.1, 2.1], [1.1002, 2.1], True, 2),
+    ({"health.s": 0.01}, [1.1, 2.1], [1.102, 2.1], True, 2),  # 8e-4 and 1.4e-2
+    ({"health.s": 1e-6}, [1.1, 2.1], [1.11, 2.1], False, 0),  # 4e-3: no division loses more than a factor of 100
+    ({"loss": 1e-5}, [1.0, 2.0 + 1e-6], [1.0, 2.0 + 1.08e-6], True, 1),
+    ({"loss": 1e-5}, [1.0, 2.0 + 1e-6], [1.0, 2.0 + 1.12e-6], False, 0),
+    ({"loss": 0.0}, [1.0, 2.0 + 1e-6], [1.0, 2.0 + 1.49e-6], True, 1),
+    ({"loss": 0.0}, [1.0, 2.0 + 1e-6], [1.0, 2.0 + 1.6e-6], False, 0),  # half of a change is never rounding
+    ({}, [1.0, 2.0 + 1e-13], [1.0, 2.0 + 1.004e-13], True, 1),  # two roundings of the stored value
+    ({}, [1.0, 2.0], [1.0, 2.0 + 1e-15], True, 1),  # four roundings of the tensor, where nothing should change
+    ({}, [1.0, 2.0], [1.0, 2.0 + 2e-15], False, 0),
+    ({"guard": False}, [1.1, 2.1], [3.0, 4.0], True, 0),  # neither engine keeps it
+]
+
+
+@pytest.mark.parametrize(("outputs", "reference", "other", "passes", "allowed"), ALLOWANCES)
+def test_allowances_are_bounded_and_counted(outputs, reference, other, passes, allowed):
+    tally = Tally()
+    engines = Fixed(reference, **outputs), Fixed(other, **outputs)
+    if passes:
+        compare_step("learn", OLD, {}, *engines, tally)
+        compared = 0 if "guard" in outputs else 2 + len(outputs)
+        assert (tally.bare, tally.allowed) == (compared - allowed, allowed)
+    else:
+        with pytest.raises(ExportError, match=r"gate 'parity': step 'learn': .* differs from eager"):
+            compare_step("learn", OLD, {}, *engines, tally)
+
+
+def test_a_step_that_one_engine_refuses_is_refused():
+    with pytest.raises(ExportError, match="step 'learn': output guard is"):
+        compare_step("learn", OLD, {}, Fixed([1.1, 2.1], guard=True), Fixed([1.1, 2.1], guard=False))
+
+
+def test_an_output_near_zero_needs_an_allowance():
+    tally = Tally()
+    compare_step("learn", OLD, {}, Fixed([1.0, 2.0], loss=1e-5), Fixed([1.0, 2.0], loss=1.05e-5), tally)
+    assert (tally.bare, tally.allowed) == (2, 1)
+    with pytest.raises(ExportError, match="loss differs"):
+        compare_step("learn", OLD, {}, Fixed([1.0, 2.0], loss=1e-5), Fixed([1.0, 2.0], loss=1.2e-5))
 
 
 def test_codes_may_lie_on_an_edge_but_not_be_floored(toy):

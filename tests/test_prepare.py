@@ -37,6 +37,8 @@ def spoil_x(kind, x):
         "text": np.full(x.shape, "a"),
         "empty": x[:0],
         "overflow": np.full_like(x, 3e38),
+        "too long": np.full_like(x, 1e21),  # finite, but their squares are not
+        "masked": np.ma.masked_array(x, x > 1),
     }
     return wrong.get(kind, x)
 
@@ -54,6 +56,8 @@ X = {
     "nan": "values must be finite",
     "infinity": "values must be finite",
     "overflow": "features must be finite",
+    "too long": "features must be finite, and so must their squares",
+    "masked": "numpy array",
 }
 
 
@@ -97,7 +101,7 @@ def test_fit_refuses_a_state_that_is_not_finite(toy):
     ready = toy.prepared("slda", unit_norm=False)
     before = snapshot(toy, ready)
     with pytest.raises(InputError, match=r"^x: sample \d+ must leave a finite state within the method's guard"):
-        ready.fit(x * np.float32(1e20), y)
+        ready.fit(x * np.float32(3e17), y)
     assert snapshot(toy, ready) == before
 
 
@@ -174,17 +178,22 @@ def go(toy, **changes):
         ({"method": "icarl"}, r"method: must be one of frozen, .*ridge.*got 'icarl'"),
         ({"config": 3}, r"config: must be METHODS\['ridge'\]\.Config or None, got 3; "),
         ({"config": METHODS["ncm"].Config()}, r"config: must be METHODS\['ridge'\]\.Config"),
-        ({"classes": 1}, "classes: must be an integer of at least 2, got 1; "),
+        ({"classes": 1}, "classes: must be an integer of 2 to 1,048,576, got 1; "),
         ({"classes": 2.0}, "classes: must be an integer"),
         ({"classes": True}, "classes: must be an integer"),
+        ({"classes": 10**12}, "classes: must be an integer of 2 to"),
+        ({"method": ["ridge"]}, "method: must be one of"),
         ({"example": [[1.0]]}, "example: must be a numpy array.*got list; "),
         ({"example": np.zeros((2, 1, 8, 8), np.float32)}, r"example: must have a batch dimension of 1, got .*\[2, 1, 8, 8\]; use x\[:1\]"),
         ({"example": np.zeros((1, 3, 8, 8), np.float32)}, r"example: must suit preprocess and model, got float32 \[1, 3, 8, 8\].*; "),
         ({"example": np.zeros((1, 1, 8, 8))}, "example: must suit preprocess and model, got float64"),
         ({"example": np.array([[None]])}, "example: must hold numbers, got object; "),
         ({"example": np.full((1, 1, 8, 8), np.nan, np.float32)}, "example: values must be finite"),
-        ({"class_names": list("abcdef")}, "class_names: must be at most 5 different names.*; raise classes"),
-        ({"class_names": ["mug", "mug"]}, "class_names: must be at most 5 different names"),
+        ({"class_names": list("abcdef")}, "class_names: must be at most 5 names, got 6; raise classes"),
+        ({"class_names": ["mug", "mug"]}, r"class_names: must be different names, got \['mug'\] more than once"),
+        ({"class_names": [1, 2]}, r"class_names: must be a list of strings.*got \[1, 2\]"),
+        ({"class_names": [None]}, r"class_names: must be a list of strings.*got \[None\]"),
+        ({"class_names": 5}, "class_names: must be a list of strings.*got 5"),
         ({"class_names": ["mug", ""]}, "class_names: .*none of them empty"),
         ({"class_names": "mug"}, "class_names: .*got 'mug'"),
     ],
@@ -231,3 +240,87 @@ def test_raw_bytes_and_several_tensors_across_the_cut():
     assert ready.learner.problem.feature_size == 2 * 4 * 36
     assert ready.x.dtype == "uint8"
     assert ready.class_names == ("cup", "pot")
+
+
+class Mixed(nn.Module):
+    def __init__(self, mix):
+        super().__init__()
+        self.mix, self.out = mix, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.mix(x))
+
+
+class Centre(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True) + 1
+
+
+class Pooled(nn.Module):
+    def forward(self, x):
+        return x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("mix", [Centre, Pooled])
+def test_a_trunk_that_depends_on_its_batch_is_refused(mix):
+    x = np.random.default_rng(0).standard_normal((10, 6)).astype(np.float32)
+    ready = prepare(Mixed(mix()), at="mix", example=x[:1], classes=3)
+    before = {name: tensor.clone() for name, tensor in ready.state.items()}
+    with pytest.raises(InputError, match=r"^x: .*depends on the rest of its batch of 10; pass batch=1"):
+        ready.fit(x, np.arange(10) % 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ready.state.items())
+    ready.fit(x, np.arange(10) % 3, batch=1)
+    assert torch.equal(torch.cat(ready.encode(x, batch=1)), torch.cat([mix()(torch.tensor(row[None])) for row in x]))
+
+
+def test_arrays_of_any_layout(toy):
+    """Reversed, Fortran order, read only, and of the other byte order: as their plain copies."""
+    x, y = toy.helpers.samples(20)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    want = toy.helpers.arrays(toy.prepared("ridge", fit=False).fit(x, y).state)
+    for odd in (x[::-1][::-1], np.asfortranarray(x), frozen, x.astype(">f4")):
+        ready = prepare(toy.helpers.Net(), at="stem", example=odd[:1], method="ridge", classes=5)
+        assert toy.helpers.same(toy.helpers.arrays(ready.fit(odd, y).state), want)
+    reverse = toy.helpers.arrays(toy.prepared("ridge", fit=False).fit(x[::-1], y[::-1]).state)
+    assert all(np.allclose(a, want[name], rtol=1e-3, atol=1e-4) for name, a in reverse.items())
+
+
+@pytest.mark.parametrize("batch", [0, -1, 0.5, "a"])
+def test_a_batch_is_a_positive_integer(toy, batch):
+    with pytest.raises(InputError, match=r"^batch: must be "):
+        toy.prepared("ridge").fit(*toy.helpers.samples(4), batch=batch)
+
+
+def test_labels_in_rows_of_several_lengths(toy):
+    with pytest.raises(InputError, match=r"^y: must be integers \[2\].*rows of several lengths"):
+        toy.prepared("ridge").fit(toy.helpers.samples(2)[0], [[1], [1, 2]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int16", "uint16"])
+def test_samples_of_types_that_no_runtime_has_are_refused(dtype):
+    class Floats(nn.Module):
+        def forward(self, x):
+            return x.float()
+
+    model = nn.Sequential(Floats(), nn.Linear(4, 3))
+    with pytest.raises(InputError, match=f"^example: must be of float32, .*got {dtype}; convert"):
+        prepare(model, at="0", example=np.ones((1, 4), dtype), classes=3)
+
+
+def test_latents_of_types_that_no_runtime_has_are_refused():
+    class Short(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x):
+            return x.to(self.dtype)
+
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        model = nn.Sequential(Short(dtype), Short(torch.float32), nn.Linear(4, 3))
+        with pytest.raises(InputError, match=rf"^at: the latent z behind '0' is {name}, must be of float32"):
+            prepare(model, at="0", example=np.ones((1, 4), np.float32), classes=3)
+    double = nn.Sequential(nn.Identity(), nn.Linear(4, 3)).double()
+    with pytest.raises(InputError, match=r"^z: must be float32 features, got 'float64'; convert the model"):
+        prepare(double, at="0", example=np.ones((1, 4)), method="latent_replay", classes=3)

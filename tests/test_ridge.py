@@ -394,3 +394,23 @@ def test_wrong_config_is_refused_by_name(config: dict[str, float], message: str)
         Ridge.Config(**config)  # type: ignore[arg-type]
     assert isinstance(caught.value, EdgeclError)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(("dtype", "weight", "kept"), [("float32", 1e3, True), ("float32", 1e6, False), ("float64", 1e6, True)])
+def test_guard_refuses_a_weight_beyond_the_precision_of_r(dtype: str, weight: float, kept: bool) -> None:
+    learner = Ridge(Problem(TensorSpec("z", (1, 4), "float32"), 3), Ridge.Config(gamma=0.1, dtype=dtype))
+    z = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    outputs, _ = learner.learn(learner.init(), z, torch.tensor([0]), torch.tensor([weight]))
+    assert outputs["health.s"].item() == pytest.approx(1 + weight / 0.1, rel=1e-6)
+    assert bool(outputs["guard"]) is kept
+
+
+def test_guard_refuses_to_learn_on_a_broken_inverse() -> None:
+    """Adding a sample to a positive definite R gives s > 1, whatever the sample."""
+    learner = Ridge(Problem(TensorSpec("z", (1, 4), "float32"), 3))
+    state = learner.init()
+    state["inverse"][0, 0] = -0.1
+    z = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    outputs, _ = learner.learn(state, z, torch.tensor([0]), torch.ones(1))
+    assert 0.01 < outputs["health.s"].item() < 0.99
+    assert not outputs["guard"]

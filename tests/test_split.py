@@ -1,15 +1,18 @@
 import copy
 import operator
 import re
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgecl.backbones import MobileNetV2, SmallCnn, resnet20
+from edgecl.prepare import prepare
 from edgecl.preprocess import ImageU8
-from edgecl.splitting import Split, SplitError, split, widen_head
+from edgecl.splitting import Split, SplitError, check_backward, split, widen_head
 from edgecl_device.errors import EdgeclError, InputError
 
 
@@ -303,6 +306,90 @@ def test_control_flow_in_the_models_own_forward_names_the_line():
         split(Own(), at="a")
 
 
+class Clip(torch.autograd.Function):
+    """Its gradient is autograd's own unless it is large, so that no comparison on a sample need find it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-1e3, 1e3)
+
+
+clip = Clip.apply
+
+
+class Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return clip(x)
+
+
+def clipped() -> nn.Module:
+    return randomised(nn.Sequential(nn.Linear(3, 4), Clipped(), nn.Sequential(nn.Linear(4, 4), Clipped()), nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize(("at", "place"), [("0", "'1'"), ("1", "'2.1'"), ("2.0", "'2.1'")])
+def test_a_custom_backward_behind_the_cut_is_named(at, place):
+    parts = assert_exact(clipped(), at, images(1, 3))
+    with pytest.raises(SplitError, match=rf"^model: Clip, called in module {re.escape(place)}, lies behind the cut.*; write it as plain"):
+        check_backward(parts)
+    with pytest.raises(SplitError, match="Clip"):
+        prepare(clipped(), at=at, example=np.ones((1, 3), np.float32), method="finetune", classes=2)
+    prepare(clipped(), at=at, example=np.ones((1, 3), np.float32), method="ridge", classes=2)
+
+
+def test_a_custom_backward_in_the_trunk_does_no_harm():
+    check_backward(assert_exact(clipped(), "2", images(1, 3)))
+    prepare(clipped(), at="2", example=np.ones((1, 3), np.float32), method="finetune", classes=2)
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.a(x)
+        return self.b(self.kept)
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+
+
+def test_a_model_that_cannot_be_copied_says_what_to_do():
+    used = Caching()
+    used(images(1, 3))
+    for model, at in ((used, "a"), (old_weight_norm(), "0")):
+        with pytest.raises(SplitError, match=r"model: cannot be copied.*let forward keep no result.*remove_weight_norm"):
+            split(model, at=at)
+        with pytest.raises(SplitError, match="cannot be copied"):
+            widen_head(model, "b", 3)
+    used.kept = None
+    assert_exact(used, "a", images(1, 3))
+    model = old_weight_norm()
+    nn.utils.remove_weight_norm(model[0])
+    assert_exact(model, "0", images(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "at", "words"),
+    [
+        (lambda x: x, "a", "model: must be a torch.nn.Module, got function"),
+        (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), 0, "at: must be the name of a module, got 0"),
+        (nn.Sequential(nn.Linear(2, 2).half(), nn.ReLU()), "0", r"model: 0\.weight must be .* got torch.float16; call model.float\(\)"),
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).bfloat16()), "0", r"model: 1\.weight must be .* got torch.bfloat16"),
+    ],
+)
+def test_models_and_names_of_another_type(model, at, words):
+    with pytest.raises(SplitError, match=words):
+        split(model, at=at)
+
+
 def test_two_inputs_are_refused():
     class Sum(nn.Module):
         def forward(self, left: Tensor, right: Tensor) -> Tensor:
@@ -383,7 +470,9 @@ def test_image_u8_equals_the_formula(layout, axes):
         ([0.5, 0.5], [0.5], "HWC", "got 2 and 1"),
         ([], [], "CHW", "got 0 and 0"),
         ([0.5, 0.5], [0.5, 0.5], "HW", "got 2 and 2 for layout HW"),
-        ([0.5], [0.0], "HW", "std: must be positive"),
+        ([0.5], [0.0], "HW", "std positive, got"),
+        ([0.5], [float("nan")], "HW", "must be finite"),
+        ([float("inf")], [0.5], "HW", "must be finite"),
     ],
 )
 def test_image_u8_refuses(mean, std, layout, words):

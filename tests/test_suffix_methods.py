@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgecl import prepare
+from edgecl import METHODS, prepare
 from edgecl.methods import Finetune, Frozen, LatentReplay
 from edgecl.methods._suffix import cross_entropy
+from edgecl_device import Learner
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import TensorSpec
+from edgecl_export import export
 
 torch.set_num_threads(1)
 
@@ -187,6 +189,40 @@ def test_masks_hold_weights_through_the_step(toy, optimizer, decay):
         assert (state[weight][mask] != start[weight][mask]).any()
 
 
+@pytest.mark.parametrize("method", ["finetune", "latent_replay", "joint"])
+def test_masks_reach_the_device_and_offline_training(toy, tmp_path, method):
+    """Given to prepare() by the model's own names: masked weights keep their bits, the others of the tensor do not."""
+    x, y = toy.helpers.samples(60)
+    model = toy.helpers.Net()
+    names = dict(model.named_parameters())
+    masks = {"fc.weight": torch.arange(names["fc.weight"].numel()).reshape(names["fc.weight"].shape) % 3 == 0}
+    config = toy.config(method, lr=0.1, weight_decay=0.01)
+    ready = prepare(model, at="stem", example=x[:1], method=method, classes=5, config=config, masks=masks).fit(x, y)
+    before = names["fc.weight"].detach().numpy()
+    if METHODS[method].host_only:
+        after = ready.learner.fit(torch.cat(ready.encode(x)), torch.tensor(y))["param.fc.weight"].numpy()
+    else:
+        export(ready, tmp_path / "bundle")
+        with Learner.load(tmp_path / "bundle") as learner:
+            for sample, label in zip(x, y, strict=True):
+                learner.learn(sample, int(label))
+            after = learner.state()["param.fc.weight"]
+    moved = masks["fc.weight"].numpy()
+    assert np.array_equal(after[~moved], before[~moved])
+    assert (after[moved] != before[moved]).all()
+
+
+def test_masks_are_for_methods_that_train_the_model(toy):
+    x, _ = toy.helpers.samples(1)
+    mask = {"fc.weight": torch.ones(5, 8, dtype=torch.bool)}
+    for method, match in (
+        ("ridge", r"^masks: ridge trains no parameter of the model, got masks for \['fc.weight'\]; "),
+        ("frozen", "^masks: "),
+    ):
+        with pytest.raises(InputError, match=match):
+            prepare(toy.helpers.Net(), at="stem", example=x, method=method, classes=5, masks=mask)
+
+
 @pytest.mark.parametrize("bad", ["unknown", "shape", "dtype", "untrained"])
 def test_wrong_masks_are_refused(toy, bad):
     base = toy.prepared("finetune").learner
@@ -282,7 +318,9 @@ def test_joint_trains_across_a_cut_with_several_tensors(toy):
             return self.fc(torch.cat([a, b], 1))
 
     x, y = toy.helpers.samples(150)
-    ready = prepare(Skip(), at="second", example=x[:1], method="joint", classes=5, config=toy.config("joint", epochs=40, lr=0.02))
+    model = Skip()
+    toy.helpers.settle(model)
+    ready = prepare(model, at="second", example=x[:1], method="joint", classes=5, config=toy.config("joint", epochs=40, lr=0.02))
     assert isinstance(ready.learner.problem.features, dict)
     parts = ready.encode(x)
     z = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -5,9 +5,12 @@ Needs numpy, safetensors and onnxruntime; never PyTorch.
 
 from edgecl_device.errors import (
     BundleError,
+    BusyError,
+    ClosedError,
     EdgeclError,
     ForgetRefusedError,
     InputError,
+    PredictionError,
     SchemaError,
     StepMissingError,
     StoreError,
@@ -23,6 +26,8 @@ from edgecl_device.reports import LearnReport, Prediction
 
 __all__ = [
     "BundleError",
+    "BusyError",
+    "ClosedError",
     "EdgeclError",
     "ForgetRefusedError",
     "Generator",
@@ -31,6 +36,7 @@ __all__ = [
     "Learner",
     "Manifest",
     "Prediction",
+    "PredictionError",
     "ReplayMemory",
     "ReplaySpec",
     "SchemaError",

@@ -1,6 +1,7 @@
 """Checks of what callers and bundles hand to the loop."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,56 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from edgecl_device.errors import BundleError, InputError
-from edgecl_device.manifest import Array, Manifest, TensorSpec
+from edgecl_device.errors import BundleError, InputError, PredictionError
+from edgecl_device.manifest import UNSEEN_SCORE, Array, Manifest, TensorSpec
 
 REVISIONS = ("forget", "relabel")
+DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")
+MOST_ELEMENTS = 1 << 40
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Check everything that can be told before a file is read: values, tensors, names, and what the loop can feed.
+
+    Raises:
+        BundleError: naming the field, step or tensor.
+    """
+    if manifest.target != "class" or not 1 <= manifest.max_classes <= 1 << 24 or manifest.pending_capacity < 0:
+        got = f"{short(manifest.target)}, {manifest.max_classes} and {manifest.pending_capacity}"
+        raise BundleError(
+            "manifest: target must be 'class', max_classes in [1, 2**24] and pending_capacity at least 0, "
+            f"got {got}; export the bundle again"
+        )
+    try:
+        as_float32("learning_rate", manifest.learning_rate, positive=False)
+    except InputError as error:
+        raise BundleError(f"manifest: {error}") from error
+    _check_tensors("state", manifest.state)
+    _check_tensors("replay", manifest.replay.fields if manifest.replay is not None else ())
+    known = {spec.name for spec in manifest.state}
+    for name, step in manifest.steps.items():
+        _check_tensors(f"step {name!r}", step.inputs)
+        _check_tensors(f"step {name!r}", step.outputs)
+        for used in (step.state_in, step.state_out):
+            if len(set(used)) < len(used) or not known.issuperset(used):
+                raise BundleError(
+                    f"step {name!r}: must use tensors of the state, each once, got {short(used)}, the state has {short(sorted(known))}; "
+                    "export the bundle again"
+                )
+    check_steps(manifest)
+
+
+def _check_tensors(where: str, specs: Sequence[TensorSpec]) -> None:
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names) or "" in names:
+        raise BundleError(f"{where}: tensors must have different names, none of them empty, got {short(names)}; export the bundle again")
+    for spec in specs:
+        if spec.dtype not in DTYPES:
+            raise BundleError(f"{where}: dtype of {spec.name!r} must be one of {', '.join(DTYPES)}, got {short(spec.dtype)}; export again")
+        if min(spec.shape, default=0) < 0 or math.prod(spec.shape) > MOST_ELEMENTS:
+            raise BundleError(
+                f"{where}: sizes of {spec.name!r} must be at least 0 and at most 2**40 in all, got {short(spec.shape)}; export again"
+            )
 
 
 def check_steps(manifest: Manifest) -> None:
@@ -64,17 +111,6 @@ def check_steps(manifest: Manifest) -> None:
         raise BundleError(f"class_names: must be at most {classes} different names, got {names}; export the bundle again")
 
 
-def check_listed(manifest: Manifest) -> None:
-    """Check that every file that is going to be read has a hash in the manifest.
-
-    Raises:
-        BundleError: naming the files that have none.
-    """
-    read = {step.file for step in manifest.steps.values()} | {manifest.state_file, manifest.replay_file or manifest.state_file}
-    if missing := sorted(read - set(manifest.files)):
-        raise BundleError(f"files: {', '.join(missing)} must have a SHA-256 in the manifest, got none; export the bundle again")
-
-
 def check_state(manifest: Manifest, state: Mapping[str, Array]) -> None:
     """Check names, shapes, dtypes and finite values of a whole state.
 
@@ -109,26 +145,51 @@ def as_int(name: str, value: Any) -> int:
     3
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise InputError(f"{name}: must be an integer, got {value!r} of type {type(value).__name__}; convert it with int()")
+        raise InputError(f"{name}: must be an integer, got {short(value)} of type {type(value).__name__}; convert it with int()")
     return int(value)
 
 
 def as_name(value: Any) -> str:
-    """A string that is not empty."""
-    if not isinstance(value, str) or not value:
-        raise InputError(f"name: must be a string that is not empty, got {value!r}; pass the name")
+    """A string of 1 to 200 characters, all of which UTF-8 has."""
+    if not isinstance(value, str) or not 0 < len(value) <= 200:
+        raise InputError(f"name: must be a string of 1 to 200 characters, got {short(value)}; pass the name")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"name: must be valid Unicode, got {short(value)}; decode it with the right encoding")
     return value
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path that a file could have."""
+    try:
+        path = Path(value)
+        path.resolve().exists()
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise InputError(f"{name}: must be a path, got {short(value)} ({short(error)}); pass a string or a pathlib.Path") from error
+    return path
+
+
+def short(value: Any) -> str:
+    """``repr`` of a value for a message, cut at 100 characters.
+
+    >>> short("a" * 200) == "'" + "a" * 96 + "..."
+    True
+    """
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def as_float32(name: str, value: Any, positive: bool) -> float:
     """A finite number as a float that float32 can hold, above zero when ``positive`` and not below it otherwise."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise InputError(f"{name}: must be a number, got {value!r} of type {type(value).__name__}; convert it with float()")
+        raise InputError(f"{name}: must be a number, got {short(value)} of type {type(value).__name__}; convert it with float()")
     with np.errstate(over="ignore", under="ignore"):
-        result = float(np.float32(value))
+        try:
+            result = float(np.float32(value)) + 0.0  # no negative zero, which SQLite does not keep
+        except OverflowError:  # an integer beyond float64
+            result = math.inf
     if not np.isfinite(result) or result < 0 or (positive and result == 0):
         bound = "above 0" if positive else "at least 0"
-        raise InputError(f"{name}: must be finite in float32 and {bound}, got {value!r}; pass such a number")
+        raise InputError(f"{name}: must be finite in float32 and {bound}, got {short(value)}; pass such a number")
     return result
 
 
@@ -140,8 +201,25 @@ def read_tensors(path: Path) -> dict[str, Array]:
     """
     try:
         return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:  # the last four: types numpy lacks
         raise BundleError(f"{path}: cannot be read as safetensors ({error}); copy the bundle again") from error
+
+
+def best_class(scores: Array) -> int | None:
+    """Index of the highest score float32 [K] of a class that was learned, or None when there is none yet.
+
+    Raises:
+        PredictionError: when a score is NaN or infinite.
+
+    >>> best_class(np.array([UNSEEN_SCORE, -3, -2], np.float32))
+    2
+    """
+    if not np.isfinite(scores).all():
+        raise PredictionError(
+            f"scores: must be finite, got {short(scores.tolist())}; the state has grown too large: roll back, and lower the learning rate"
+        )
+    learned = scores != np.float32(UNSEEN_SCORE)
+    return int(np.where(learned, scores, -np.inf).argmax()) if learned.any() else None
 
 
 def has_length(value: Array) -> bool:

@@ -2,21 +2,27 @@
 
 import argparse
 import hashlib
+import io
 import json
+import os
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgecl_device.checks import as_sample, check_manifest
 from edgecl_device.errors import EdgeclError, InputError, UpdateRefusedError
 from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
-from edgecl_device.manifest import Array, TensorSpec, read_manifest
+from edgecl_device.manifest import Array, Manifest, TensorSpec, read_manifest
 
+_NO_STREAM = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 EXAMPLES = """examples:
   edgecl-device info bundle/                                  what is in it and what a step costs
   edgecl-device verify bundle/                                hashes, schema, one prediction, one update
@@ -26,7 +32,10 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 with one line on stderr after an error."""
+    """Run the command; returns the exit code: 0, or 2 with one line on stderr after an error, 1 when nobody reads the output."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # class names may have what the terminal has not
     parser = argparse.ArgumentParser(
         "edgecl-device",
         description="Look at a bundle, check it, run a stream through it.",
@@ -49,7 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeclError as error:
         print(f"edgecl-device: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=1) if args.json else table(result))
+    try:
+        print(json.dumps(result, indent=1) if args.json else table(result), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at the end
+        if isinstance(error, BrokenPipeError):
+            return 1
+        print(f"edgecl-device: the output cannot be written ({error})", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -91,7 +107,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     with Learner.load(args.bundle) as learner:
         checks.append({"check": "schema, hashes, state, graphs", "result": f"{len(manifest.files)} files"})
         seen = learner.predict(made_up(manifest.steps["encode"].inputs[0]))
-        checks.append({"check": "predict", "result": f"class {seen.label}"})
+        checks.append({"check": "predict", "result": "no class yet" if seen.label is None else f"class {seen.label}"})
         if "learn" in manifest.steps:
             try:
                 result = f"loss {learner.learn(seen.sample_id, 0).loss:.6g}"
@@ -105,25 +121,29 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Predict, then learn, every sample of a file."""
+    """Predict, then learn, every sample of a file, all of which are checked before the first."""
     if args.limit is not None and args.limit < 0:
         raise InputError(f"--limit: must be at least 0, got {args.limit}; leave it out to run everything")
+    manifest = read_manifest(args.bundle)
+    check_manifest(manifest)
     xs, ys = read_stream(args.data)
     n = len(ys) if args.limit is None else min(len(ys), args.limit)
+    check_stream(xs[:n], ys[:n], manifest)
     hits, refused = 0, 0
     by_class: dict[int, tuple[int, int]] = {}
     with Learner.load(args.bundle, args.store, threads=args.threads) as learner:
         start = time.perf_counter()
         for i in progress(n):
-            seen = learner.predict(xs[i])
             label = int(ys[i])
+            with named(i):
+                seen = learner.predict(xs[i])
+                try:
+                    learner.learn(seen.sample_id, label)
+                except UpdateRefusedError:
+                    refused += 1
             hit, seen_of_class = by_class.get(label, (0, 0))
             by_class[label] = (hit + (seen.label == label), seen_of_class + 1)
             hits += seen.label == label
-            try:
-                learner.learn(seen.sample_id, label)
-            except UpdateRefusedError:
-                refused += 1
         seconds = time.perf_counter() - start
         report = learner.report()
     classes = [{"class": label, "samples": total, "prequential_accuracy": hit / total} for label, (hit, total) in sorted(by_class.items())]
@@ -148,12 +168,38 @@ def read_stream(path: Path) -> tuple[Array, Array]:
     """
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
-            xs, ys = np.atleast_1d(data["x"]), data["y"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            xs, ys = data["x"], data["y"]
+    except _NO_STREAM as error:
         raise InputError(f"{path}: must be an npz file with arrays x and y ({error}); write one with numpy.savez") from error
+    if not isinstance(xs, np.ndarray) or not isinstance(ys, np.ndarray):  # numpy hands out other members as bytes
+        raise InputError(f"{path}: x and y must be arrays; write them with numpy.savez")
+    xs = np.atleast_1d(xs)
     if ys.ndim != 1 or len(xs) != len(ys) or ys.dtype.kind not in "iu":
         raise InputError(f"{path}: y must hold one integer a sample, got {ys.dtype} {list(ys.shape)} for {len(xs)} samples; write y again")
     return xs, ys
+
+
+def check_stream(xs: Array, ys: Array, manifest: Manifest) -> None:
+    """Check every sample and label of a stream.
+
+    Raises:
+        InputError: naming the first sample that does not fit.
+    """
+    x, classes = manifest.steps["encode"].inputs[0], manifest.max_classes
+    for i, (sample, label) in enumerate(zip(xs, ys, strict=True)):
+        with named(i):
+            as_sample(sample, x)
+            if not 0 <= label < classes:
+                raise InputError(f"y: must be in [0, {classes}), the bundle's max_classes, got {label}; export with more max_classes")
+
+
+@contextmanager
+def named(sample: int) -> Iterator[None]:
+    """Errors from inside begin with the sample's number."""
+    try:
+        yield
+    except EdgeclError as error:
+        raise type(error)(f"sample {sample}: {error}") from error
 
 
 def made_up(spec: TensorSpec) -> Array:

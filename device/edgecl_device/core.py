@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import check_state
+from edgecl_device.checks import check_state, short
 from edgecl_device.engines import Engine
 from edgecl_device.errors import BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
+from edgecl_device.event import Event
 from edgecl_device.manifest import Array, Manifest
 from edgecl_device.memory import ReplayMemory
 from edgecl_device.snapshot import Snapshot
-from edgecl_device.store import Event
 
 
 class Core:
@@ -30,15 +31,19 @@ class Core:
         check_state(manifest, state)
         self._manifest = manifest
         self._engine = engine
-        self._counter = 0
         self.memory = None
         try:
             if manifest.replay is not None:
                 self.memory = ReplayMemory(manifest.replay, manifest.max_classes)
                 self.memory.fill(rows or {"replay.target": np.empty(0, np.int64), **_empty_rows(manifest)})
+                if not len(self.memory) <= manifest.replay.seen < 1 << 62 or manifest.replay.counter >= 1 << 62:
+                    raise InputError(
+                        f"seen: must be at least the {len(self.memory)} rows kept, and with counter below 2**62, "
+                        f"got {manifest.replay.seen} and {manifest.replay.counter}; export the bundle again"
+                    )
             elif rows is not None:
                 raise InputError("rows: the manifest has no replay memory; leave them out")
-        except InputError as error:
+        except (ValueError, OverflowError, MemoryError) as error:  # InputErrors, and what numpy raises for absurd sizes
             raise BundleError(f"replay: {error}") from error
         unnamed = manifest.max_classes - len(manifest.class_names)
         self.names: list[str | None] = [*manifest.class_names, *[None] * unnamed]
@@ -48,25 +53,24 @@ class Core:
         self.refused = 0
         engine.load(state)
 
+    @property
+    def counter(self) -> int:
+        """Words drawn from the replay memory's generator; set it back to undo :meth:`propose`."""
+        return self.memory.generator.counter if self.memory is not None else 0
+
+    @counter.setter
+    def counter(self, value: int) -> None:
+        if self.memory is not None:
+            self.memory.generator.counter = value
+
     def propose(self, event: Event, z: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a ``learn`` event and return its outputs; :meth:`keep` or :meth:`discard` comes next.
+        """Run a ``learn`` event and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.
 
         Raises:
-            UpdateRefusedError: when its result must not be kept; it is discarded already.
+            UpdateRefusedError: when its result must not be kept.
         """
-        memory = self.memory
-        self._counter = memory.generator.counter if memory is not None else 0
-        try:
-            rows = memory.draw() if memory is not None else {}
-            return self._run("learn", {**z, **_scalars(event), **rows}, f"sample {event.sample_id}")
-        except BaseException:
-            self.discard()
-            raise
-
-    def discard(self) -> None:
-        """Undo the draws of :meth:`propose`; the engine has changed nothing yet."""
-        if self.memory is not None:
-            self.memory.generator.counter = self._counter
+        rows = self.memory.draw() if self.memory is not None else {}
+        return self._run("learn", {**z, **_scalars(event), **rows}, f"sample {event.sample_id}")
 
     def keep(self, event: Event, outputs: Mapping[str, Array]) -> None:
         """Make what :meth:`propose` found the present."""
@@ -103,7 +107,8 @@ class Core:
         tensors = {f"state.{name}": array for name, array in self._engine.state().items()}
         if self.memory is not None:
             tensors |= self.memory.snapshot()
-        return Snapshot(tensors, {"class_names": list(self.names), "class_counts": self.counts.tolist(), "totals": dict(self.totals)})
+        meta = {"class_names": list(self.names), "class_counts": self.counts.tolist(), "totals": dict(self.totals)}
+        return Snapshot(tensors, {**meta, "health": dict(self.health)})
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, bit for bit.
@@ -114,23 +119,33 @@ class Core:
         state = snapshot.under("state.")
         try:
             check_state(self._manifest, state)
+            names, counts, totals = (snapshot.meta[key] for key in ("class_names", "class_counts", "totals"))
+            health = snapshot.meta.get("health", {})  # snapshots of earlier versions have none
+            self._check_classes(names, counts)
+            if not isinstance(totals, dict) or totals.keys() != self.totals.keys() or not isinstance(health, dict):
+                raise InputError(f"totals and health: must be objects, the first with {', '.join(self.totals)}, got {totals} and {health}")
             if self.memory is not None:
                 self.memory.restore(snapshot.tensors)
-            names, counts, totals = (snapshot.meta[key] for key in ("class_names", "class_counts", "totals"))
         except (EdgeclError, KeyError) as error:
             raise StoreError(f"snapshot: does not fit the bundle ({error}); restore the store from a copy, or delete it") from error
         self._engine.load(state)
-        self.names, self.counts, self.totals = list(names), np.array(counts, np.int64), dict(totals)
+        self.names, self.counts, self.totals, self.health = list(names), np.array(counts, np.int64), dict(totals), dict(health)
+
+    def _check_classes(self, names: Any, counts: Any) -> None:
+        most = self._manifest.max_classes
+        if not isinstance(names, list) or len(names) != most or not all(isinstance(name, str | None) for name in names):
+            raise InputError(f"class_names: must be {most} names or nulls, got {short(names)}; write the snapshot again")
+        if not isinstance(counts, list) or len(counts) != most or not all(type(n) is int and 0 <= n < 1 << 62 for n in counts):
+            raise InputError(f"class_counts: must be {most} integers of at least 0, got {short(counts)}; write the snapshot again")
 
     @contextmanager
     def reverting(self) -> Iterator[Snapshot]:
         """Go back to the present state, which it yields, when anything inside fails."""
-        before, health = self.capture(), self.health
+        before = self.capture()
         try:
             yield before
         except BaseException:
             self.restore(before)
-            self.health = health
             raise
 
     def _run(self, step: str, values: Mapping[str, Array], what: str) -> dict[str, Array]:
@@ -140,6 +155,8 @@ class Core:
         cause = None
         if not outputs["finite"] or not np.isfinite(loss):
             cause = f"the new state or the loss ({loss:.4g}) is not finite; lower the learning rate or check the sample's scale"
+        elif not np.isfinite(outputs.get("scores", np.float32(0))).all():
+            cause = "the scores before the update are not finite: the state has grown too large; roll back, and lower the learning rate"
         elif not outputs.get("guard", np.True_):
             figures = ", ".join(f"health.{name} = {value:.4g}" for name, value in _health(outputs).items()) or "no health figures"
             cause = f"the method's guard failed ({figures}); keeping it would spoil the state, leave this sample as it is"

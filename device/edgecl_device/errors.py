@@ -32,6 +32,18 @@ class StoreFullError(StoreError):
     """The disk is full or the store reached its size limit; nothing was written."""
 
 
+class PredictionError(EdgeclError):
+    """A prediction is not finite: the state has grown beyond what its type can hold."""
+
+
+class ClosedError(EdgeclError):
+    """The learner is closed, or was closed because an interrupt hit it in the middle of an update."""
+
+
+class BusyError(EdgeclError):
+    """Another thread is using the learner at this moment."""
+
+
 class StepMissingError(EdgeclError):
     """The method has no such step."""
 

@@ -1,28 +1,65 @@
 """The loop: predict, learn, forget, save and roll back, one sample at a time, on any engine.
 
 The loop keeps what is not a fixed-shape tensor function out of the graphs: random draws, replay rows, labels that arrive
-later, the log. Not thread-safe: call one learner from one thread at a time.
+later, the log. Call one learner from one thread at a time; a call from a second one is refused.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from threading import RLock
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 
-from edgecl_device.checks import as_float32, as_int, as_name, as_sample, check_listed, check_steps, has_length, read_tensors
+from edgecl_device.checks import (
+    as_float32,
+    as_int,
+    as_name,
+    as_path,
+    as_sample,
+    best_class,
+    check_manifest,
+    has_length,
+    read_tensors,
+    short,
+)
 from edgecl_device.core import Core
 from edgecl_device.engines import Engine
 from edgecl_device.engines.onnx import OnnxEngine
-from edgecl_device.errors import BundleError, ForgetRefusedError, InputError, StepMissingError, StoreError, UpdateRefusedError
+from edgecl_device.errors import BundleError, BusyError, ClosedError, InputError, StepMissingError
+from edgecl_device.event import EVENT_OVERHEAD, Event
+from edgecl_device.journal import Journal
 from edgecl_device.manifest import Array, Manifest, check_files, read_manifest
 from edgecl_device.pending import Pending
 from edgecl_device.reports import LearnReport, Prediction
-from edgecl_device.snapshot import Snapshot
-from edgecl_device.store import AUTOMATIC, EVENT_OVERHEAD, Event, Store
+from edgecl_device.store import AUTOMATIC, Store
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def verb(method: Callable[Concatenate["Learner", P], R]) -> Callable[Concatenate["Learner", P], R]:
+    """A method that needs an open learner, and is the only one to run on it."""
+
+    @functools.wraps(method)
+    def run(self: "Learner", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("learner: another thread is using it; call it from one thread at a time, or guard it with a lock")
+        try:
+            if self._closed:
+                raise ClosedError(f"learner: {self._closed}; load the bundle, with its store, again")
+            return method(self, *args, **kwargs)
+        finally:
+            if self._journal.interrupted and not self._closed:
+                self._shut("was closed, as an interrupt came while its store was written")
+            self._lock.release()
+
+    return run
+
 
 ENGINES = {"onnx": OnnxEngine}
 
@@ -30,15 +67,16 @@ ENGINES = {"onnx": OnnxEngine}
 class Learner:
     """A learner on an engine, with a store that survives crashes.
 
-    Load a bundle with :meth:`load`. The constructor drives any engine with the same loop.
+    Load a bundle with :meth:`load`. The constructor drives any engine with the same loop. A closed learner raises ClosedError,
+    and one that another thread is using BusyError.
 
     Args:
         manifest: What the steps need.
         engine: Runs the steps; the learner loads its state and closes it.
         state: Initial state by name.
         rows: Initial replay rows, as :meth:`edgecl_device.memory.ReplayMemory.fill` takes them.
-        store: The learner's own from now on; None keeps log and snapshots in memory. A store with a snapshot wins over
-            ``state`` and ``rows``: the learner goes on where it stopped.
+        store: The learner's own from now on; None is one in memory. A store with a snapshot wins over ``state`` and
+            ``rows``: the learner goes on where it stopped.
 
     Raises:
         BundleError: when the parts do not fit together.
@@ -53,7 +91,7 @@ class Learner:
         rows: Mapping[str, Array] | None = None,
         store: Store | None = None,
     ) -> None:
-        check_steps(manifest)
+        check_manifest(manifest)
         self.manifest = manifest
         self._engine = engine
         self._core = Core(manifest, engine, state, rows)
@@ -64,11 +102,10 @@ class Learner:
         self._event_bytes = EVENT_OVERHEAD + sum(spec.nbytes for spec in self._pending.specs)
         self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
         self._store.has_room(self._event_bytes)
-        self._changed = False
-        if AUTOMATIC in self._store.snapshots():
-            self._recover()
-        elif self._store.persistent:
-            self.save()
+        self._journal = Journal(self._core, self._pending, self._store)
+        self._lock = RLock()
+        self._closed = ""
+        self._journal.start()
 
     @classmethod
     def load(
@@ -78,14 +115,16 @@ class Learner:
 
         Args:
             bundle: The folder that ``edgecl export`` wrote.
-            store: File of the store, made when there is none; None keeps nothing beyond this process.
+            store: File of the store, outside of the bundle, made when there is none. None keeps nothing beyond this process:
+                log and snapshots then take memory, up to the manifest's ``log_capacity_bytes`` and one state with its rows a snapshot.
             engine: ``onnx``.
             durability: ``normal``: a power cut may lose the samples since the last ``save``; ``full``: each one is synced to the disk.
-            threads: Threads inside one operator; above 1 a resumed run may differ in the last bits.
+            threads: Threads inside one operator, at least 1; above 1 a resumed run may differ in the last bits.
 
         Raises:
+            InputError: for a wrong path, engine, durability or number of threads.
             BundleError: when a file is missing or altered, or the parts do not fit together.
-            StoreError: when the store is damaged, in use, or (StoreMismatchError) of another bundle.
+            StoreError: when the store is empty, damaged, in use, or (StoreMismatchError) of another bundle.
 
         Example::
 
@@ -93,13 +132,15 @@ class Learner:
             seen = learner.predict(x)
             report = learner.learn(seen.sample_id, "mug")
         """
-        folder = Path(bundle)
+        folder = as_path("bundle", bundle)
+        if engine not in tuple(ENGINES):
+            raise InputError(f"engine: must be one of {', '.join(ENGINES)}, got {short(engine)}; pass one of them")
+        if store is not None and as_path("store", store).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"store: must be outside of the bundle, whose files are checked, got {short(store)}; pass another path")
         manifest = read_manifest(folder)
-        if engine not in ENGINES:
-            raise InputError(f"engine: must be one of {', '.join(ENGINES)}, got {engine!r}; pass one of them")
         if manifest.engine != engine:
             raise BundleError(f"{folder}: was exported for engine {manifest.engine!r}, not {engine!r}; pass engine={manifest.engine!r}")
-        check_listed(manifest)
+        check_manifest(manifest)
         check_files(folder, manifest)
         state = read_tensors(folder / manifest.state_file)
         rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
@@ -112,6 +153,7 @@ class Learner:
             opened.pop_all()
         return learner
 
+    @verb
     def predict(self, x: Array) -> Prediction:
         """Predict one sample and keep its features, so that its label may arrive later.
 
@@ -120,17 +162,19 @@ class Learner:
 
         Raises:
             InputError: when shape, dtype or values do not fit.
+            PredictionError: when a score is not finite.
         """
         z = self._encode(x)
         scores: Array = self._engine.run("predict", z)["scores"][0]
+        label = best_class(scores)
         sample_id = self._store.new_id()
         self._pending.add(sample_id, z)
-        self._changed = True
+        self._journal.changed = True
         self._session["predicted"] += 1
         self._session["macs"] += self._macs("encode", "predict")
-        label = int(scores.argmax())
-        return Prediction(scores, label, self._core.names[label], sample_id)
+        return Prediction(scores, label, None if label is None else self._core.names[label], sample_id)
 
+    @verb
     def learn(self, x: Array | int, y: int | str, weight: float = 1.0, lr: float | None = None) -> LearnReport:
         """Learn one sample.
 
@@ -155,33 +199,33 @@ class Learner:
             sample_id = self._store.new_id()
             macs = self._macs("encode", "learn")
         else:
+            if not isinstance(x, int | np.integer):
+                raise InputError(
+                    f"x: must be a numpy array, or a sample_id of predict, got {type(x).__name__}; convert it with numpy.asarray"
+                )
             sample_id = as_int("x (a numpy array, or a sample_id)", x)
             z = self._pending.get(sample_id)
             macs = self._macs("learn")
         self._store.fold()
         wal = self._store.wal_bytes()
-        self._make_room(self._event_bytes)
         event = Event(self._store.seq + 1, "learn", sample_id, label, weight, lr, None, self._pending.pack(z))
-        outputs = self._core.propose(event, z)
-        try:
-            with self._store.transaction():
-                self._store.append(event)
-        except BaseException:
-            self._core.discard()
-            raise
-        self._core.keep(event, outputs)
-        self._pending.discard(sample_id)
-        self._changed = True
+        outputs = self._journal.learn(event, z)
         written = self._store.wal_bytes() - wal
         for name, amount in (("learned", 1), ("macs", macs), ("bytes_written", written)):
             self._session[name] += amount
-        loss, predicted = float(outputs["loss"]), int(outputs["scores"][0].argmax())
+        loss, predicted = float(outputs["loss"]), best_class(outputs["scores"][0])
         return LearnReport(sample_id, loss, predicted, label, dict(self._core.health), macs, written, perf_counter() - start)
 
-    def forget(self, sample_id: int) -> None:
+    @verb
+    def forget(self, sample_id: int) -> bool:
         """Unlearn a sample exactly, here and in every named snapshot, and erase its features and replay row.
 
         A new automatic snapshot is written, so that the store keeps no older state. Costs one snapshot's bytes.
+
+        Returns:
+            Whether the store's files are free of it already. False: the sample is unlearned for good, but the disk was full (or
+            failed) when the write-ahead log was to be emptied, which still holds its features. Every later ``learn``, ``save``,
+            ``forget`` and start tries again; ``report()["log"]["erased"]`` tells when it is done.
 
         Raises:
             StepMissingError: when the method has no exact ``forget``.
@@ -190,8 +234,10 @@ class Learner:
         """
         if not self.manifest.forgets:
             raise StepMissingError(f"forget: {self.manifest.method} does not forget exactly, its steps are {self._steps()}; export another")
-        self._revise(sample_id, "forget", None)
+        self._journal.revise(as_int("sample_id", sample_id), "forget", None)
+        return self._store.erased
 
+    @verb
     def relabel(self, sample_id: int, y: int | str) -> None:
         """Correct the label of a learned sample, here and in every named snapshot. Costs one snapshot's bytes.
 
@@ -202,8 +248,9 @@ class Learner:
             UpdateRefusedError: when the method's guard refuses, here or in a named snapshot; nothing is changed then.
         """
         self._check_step("relabel")
-        self._revise(sample_id, "relabel", self._label(y))
+        self._journal.revise(as_int("sample_id", sample_id), "relabel", self._label(y))
 
+    @verb
     def add_class(self, name: str) -> int:
         """Name the next free class, one without a name and without a learned sample; returns its index.
 
@@ -212,30 +259,25 @@ class Learner:
         """
         names = self._core.names
         if as_name(name) in names:
-            raise InputError(f"name: class {name!r} exists at index {names.index(name)}; learn samples of it under that name")
+            raise InputError(f"name: class {short(name)} exists at index {names.index(name)}; learn samples of it under that name")
         free = [i for i, known in enumerate(names) if known is None and not self._core.counts[i]]
         if not free:
-            raise InputError(f"name: all {len(names)} classes of this bundle are taken, got {name!r}; export with more max_classes")
-        event = Event(self._store.seq + 1, "add_class", label=free[0], name=name)
-        self._make_room(event.nbytes)
-        with self._store.transaction():
-            self._store.append(event)
-        names[free[0]] = name
-        self._changed = True
+            raise InputError(f"name: all {len(names)} classes of this bundle are taken, got {short(name)}; export with more max_classes")
+        self._journal.add_class(name, free[0])
         return free[0]
 
+    @verb
     def save(self, name: str | None = None) -> None:
         """Write a snapshot: a named one to roll back to, or the automatic one, from which the next start goes on.
+
+        The store's file then holds everything by itself. A copy made later needs the file ``*-wal``, too, until :meth:`close`.
 
         Raises:
             StoreFullError: when it does not fit; an older one of that name stays.
         """
-        key = AUTOMATIC if name is None else as_name(name)
-        self._store.fold()
-        with self._store.transaction(sync=True):
-            self._put(key)
-        self._changed = self._changed and name is not None
+        self._journal.save(AUTOMATIC if name is None else as_name(name))
 
+    @verb
     def rollback(self, name: str | None = None) -> None:
         """Go back to a snapshot. History is a line: what was learned, added or saved after it is dropped for good.
 
@@ -251,20 +293,21 @@ class Learner:
         key = AUTOMATIC if name is None else as_name(name)
         known = self._store.snapshots()
         if key not in known:
-            raise InputError(f"name: no snapshot {name!r}, there are {[n for n in known if n] or 'none'}; save one first")
-        with self._core.reverting(), self._store.transaction(sync=True):
-            self._core.restore(Snapshot.unpack(self._store.snapshot(key)))
-            self._store.drop_after(known[key])
-            self._checkpoint()
+            there = short([n for n in known if n]) if any(known) else "none"
+            raise InputError(f"name: no snapshot {short(name)}, there are {there}; save one first")
+        self._journal.rollback(key)
 
+    @verb
     def state(self) -> dict[str, Array]:
         """Copies of every state tensor."""
         return self._engine.state()
 
+    @verb
     def rows(self) -> dict[str, Array]:
         """Copies of the replay rows, as the constructor takes them; empty without a replay memory."""
         return self._core.memory.rows_by_name() if self._core.memory is not None else {}
 
+    @verb
     def report(self) -> dict[str, Any]:
         """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health."""
         core, store, memory = self._core, self._store, self._core.memory
@@ -272,9 +315,9 @@ class Learner:
             "method": self.manifest.method,
             **core.totals,
             "session": {**self._session, "refused": core.refused},
-            "class_counts": {core.names[i] or str(i): int(n) for i, n in enumerate(core.counts) if n},
+            "class_counts": {self._called(i): int(n) for i, n in enumerate(core.counts) if n},
             "pending": len(self._pending.samples),
-            "log": {"last_event": store.seq, "bytes": store.log_bytes, "capacity_bytes": store.log_capacity_bytes},
+            "log": store.report(),
             "replay": None if memory is None else {"rows": len(memory), "row_capacity": memory.rows, "bytes": memory.nbytes},
             "snapshots": store.snapshots(),
             "state_bytes": sum(spec.nbytes for spec in self.manifest.state),
@@ -282,13 +325,13 @@ class Learner:
         }
 
     def close(self) -> None:
-        """Write the automatic snapshot if anything changed, and close store and engine; harmless when closed already."""
-        with ExitStack() as stack:
-            stack.callback(self._engine.close)
-            stack.callback(self._store.close)
-            if self._changed and self._store.persistent:
-                self._changed = False
-                self.save()
+        """Write the automatic snapshot if anything changed, and close store and engine; harmless when closed already.
+
+        Raises:
+            StoreFullError: when it does not fit; closed all the same, and only predictions that wait for a label are lost.
+        """
+        if not self._closed:
+            self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -296,79 +339,36 @@ class Learner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @verb
+    def _close(self) -> None:
+        try:
+            if self._journal.changed and self._store.persistent:
+                self._journal.save(AUTOMATIC)
+        finally:
+            self._shut("is closed")
+
+    def _shut(self, why: str) -> None:
+        self._closed = why
+        with ExitStack() as stack:
+            stack.callback(self._engine.close)
+            stack.callback(self._store.close)
+
     def _encode(self, x: Array) -> dict[str, Array]:
         z = self._engine.run("encode", {"x": as_sample(x, self._x)})
         if not all(has_length(value) for value in z.values()):
             raise InputError("x: its features are not finite or too large to square; scale it as the bundle's preprocessing expects")
         return z
 
-    def _revise(self, sample_id: int, step: str, label: int | None) -> None:
-        core, store = self._core, self._store
-        sample_id = as_int("sample_id", sample_id)
-        event = store.sample(sample_id) if store.handed_out(sample_id) else None
-        if event is None:
-            raise ForgetRefusedError(f"{step}: {self._why_missing(sample_id)}")
-        z = self._pending.unpack(event.features or b"")
-        store.fold()
-        with core.reverting() as before, store.transaction(sync=True):
-            for name, seq in store.snapshots().items():
-                if name != AUTOMATIC and seq >= event.seq:
-                    core.restore(Snapshot.unpack(store.snapshot(name)))
-                    core.revise(event, z, step, label, f"sample {sample_id} in snapshot {name!r}")
-                    store.put_snapshot(name, seq, core.capture().pack())
-            core.restore(before)
-            core.revise(event, z, step, label, f"sample {sample_id}")
-            if label is None:
-                store.erase(event)
-            else:
-                store.set_label(event, label)
-            self._checkpoint()
-        store.fold(force=True)  # the write-ahead log still holds what was erased
-
-    def _why_missing(self, sample_id: int) -> str:
-        if not self._store.handed_out(sample_id):
-            return f"sample {sample_id} was never handed out; pass the sample_id of a learned sample"
-        if sample_id < self._store.evicted_before:
-            return (
-                f"sample {sample_id} is not in the log any more: its cap of {self._store.log_capacity_bytes} bytes dropped it "
-                "(if it was learned at all); export with a larger log_capacity_bytes"
-            )
-        return f"sample {sample_id} was not learned, or is forgotten already, or was rolled back; nothing is left to change"
-
-    def _recover(self) -> None:
-        snapshot = Snapshot.unpack(self._store.snapshot(AUTOMATIC))
-        self._core.restore(snapshot)
-        self._pending.restore(snapshot.tensors)
-        for event in self._store.events_after(self._store.snapshots()[AUTOMATIC]):
-            if event.kind == "add_class":
-                self._core.names[int(event.label or 0)] = event.name
-                continue
-            try:
-                self._core.keep(event, self._core.propose(event, self._pending.unpack(event.features or b"")))
-            except UpdateRefusedError as error:
-                raise StoreError(f"store: event {event.seq} cannot be replayed ({error}); use the runtime version that wrote it") from error
-            self._pending.discard(int(event.sample_id or 0))
-
-    def _make_room(self, nbytes: int) -> None:
-        if not self._store.has_room(nbytes):
-            self.save()
-
-    def _checkpoint(self) -> None:
-        """Renew the automatic snapshot inside a transaction; in memory only when there is one, as nothing is recovered from it."""
-        if self._store.persistent or AUTOMATIC in self._store.snapshots():
-            self._put(AUTOMATIC)
-
-    def _put(self, name: str) -> None:
-        snapshot = self._core.capture()
-        if name == AUTOMATIC:
-            snapshot.tensors.update(self._pending.snapshot())
-        self._store.put_snapshot(name, self._store.seq, snapshot.pack())
+    def _called(self, index: int) -> str:
+        """A class's name, or its index where that is nobody's name."""
+        names = self._core.names
+        return names[index] or (str(index) if str(index) not in names else f"{index} (no name)")
 
     def _label(self, y: int | str) -> int:
         names = self._core.names
         if isinstance(y, str):
             if y not in names:
-                raise InputError(f"y: no class {y!r}, known are {[n for n in names if n]}; call add_class({y!r}) first")
+                raise InputError(f"y: no class {short(y)}, known are {short([n for n in names if n])}; call add_class first")
             return names.index(y)
         label = as_int("y (a class index, or a class name)", y)
         if not 0 <= label < len(names):

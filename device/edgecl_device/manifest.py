@@ -1,12 +1,14 @@
 """The bundle's manifest: the only contract between the host that writes a bundle and the device that runs it.
 
-The classes here are plain data. :func:`read_manifest` checks the schema and the structure, :func:`check_files`
-the SHA-256 of every file; both name what is wrong and how to mend it.
+The classes here are plain data. :func:`read_manifest` checks the schema, the manifest's own SHA-256 and the structure,
+:func:`check_files` the SHA-256 of every other file; both name what is wrong and how to mend it.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,8 +22,14 @@ from edgecl_device.errors import BundleError, InputError, SchemaError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest_sha256"
+DEFAULT_LOG_BYTES = 16 << 20
+DEFAULT_PENDING = 256
+UNSEEN_SCORE = -1e30
+"""Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
 
 Array = NDArray[Any]
+_FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of one such array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def zeros(self) -> Array:
         """A new array of zeros."""
@@ -79,7 +87,7 @@ class StepSpec:
         canonical_macs: Multiply-accumulates of the step's mathematics.
         executed_macs: Multiply-accumulates of the graph in ``file``.
         macs_by_phase: Canonical count by phase (encode, forward, input_gradient, weight_gradient, update, replay_decode).
-        elementwise: Elementwise operations, counted apart from the MACs.
+        elementwise: Elementwise operations of the graph in ``file``, counted apart from the MACs.
         activation_bytes: Planned peak of the graph's intermediate tensors.
     """
 
@@ -143,7 +151,6 @@ class Manifest:
         replay: Replay memory, if the method has one.
         replay_file: Initial replay rows (safetensors), if any.
         learning_rate: Default of the ``lr`` input.
-        trunk_hash: SHA-256 over the encode graph and its weights: which states, rows and codes are compatible.
         bundle_id: SHA-256 over method, config, graphs, initial state and rows: which stores belong to this bundle.
         log_capacity_bytes: Cap of the sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that wait for a delayed label at most.
@@ -162,13 +169,12 @@ class Manifest:
     steps: dict[str, StepSpec]
     state: tuple[TensorSpec, ...]
     state_file: str
-    trunk_hash: str
     bundle_id: str
     replay: ReplaySpec | None = None
     replay_file: str | None = None
     learning_rate: float = 0.0
-    log_capacity_bytes: int = 16 << 20
-    pending_capacity: int = 256
+    log_capacity_bytes: int = DEFAULT_LOG_BYTES
+    pending_capacity: int = DEFAULT_PENDING
     forgets: bool = False
     ledger: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -178,20 +184,33 @@ class Manifest:
 
 
 def to_json(manifest: Manifest) -> str:
-    """The manifest as JSON text, keys in a fixed order."""
-    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True) + "\n"
+    """The manifest as JSON text, keys in a fixed order, with its own SHA-256."""
+    return json.dumps(sealed(dataclasses.asdict(manifest)), indent=1, sort_keys=True) + "\n"
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's fields with ``manifest_sha256``: SHA-256 over the JSON of all others, keys sorted, no white space, ASCII.
+
+    It tells damage and changes by hand; it is no signature, as anybody can compute it.
+
+    >>> sealed({"schema": 1})["manifest_sha256"] == hashlib.sha256(b'{"schema":1}').hexdigest()
+    True
+    """
+    others = {name: value for name, value in data.items() if name != MANIFEST_HASH}
+    text = json.dumps(others, sort_keys=True, separators=(",", ":"))
+    return {**others, MANIFEST_HASH: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def from_json(text: str, where: str = MANIFEST) -> Manifest:
-    """Parse and check the manifest's structure.
+    """Parse and check the manifest: its schema, its own hash, its structure.
 
     Raises:
         SchemaError: when the manifest is of a newer schema.
-        BundleError: when it is not JSON, or a field is missing, unknown or of a wrong type.
+        BundleError: when it is not JSON, was altered, or a field is missing, unknown or of a wrong type.
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not valid JSON ({error}); export the bundle again") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
@@ -200,6 +219,9 @@ def from_json(text: str, where: str = MANIFEST) -> Manifest:
         raise SchemaError(
             f"{where}: schema is {schema}, this package reads up to {SCHEMA}; update edgecl on the device or export with an older one"
         )
+    if data.get(MANIFEST_HASH) != sealed(data)[MANIFEST_HASH]:
+        raise BundleError(f"{where}: does not match its own {MANIFEST_HASH}, the file was altered; copy or export the bundle again")
+    del data[MANIFEST_HASH]
     return typing.cast(Manifest, _parse(Manifest, data, where))
 
 
@@ -212,19 +234,33 @@ def read_manifest(bundle: Path) -> Manifest:
     path = Path(bundle) / MANIFEST
     if not path.is_file():
         raise BundleError(f"{path}: no manifest; pass the folder that edgecl export wrote")
-    return from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise BundleError(f"{path}: cannot be read ({error}); copy the bundle again") from error
+    return from_json(text, str(path))
 
 
 def check_files(bundle: Path, manifest: Manifest) -> None:
-    """Check size and SHA-256 of every file that the manifest names.
+    """Check size and SHA-256 of every file that the manifest names, and that there is no other.
+
+    A graph may read any file beside it. So each one must be named; hidden ones, which file managers leave, may be there.
 
     Raises:
-        BundleError: naming the first file that is missing or altered, or that is used without a hash.
+        BundleError: naming the first file that is missing or altered, or has no hash.
     """
+    for name in manifest.files:
+        if not _FILE_NAME.fullmatch(name):
+            raise BundleError(
+                f"{MANIFEST}: files: names must be of letters, digits, '_', '-' and '.', at most 200, got {name[:80]!r}; export again"
+            )
+    inside = (path.relative_to(bundle) for path in Path(bundle).rglob("*") if not path.is_dir())
+    there = [path.as_posix() for path in inside if not path.name.startswith(".")]
     used = [step.file for step in manifest.steps.values()] + [manifest.state_file, manifest.replay_file or manifest.state_file]
-    for name in used:
+    for name in sorted({*used, *there} - {MANIFEST}):
         if name not in manifest.files:
-            raise BundleError(f"{MANIFEST}: {name!r} has no entry in files, its content cannot be checked; export the bundle again")
+            mend = "export the bundle again" if name in used else "move it elsewhere, or copy the bundle again"
+            raise BundleError(f"{MANIFEST}: {name[:80]!r} has no entry in files, its content cannot be checked; {mend}")
     for name, entry in manifest.files.items():
         path = Path(bundle) / name
         if not path.is_file():
@@ -264,7 +300,8 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
         _expect(isinstance(data, dict), where, "an object", data)
         return {key: _parse(args[1], item, f"{where}.{key}") for key, item in data.items()}
     if kind is float:
-        _expect(isinstance(data, (int, float)) and not isinstance(data, bool), where, "a number", data)
+        finite = isinstance(data, (int, float)) and not isinstance(data, bool) and abs(data) < 1e300
+        _expect(finite, where, "a finite number", data)
         return float(data)
     _expect(type(data) is kind, where, f"a value of type {kind.__name__}", data)
     return data

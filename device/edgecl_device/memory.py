@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgecl_device.errors import InputError
-from edgecl_device.generator import Generator
+from edgecl_device.generator import WORD, Generator
 from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
 
 POLICIES = ("reservoir", "largest-class")
@@ -61,7 +61,7 @@ class ReplayMemory:
         InputError: when not one row fits.
 
     ``reservoir`` keeps a uniform sample of everything offered: the n-th offer (from 1) replaces row ``j = below(n)`` when
-    ``j`` is below the number of rows. After a removal, random pairing keeps it uniform.
+    ``j`` is below the number of rows. After a removal, random pairing keeps it uniform. Beyond 2**32 offers n stays at that.
     ``largest-class`` evicts, when full, a random row of the class with the most rows, the offered sample counted among
     them, so that it may be the one that goes; of equally large classes, the one of the lowest index.
     """
@@ -190,7 +190,7 @@ class ReplayMemory:
             raise InputError(f"replay.target: labels must be in [0, {self.classes}), got {target.min()} to {target.max()}; drop those rows")
         specs = [*self.spec.fields, TensorSpec("sample_id", (), "int64")]
         values = {"replay.sample_id": np.full(n, -1, np.int64), **rows}
-        checked = {s.name: _get(values, TensorSpec(f"replay.{s.name}", (n, *s.shape), s.dtype)) for s in specs}
+        checked = {s.name: take(values, TensorSpec(f"replay.{s.name}", (n, *s.shape), s.dtype)) for s in specs}
         order = np.argsort(target, kind="stable")
         for name, array in self._fields.items():
             array[:n] = checked[name][order]
@@ -218,11 +218,17 @@ class ReplayMemory:
         ids = snapshot.get("memory.sample_id")
         used = 0 if ids is None else len(ids)
         row_specs = [TensorSpec(f"memory.row.{s.name}", (used, *s.shape), s.dtype) for s in self.spec.fields]
-        ids = _get(snapshot, TensorSpec("memory.sample_id", (min(used, self.rows),), "int64"))
-        slots = _get(snapshot, TensorSpec("memory.slots", (self.rows,), "int32"))
-        starts = _get(snapshot, TensorSpec("memory.starts", (self.classes + 2,), "int32"))
-        counters = _get(snapshot, TensorSpec("memory.counters", (4,), "int64"))
-        fields = [_get(snapshot, spec) for spec in row_specs]
+        ids = take(snapshot, TensorSpec("memory.sample_id", (min(used, self.rows),), "int64"))
+        slots = take(snapshot, TensorSpec("memory.slots", (self.rows,), "int32"))
+        starts = take(snapshot, TensorSpec("memory.starts", (self.classes + 2,), "int32"))
+        counters = take(snapshot, TensorSpec("memory.counters", (4,), "int64"))
+        fields = [take(snapshot, spec) for spec in row_specs]
+        if not np.array_equal(np.sort(slots), np.arange(self.rows)):
+            raise InputError(f"memory.slots: must hold every slot from 0 to {self.rows - 1} once; write the rows again")
+        if starts[0] != 0 or starts[-1] != self.rows or (np.diff(starts) < 0).any() or slots[: starts[-2]].max(initial=-1) >= used:
+            raise InputError(f"memory.starts: must rise from 0 to {self.rows}, and kept slots be below {used}; write the rows again")
+        if (counters < 0).any():
+            raise InputError(f"memory.counters: must be at least 0, got {counters.tolist()}; write the rows again")
         for array, value in zip([*self._fields.values(), self._ids], [*fields, ids], strict=True):
             array[:used] = value
             array[used:] = -1 if array is self._ids else 0
@@ -241,7 +247,7 @@ class ReplayMemory:
             return None
         if len(self) < self.rows:
             return len(self)
-        place = self.generator.below(self._seen)
+        place = self.generator.below(min(self._seen, WORD))
         return place if place < self.rows else None
 
     def _place_largest(self, label: int) -> int | None:
@@ -282,7 +288,12 @@ class ReplayMemory:
         return int(np.flatnonzero(self._slots == slots[0])[0]) if len(slots) else None
 
 
-def _get(values: Mapping[str, Array], spec: TensorSpec) -> Array:
+def take(values: Mapping[str, Array], spec: TensorSpec) -> Array:
+    """The array of a spec's name, checked.
+
+    Raises:
+        InputError: when it is missing or does not fit.
+    """
     if spec.name not in values:
         raise InputError(f"{spec.name}: is missing, got {', '.join(sorted(values)) or 'nothing'}; write the rows again")
     return spec.check(values[spec.name])

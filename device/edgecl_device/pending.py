@@ -7,6 +7,7 @@ import numpy as np
 
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import Array, TensorSpec
+from edgecl_device.memory import take
 
 
 class Pending:
@@ -56,17 +57,31 @@ class Pending:
         return tensors
 
     def restore(self, tensors: Mapping[str, Array]) -> None:
-        """Take over what :meth:`snapshot` returned."""
+        """Take over what :meth:`snapshot` returned.
+
+        Raises:
+            InputError: when it does not fit; nothing is changed then.
+        """
+        n = len(tensors["pending.sample_id"]) if "pending.sample_id" in tensors else 0
+        ids = take(tensors, TensorSpec("pending.sample_id", (n,), "int64"))
+        values = {spec.name: take(tensors, TensorSpec(f"pending.{spec.name}", (n, *spec.shape), spec.dtype)) for spec in self.specs}
         self.samples.clear()
-        for i, sample_id in enumerate(tensors["pending.sample_id"]):
-            self.samples[int(sample_id)] = {spec.name: tensors[f"pending.{spec.name}"][i] for spec in self.specs}
+        for i, sample_id in enumerate(ids):
+            self.samples[int(sample_id)] = {name: value[i] for name, value in values.items()}
 
     def pack(self, z: Mapping[str, Array]) -> bytes:
         """One sample's features as the log keeps them: raw little-endian values, in the order of the specs."""
         return b"".join(z[spec.name].tobytes() for spec in self.specs)
 
     def unpack(self, data: bytes) -> dict[str, Array]:
-        """The inverse of :meth:`pack`."""
+        """The inverse of :meth:`pack`.
+
+        Raises:
+            InputError: when it is of another length.
+        """
+        size = sum(spec.nbytes for spec in self.specs)
+        if len(data) != size:
+            raise InputError(f"features: must be {size} bytes, got {len(data)}; log the sample again")
         z, offset = {}, 0
         for spec in self.specs:
             z[spec.name] = np.frombuffer(data[offset : offset + spec.nbytes], spec.dtype).reshape(spec.shape)

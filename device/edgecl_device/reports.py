@@ -10,14 +10,14 @@ class Prediction:
     """One prediction.
 
     Attributes:
-        scores: float32 [K]; classes that were never learned score below all others.
-        label: Class of the highest score.
+        scores: float32 [K]; a class that was never learned scores :data:`edgecl_device.manifest.UNSEEN_SCORE`.
+        label: Class of the highest score, or None when no score is above that: no class was learned yet.
         class_name: Its name, or None when it has none.
         sample_id: Pass it to ``learn`` when the label arrives.
     """
 
     scores: Array
-    label: int
+    label: int | None
     class_name: str | None
     sample_id: int
 
@@ -29,7 +29,7 @@ class LearnReport:
     Attributes:
         sample_id: Pass it to ``forget`` or ``relabel``.
         loss: The step's loss, as the method defines it.
-        predicted: Class predicted before the update.
+        predicted: Class predicted before the update, or None when no class was learned yet.
         label: Class learned.
         health: The method's health figures after the update.
         macs: Canonical multiply-accumulates spent, ``encode`` included when it ran.
@@ -39,7 +39,7 @@ class LearnReport:
 
     sample_id: int
     loss: float
-    predicted: int
+    predicted: int | None
     label: int
     health: dict[str, float]
     macs: int

@@ -2,7 +2,8 @@
 
 Tensors: ``state.NAME``; ``memory.*`` (:meth:`edgecl_device.memory.ReplayMemory.snapshot`); ``pending.NAME`` and
 ``pending.sample_id``, the features of predictions that wait for a label (only in the automatic snapshot). The rest is JSON
-under the metadata key ``edgecl``: ``class_names`` (null where a class has none), ``class_counts`` and ``totals``.
+under the metadata key ``edgecl``: ``class_names`` (null where a class has none), ``class_counts``, ``totals`` and
+``health`` (the figures of the last update).
 """
 
 import json
@@ -44,8 +45,8 @@ class Snapshot:
         try:
             tensors = load(blob)
             header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-            return Snapshot(tensors, json.loads(header["__metadata__"]["edgecl"]))
-        except (SafetensorError, ValueError, KeyError) as error:
+            return Snapshot(tensors, dict(json.loads(header["__metadata__"]["edgecl"])))
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise StoreError(f"snapshot: is damaged ({error}); restore the store from a copy or delete it to start afresh") from error
 
     def under(self, prefix: str) -> dict[str, Array]:

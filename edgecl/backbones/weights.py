@@ -1,10 +1,8 @@
 """Published weights: ``.th`` and ``.pth`` checkpoints and ``.safetensors`` files."""
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,8 +46,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: no such file; download the weights first")
     try:
         data = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable weight file ({error}); it must hold tensors only, download it again") from error
+    except Exception as error:  # arbitrary bytes make an unpickler raise anything
+        cause = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{path}: not a readable weight file ({cause}); it must hold tensors only, download it again") from error
     data = data.get("state_dict", data) if isinstance(data, dict) else data
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
         raise WeightsError(f"{path}: must hold a mapping of names to tensors; save model.state_dict()")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from edgecl.graph.canonical import CANONICAL
 from edgecl.graph.phases import module_paths, phase
-from edgecl.graph.step import GraphError, Kind, Port, StepGraph
+from edgecl.graph.step import GraphError, Kind, Port, StepGraph, unsupported, where_in_model
 from edgecl.learner import Learner, call_step, dtype_name
 from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.errors import EdgeclError
@@ -95,12 +96,13 @@ def trace(
         except EdgeclError:
             raise
         except Exception as error:
+            cause = str(error).strip().partition("\n")[0].rstrip(".")
             raise GraphError(
-                f"step {name!r}: cannot be captured: {type(error).__name__}: {error}; "
+                f"step {name!r}: cannot be captured: {type(error).__name__}: {cause}; "
                 "a step must be a pure function of fixed-shape tensors, without branches on their values"
             ) from error
-    _check_not_random(name, module)
     _name_backward(module)
+    _check_operators(name, module)
     results: Any = module.graph.output_node().args[0]
     keys: list[tuple[str, Kind]] = [*((key, "data") for key in found["data"]), *((key, "state") for key in found["state"])]
     ports = [
@@ -128,14 +130,25 @@ def _name_backward(module: torch.fx.GraphModule) -> None:
             node.meta["custom"] = {**mark, "module": paths[number]}
 
 
-def _check_not_random(name: str, module: torch.fx.GraphModule) -> None:
+DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+"""Types of tensors in a step."""
+
+
+def _check_operators(name: str, module: torch.fx.GraphModule) -> None:
+    """No operator draws random numbers, and every tensor is of a type that every runtime has."""
     for node in module.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if node.op != "call_function":
+            continue
+        if "attention" in str(node.target):  # tagged as random for its dropout, but refused for what it is
+            raise unsupported(name, node)
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise GraphError(
-                f"step {name!r}: draws random numbers in the graph ({node.target}); "
+                f"step {name!r}: draws random numbers in the graph ({node.target} in {where_in_model(node)}); "
                 "put the module in eval mode or pass the mask as an input"
             )
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and value.dtype not in DTYPES:
+                raise unsupported(name, node, f"works in {dtype_name(value.dtype)}, which is not supported, convert the model with float()")
 
 
 def _check_state(name: str, state: dict[str, Tensor], outputs: Sequence[Port]) -> None:

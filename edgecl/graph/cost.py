@@ -6,7 +6,6 @@ rule that does more work than the mathematics needs. An operator without a formu
 default.
 """
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ import torch
 from torch import fx
 
 from edgecl.graph.phases import PHASES
-from edgecl.graph.step import StepGraph, UnsupportedOperatorError, shape_of, value_of, where_in_model
+from edgecl.graph.step import StepGraph, shape_of, unsupported, value_of
 
 aten = torch.ops.aten
 
@@ -73,7 +72,9 @@ def work_by_node(graph: StepGraph) -> list[Work]:
         if node.target is aten.convolution_backward.default:
             work += _convolution_backward(node)
             continue
-        macs, elementwise = _formula(node)(node)
+        if node.target not in FORMULAS:
+            raise unsupported(graph.name, node)
+        macs, elementwise = FORMULAS[node.target](node)
         phase = _gradient_phase(node) if mark == "backward" else mark
         work.append(Work(node, phase, macs, elementwise))
     return work
@@ -142,24 +143,13 @@ def _average_backward(node: fx.Node) -> tuple[int, int]:
     return 0, _numel(node.args[0]) * _taps(node.args[2])
 
 
-def _formula(node: fx.Node) -> Callable[[fx.Node], tuple[int, int]]:
-    if node.target is operator.getitem:
-        return _free
-    try:
-        return FORMULAS[node.target]
-    except KeyError:
-        raise UnsupportedOperatorError(
-            f"{node.target}: no cost formula, used in {where_in_model(node)}; add one to edgecl.graph.cost.FORMULAS"
-        ) from None
-
-
 _FREE = """view.default _unsafe_view.default reshape.default unsqueeze.default squeeze.dim squeeze.dims expand.default t.default
 transpose.int permute.default slice.Tensor select.int narrow.default cat.default index_select.default gather.default
 constant_pad_nd.default flip.default _to_copy.default clone.default arange.default full.default zeros.default ones.default
 new_zeros.default scalar_tensor.default full_like.default zeros_like.default ones_like.default
 new_ones.default new_full.default diagonal.default stack.default"""
 _ONE_PER_OUTPUT = """add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar mul.Tensor mul.Scalar div.Tensor div.Scalar
-neg.default exp.default log.default sqrt.default rsqrt.default reciprocal.default abs.default sign.default sgn.default
+neg.default exp.default erf.default log.default sqrt.default rsqrt.default reciprocal.default abs.default sign.default sgn.default
 pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor maximum.default minimum.default relu.default sigmoid.default tanh.default
 clamp.default clamp_min.default clamp_max.default hardtanh.default round.default floor.default where.self where.ScalarOther
 where.ScalarSelf where.Scalar eq.Tensor eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar lt.Tensor

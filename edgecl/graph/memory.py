@@ -152,8 +152,11 @@ def _units(place: Buffer) -> slice:
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    """What a node computes; of several results those that are used, as no runtime computes the others."""
     values = value_of(node)
-    return [v for v in (values if isinstance(values, (tuple, list)) else [values]) if v is not None]
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [values[i] for i in sorted({int(str(user.args[1])) for user in node.users})]
 
 
 def _views_of(node: fx.Node) -> list[fx.Node]:

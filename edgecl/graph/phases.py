@@ -77,6 +77,10 @@ def _leave_backward(results: Any, gradients: Any) -> None:
 class _Marked(fx.Interpreter):
     """Runs a traced module node by node, each under the path of the module whose code called it."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # no "While executing ..." behind an error's message
+
     def run_node(self, n: fx.Node) -> Any:
         path = next(reversed(n.meta.get("nn_module_stack") or {"": None}))
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -90,6 +94,7 @@ def module_paths(*modules: nn.Module) -> Iterator[None]:
     """While inside, operators captured in a submodule's forward carry its dotted path in the user's model."""
     open_marks: list[Any] = []
     handles = []
+    before = dict(traceback.current_meta.get("custom", {}))
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -118,3 +123,7 @@ def module_paths(*modules: nn.Module) -> Iterator[None]:
             handle.remove()
         while open_marks:
             open_marks.pop().__exit__(None, None, None)
+        # after an exception the marks above closed later than those around them and have put those back
+        traceback.current_meta.pop("custom", None)
+        if before:
+            traceback.current_meta["custom"] = before

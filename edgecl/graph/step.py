@@ -18,7 +18,7 @@ class GraphError(EdgeclError):
 
 
 class UnsupportedOperatorError(GraphError):
-    """No rule, translation or cost formula is known for an operator of the user's model."""
+    """A step has an operator that cannot be counted or exported; see :func:`unsupported`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 def where_in_model(node: fx.Node) -> str:
-    """Path of the submodule that a node comes from; for a backward node, that of the nearest operator before it."""
+    """Path of the submodule that a node comes from; for a backward node without one, that of the nearest operator before it."""
     seen: set[fx.Node] = set()
     queue = [node]
     while queue:
@@ -106,6 +106,30 @@ def where_in_model(node: fx.Node) -> str:
         path = (current.meta.get("custom") or {}).get("module")
         if path:
             return str(path)
+        if (node.meta.get("custom") or {}).get("phase") != "backward":
+            break
         seen.add(current)
         queue += [n for n in current.all_input_nodes if n not in seen]
     return "the model's top level"
+
+
+_STATISTICS = (
+    "takes its statistics from the input, which mean nothing for one sample (batch norm in training mode or without stored statistics, "
+    "instance norm); call model.eval(), or take group norm"
+)
+_FUSED = "is fused attention; write it out as softmax(q @ k.transpose(-2, -1) / sqrt(d), -1) @ v"
+
+
+def _reason(operator: str) -> str:
+    if "native_batch_norm" in operator:
+        return _STATISTICS
+    return _FUSED if "attention" in operator or "transformer" in operator else "is not supported"
+
+
+def unsupported(step: str, node: fx.Node, reason: str = "") -> UnsupportedOperatorError:
+    """The error for an operator that a step cannot have: step, operator, place in the user's model, and the mend."""
+    why = reason or _reason(str(node.target))
+    return UnsupportedOperatorError(
+        f"step {step!r}: operator {node.target} in {where_in_model(node)} {why}; replace it in the model, or cut the model "
+        "elsewhere: the trunk needs no gradients (docs/contract.md lists the layers, docs/adding-a-method.md says how to add one)"
+    )

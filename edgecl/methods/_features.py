@@ -1,7 +1,8 @@
 """What the analytic methods share: the feature vector of a sample, and checks of hyperparameters."""
 
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,28 @@ def dtype_of(name: str) -> torch.dtype:
     known = {"float32": torch.float32, "float64": torch.float64}
     require(name in known, "dtype", "be 'float32' or 'float64'", name, "use 'float32' unless exactness needs more")
     return known[name]
+
+
+def check_types(config: Any) -> None:
+    """Check the plain types of a config's values; NumPy's numbers become Python's.
+
+    Raises:
+        InputError: naming the first value that does not fit.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(config, name, value)  # frozen for others: nobody has it yet
+        wanted = get_args(hint) or (hint,)
+        if value is None and type(None) in wanted:
+            continue
+        kinds: dict[Any, tuple[type, ...]] = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}
+        plain = next((kinds[kind] for kind in wanted if kind in kinds and get_origin(hint) is not tuple), None)
+        ok = plain is None or (isinstance(value, plain) and (bool in plain or not isinstance(value, bool)))
+        require(
+            ok, name, f"be of type {getattr(hint, '__name__', hint) if plain and len(wanted) == 1 else hint}", value, "pass such a value"
+        )
 
 
 def require(ok: bool, parameter: str, constraint: str, value: object, mend: str) -> None:

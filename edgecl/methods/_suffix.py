@@ -4,13 +4,13 @@ import copy
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgecl.learner import UNSEEN, Learner, Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import require
+from edgecl.methods._features import check_types, require
 from edgecl_device.errors import InputError
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -76,7 +76,7 @@ class SuffixLearner(Learner):
 
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores of the suffix, float32 [1, K]."""
-        return {"scores": mask_unseen(self.scores(self.parameters(state), z), state["count"])}, {}
+        return {"scores": mask_unseen(self.scores(self.parameters(state), z), state["count"]).to(torch.float32)}, {}
 
     def parameters(self, state: State) -> dict[str, Tensor]:
         """The trained tensors by their names in the suffix."""
@@ -94,10 +94,7 @@ def check_training(config: Any) -> None:
     Raises:
         InputError: naming the first that does not fit.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), {float: (int, float), int: (int,), str: (str,)}.get(hint)
-        ok = kinds is None or (isinstance(value, kinds) and not isinstance(value, bool))
-        require(ok, name, f"be of type {getattr(hint, '__name__', hint)}", value, "pass such a value")
+    check_types(config)
     require(0 <= config.lr < math.inf, "lr", "be finite and at least 0", config.lr, "0.01 is a good start")
     patterns = config.trainable
     ok = patterns is None or (isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns))

@@ -7,6 +7,7 @@ learning"). Deviation: classes not seen yet are masked out of the softmax.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from edgecl.graph.phases import value_and_gradient
@@ -69,7 +70,7 @@ class Finetune(SuffixLearner):
             return (cross_entropy(scores, target, count > 0) * weight).sum(), scores
 
         value, scores, new = self.descend(state, loss, lr)
-        return {"scores": mask_unseen(scores, state["count"]), "loss": value}, {**new, "count": count}
+        return {"scores": mask_unseen(scores, state["count"]).to(torch.float32), "loss": value.to(torch.float32)}, {**new, "count": count}
 
     def descend(self, state: State, loss: Any, lr: Tensor) -> tuple[Tensor, Tensor, State]:
         """Loss, its auxiliary result, and the new weights and slots after one optimiser step."""
@@ -77,8 +78,3 @@ class Finetune(SuffixLearner):
         value, auxiliary, gradients = value_and_gradient(loss, parameters, optimiser.seed(lr))
         new, slots = optimiser.update(parameters, gradients, state, lr, self.masks)
         return value, auxiliary, {**{f"param.{name}": tensor for name, tensor in new.items()}, **slots}
-
-    @property
-    def default_lr(self) -> float:
-        """Learning rate of the config."""
-        return float(self.config.lr)

@@ -19,6 +19,7 @@ class Joint(SuffixLearner):
     """
 
     name = "joint"
+    host_only = True
     summary = "offline upper bound: the suffix trained on all samples at once (host only)"
 
     @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Joint(SuffixLearner):
     def fit(self, z: Any, target: Tensor) -> State:
         """Train on latents [N, ...] (one tensor, or a mapping of named ones) and classes int64 [N] and return the state."""
         state = self.init()
-        weights = {name: value.requires_grad_(True) for name, value in self.parameters(state).items()}
+        weights = {name: value.clone().requires_grad_(True) for name, value in self.parameters(state).items()}
         config: Any = self.config
         optimiser = torch.optim.AdamW(weights.values(), config.lr, weight_decay=config.weight_decay)
         steps = config.epochs * -(-len(target) // config.batch)
@@ -66,4 +67,6 @@ class Joint(SuffixLearner):
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 schedule.step()
+                for name, mask in self.masks.items():
+                    weights[name].data = torch.where(mask, weights[name].data, state[f"param.{name}"])
         return {**{f"param.{name}": value.detach() for name, value in weights.items()}, "count": count}

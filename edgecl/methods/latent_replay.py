@@ -6,7 +6,9 @@ Change in Online Continual Learning".
 
 Deviations: the trunk is frozen and batch norm keeps its stored statistics (batch statistics mean nothing for single
 samples). ER-ACE's current loss runs over the classes of a recent window of samples, because over the one class of a
-single sample its gradient is zero. Learning and prediction both see the decoded latent.
+single sample its gradient is zero. Learning and prediction both see the decoded latent. ``predict`` may work with a running average of
+the weights (Soutif-Cormerais et al. 2023, "Improving Online Continual Learning Performance and Stability with Temporal Ensembles");
+the ``scores`` of ``learn`` are those of the weights themselves.
 """
 
 import math
@@ -19,20 +21,19 @@ from torch import Tensor, nn
 
 from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
-from edgecl.learner import Problem, ReplayPlan, State, StepResult, mask_unseen, one_hot
+from edgecl.learner import Problem, State, StepResult, mask_unseen, one_hot
 from edgecl.methods._features import require
 from edgecl.methods._suffix import cross_entropy
 from edgecl.methods.finetune import Finetune
-from edgecl_device.manifest import TensorSpec
-
-POLICIES = ("reservoir", "largest-class")
+from edgecl_device.manifest import ReplaySpec, TensorSpec
+from edgecl_device.memory import POLICIES
 
 
 class LatentReplay(Finetune):
     """Experience replay on latents: ``loss = new_weight * CE(new sample) + mean of CE(r stored rows)``.
 
-    State: that of finetune, and 4 K bytes for the window; beside it the replay memory. MACs a sample: (1 + r) times the
-    suffix's forward and backward pass.
+    State: that of finetune, 4 K bytes for the window, and the trained weights again with ``average``; beside it the replay memory. MACs
+    a sample: (1 + r) times the suffix's forward and backward pass.
     """
 
     name = "latent_replay"
@@ -50,6 +51,7 @@ class LatentReplay(Finetune):
             loss: ``er`` or ``er-ace``.
             new_weight: Weight of the new sample's loss beside the mean of the stored rows'; 1 is ER's. Below 1 a run of samples of
                 one class pulls less.
+            average: Decay of the running average of the trained weights with which ``predict`` works; 0 is the weights themselves.
             window: Samples for which a class counts as current, for ``er-ace``.
             seed: Key of the device's generator.
         """
@@ -60,6 +62,7 @@ class LatentReplay(Finetune):
         policy: str = "largest-class"
         loss: str = "er"
         new_weight: float = 1.0
+        average: float = 0.0
         window: int = 50
         seed: int = 0
 
@@ -70,17 +73,22 @@ class LatentReplay(Finetune):
             require(self.policy in POLICIES, "policy", f"be one of {', '.join(POLICIES)}", self.policy, "use 'largest-class'")
             require(self.loss in ("er", "er-ace"), "loss", "be 'er' or 'er-ace'", self.loss, "use 'er'")
             require(0 < self.new_weight < math.inf, "new_weight", "be finite and above 0", self.new_weight, "1 is ER's own")
+            require(0 <= self.average < 1, "average", "be in [0, 1)", self.average, "0.99 averages over about 100 samples")
             require(self.window >= 1, "window", "be at least 1 sample", self.window, "50 is a good start")
 
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(problem, config, suffix=suffix, masks=masks)
-        features = problem.features
-        self._names = [""] if isinstance(features, TensorSpec) else list(features)
+        features = {"": problem.features} if isinstance(problem.features, TensorSpec) else problem.features
+        for spec in features.values():
+            require(spec.dtype == "float32", spec.name, "be float32 features", spec.dtype, "convert the model with float()")
+        self._names = list(features)
         self.codecs = {name: CODECS[self.config.codec]() for name in self._names}
 
     def init(self) -> State:
         """Finetune's state, and for each class the samples since it was last seen."""
-        return {**super().init(), "age": torch.full((self.problem.max_classes,), float(self.config.window))}
+        state = {**super().init(), "age": torch.full((self.problem.max_classes,), float(self.config.window))}
+        averages = {f"average.{name}": state[f"param.{name}"].clone() for name in self.trained} if self.config.average else {}
+        return {**state, **averages}
 
     def calibrate(self, latents: Any) -> None:
         """Fit the codecs on latents [N, ...] of base samples."""
@@ -88,18 +96,18 @@ class LatentReplay(Finetune):
             self.codecs[name].fit(part)
 
     @property
-    def replay(self) -> ReplayPlan:
+    def replay(self) -> ReplaySpec:
         """Rows of codes, drawn and evicted by the device."""
         features = self.problem.features
         specs = {"": features} if isinstance(features, TensorSpec) else features
         dtype = CODECS[self.config.codec].dtype
         fields = tuple(TensorSpec(f"z.{name}" if name else "z", spec.shape[1:], dtype) for name, spec in specs.items())
-        return ReplayPlan(fields, self.config.rows_per_step, self.config.capacity_bytes, self.config.policy, self.config.seed)
+        return ReplaySpec(fields, self.config.rows_per_step, self.config.capacity_bytes, self.config.policy, self.config.seed)
 
     def step_inputs(self) -> dict[str, Any]:
         """Those of finetune, and ``replay``: r rows of codes, their targets, and 1 for a real row or 0 for filler."""
-        plan, rows = self.replay, self.config.rows_per_step
-        specs = [TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in plan.fields]
+        memory, rows = self.replay, self.config.rows_per_step
+        specs = [TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in memory.fields]
         z = specs[0] if self._names == [""] else dict(zip(self._names, specs, strict=True))
         replay = {"z": z, "target": TensorSpec("target", (rows,), "int64"), "weight": TensorSpec("weight", (rows,), "float32")}
         return {**super().step_inputs(), "replay": replay}
@@ -111,6 +119,8 @@ class LatentReplay(Finetune):
 
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores float32 [1, K] of the latent as a row would hold it."""
+        if self.config.average:
+            state = {**state, **{f"param.{name}": state[f"average.{name}"] for name in self.trained}}
         return super().predict(state, self._decode(self._encode(z)))
 
     # Steps are fed by the names of their inputs, never through the base class.
@@ -138,7 +148,19 @@ class LatentReplay(Finetune):
 
         value, scores, new = self.descend(state, loss, lr)
         outputs = {"scores": mask_unseen(scores[:1], state["count"]), "loss": value, **self._row(code)}
-        return outputs, {**new, "count": count, "age": age}
+        return outputs, {**new, **self._average(state, new), "count": count, "age": age}
+
+    def _average(self, state: State, new: State) -> State:
+        """The running average of the trained weights after this step."""
+        decay = self.config.average
+        if not decay:
+            return {}
+        # in flat shape, like every update: runtimes broadcast a scalar over trailing dimensions of size one slowly
+        pairs = {name: (state[f"average.{name}"], new[f"param.{name}"]) for name in self.trained}
+        return {
+            f"average.{name}": (old.reshape(-1) * decay + now.reshape(-1) * (1 - decay)).reshape(old.shape)
+            for name, (old, now) in pairs.items()
+        }
 
     def _parts(self, z: Any) -> dict[str, Tensor]:
         return {"": z} if isinstance(z, Tensor) else dict(z)

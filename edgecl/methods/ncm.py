@@ -21,7 +21,10 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import vector
+from edgecl.methods._features import check_types, vector
+
+LEAST_SHARE = 1e-2
+"""Share of a class's weight that must remain after a ``forget``: below it float32 has lost more than a hundredth of its precision."""
 
 
 class NearestMean(Learner):
@@ -53,6 +56,9 @@ class NearestMean(Learner):
 
         unit_norm: bool = True
 
+        def __post_init__(self) -> None:
+            check_types(self)
+
     def init(self) -> State:
         """No class seen."""
         classes = self.problem.max_classes
@@ -81,8 +87,9 @@ class NearestMean(Learner):
     def forget(self, state: State, z: Any, target: Tensor, weight: Tensor) -> StepResult:
         """Take a learned sample out again; ``weight`` is the one it was learned with.
 
-        ``loss`` as for ``learn``. ``guard`` refuses when the class has no sample, or when the samples that remain have no
-        weight. A class that loses its last sample is as new.
+        ``loss`` as for ``learn``. ``guard`` refuses when the class has no sample, or when the samples that remain hold no more than
+        :data:`LEAST_SHARE` of the class's weight: their mean would be a small difference of large numbers. A class that loses its last
+        sample is as new.
         """
         return self._update(state, self._vector(z), target, weight * -1.0, -1.0)
 
@@ -110,7 +117,7 @@ class NearestMean(Learner):
         mask = chosen.reshape(-1) > 0
         outputs = {
             "loss": (difference * difference).sum(),
-            "guard": (torch.where(count > 0, total, count + 1.0) > 0).reshape(()),
+            "guard": (torch.where(count > 0, total - LEAST_SHARE * (total - weight), count + 1.0) > 0).reshape(()),
         }
         return outputs, {
             "mean": torch.where(mask.unsqueeze(1), row, state["mean"]),

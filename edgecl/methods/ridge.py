@@ -40,9 +40,19 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, Nested, Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import dtype_of, require, unit, vector
-from edgecl_device.errors import StepMissingError
+from edgecl.methods._features import check_types, dtype_of, require, unit, vector
+from edgecl_device.errors import InputError, StepMissingError
 from edgecl_device.manifest import TensorSpec
+
+HOST_BYTES = 4 * 1024**3
+"""Most that state and constants of a method with a square matrix may take on the host; checked before they are made."""
+
+
+def require_bytes(nbytes: int, parameter: str, value: str, mend: str) -> None:
+    """Raise an InputError that names the parameter when a learner would take more than :data:`HOST_BYTES`."""
+    if nbytes > HOST_BYTES:
+        need = f"{HOST_BYTES / 1024**3:,.0f} GiB, got {value}, which need {nbytes / 1024**3:,.1f} GiB"
+        raise InputError(f"{parameter}: state and constants must take at most {need}; {mend}")
 
 
 class Ridge(Learner):
@@ -76,8 +86,9 @@ class Ridge(Learner):
             drift: Factor in (0, 1] by which old samples' weights decay at every new one; 1 keeps all.
             trace_cap: With drift below 1, the bound on trace(R); None is the trace at the start, M / gamma.
             dtype: ``float32`` or ``float64``, of R and W.
-            tau: An update whose s is not above this is refused. The last sample of a direction leaves with
-                s = gamma / (gamma + w), so a gamma below about tau * w makes such a ``forget`` impossible.
+            tau: Share of R's precision that one update may lose. Taking a sample out needs s > tau: the last sample of a direction
+                leaves with s = gamma / (gamma + w), so that gamma must be above tau w to forget it. Adding a sample cannot make s less
+                than 1, so that s < 1 - tau proves R broken; s > tau / eps is a weight too large beside gamma. All these are refused.
         """
 
         gamma: float = 0.1
@@ -90,6 +101,7 @@ class Ridge(Learner):
         tau: float = 1e-2
 
         def __post_init__(self) -> None:
+            check_types(self)
             require(0 < self.gamma < math.inf, "gamma", "be finite and above 0", self.gamma, "0.1 suits unit-norm features")
             require(
                 self.projection is None or self.projection >= 1,
@@ -114,11 +126,16 @@ class Ridge(Learner):
     def __init__(self, problem: Problem, config: Any = None) -> None:
         super().__init__(problem, config)
         self._dtype = dtype_of(self.config.dtype)
-        self._size = self.config.projection or problem.feature_size
+        features, units = problem.feature_size, self.config.projection
+        self._size = units or features
+        numbers = self._size * (self._size + problem.max_classes + (features if units else 0))
+        name, mend = ("projection", "take fewer units") if units else ("features", "cut behind a pooling layer or set a projection")
+        value = (f"{units:,} units for " if units else "") + f"{features:,} features and {problem.max_classes:,} classes"
+        require_bytes(numbers * self._dtype.itemsize, name, value, mend)
         self._projection: Tensor | None = None
-        if self.config.projection is not None:
+        if units is not None:
             generator = torch.Generator().manual_seed(self.config.projection_seed)
-            self._projection = torch.randn(problem.feature_size, self._size, generator=generator).to(self._dtype)
+            self._projection = torch.randn(features, self._size, generator=generator).to(self._dtype)
         self._trace_cap = self.config.trace_cap or self._size / self.config.gamma
 
     def init(self) -> State:
@@ -149,8 +166,8 @@ class Ridge(Learner):
         """Add a sample.
 
         ``loss`` [] is the squared error |t - W^T phi|^2 of the prediction before the update; ``health.s`` [] and
-        ``health.min_s`` [] are this update's s and the smallest so far. ``guard`` is false when s is not above
-        ``tau`` (R would lose its precision or its sign) or the class would have fewer than no samples.
+        ``health.min_s`` [] are this update's s and the smallest so far. ``guard`` is false when s is out of ``tau``'s
+        bounds (R has lost its precision or its sign, or would) or the class would have fewer than no samples.
         """
         return self._update(state, z, target, weight, 1.0)
 
@@ -191,10 +208,12 @@ class Ridge(Learner):
         count = state["count"] + t.to(torch.float32).reshape(-1) * samples
         s_out = s.to(torch.float32).reshape(())
         known = count.index_select(0, target).reshape(()) >= 0
+        tau = self.config.tau
+        lowest, highest = (1 - tau if samples > 0 else tau), tau / torch.finfo(self._dtype).eps
         outputs = {
             "scores": mask_unseen(scores.to(torch.float32), state["count"]),
             "loss": (error * error).sum().to(torch.float32),
-            "guard": torch.where(known, s_out, 0.0) > self.config.tau,
+            "guard": known & (s_out > lowest) & (s_out < highest),
             "health.s": s_out,
             "health.min_s": torch.minimum(state["min_s"], s_out),
         }

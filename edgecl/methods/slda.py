@@ -34,7 +34,8 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import dtype_of, require, vector
+from edgecl.methods._features import check_types, dtype_of, require, vector
+from edgecl.methods.ridge import require_bytes
 
 
 class StreamingLDA(Learner):
@@ -74,12 +75,16 @@ class StreamingLDA(Learner):
         dtype: str = "float32"
 
         def __post_init__(self) -> None:
+            check_types(self)
             require(0 < self.g0 < math.inf, "g0", "be finite and above 0", self.g0, "0.1 suits unit-norm features")
             dtype_of(self.dtype)
 
     def __init__(self, problem: Problem, config: Any = None) -> None:
         super().__init__(problem, config)
         self._dtype = dtype_of(self.config.dtype)
+        size, classes = problem.feature_size, problem.max_classes
+        value = f"{size:,} features and {classes:,} classes"
+        require_bytes(size * (size + 2 * classes) * self._dtype.itemsize, "features", value, "cut behind a pooling layer")
 
     def init(self) -> State:
         """No sample: P is I / g0."""

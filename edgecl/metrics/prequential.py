@@ -35,8 +35,8 @@ class Prequential:
         self._hits = Counter[str]()
         self._recent: deque[tuple[int, bool]] = deque()
 
-    def update(self, label: int, predicted: int) -> None:
-        """Count one sample, after its prediction and before the next."""
+    def update(self, label: int, predicted: int | None) -> None:
+        """Count one sample, after its prediction (None, wrong in any case, while there is no class to predict) and before the next."""
         self.samples += 1
         self._hits["learner"] += label == predicted
         if self._recent:

@@ -7,12 +7,12 @@ into place: a failed export leaves nothing behind and an existing bundle untouch
 import dataclasses
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from safetensors.numpy import save
@@ -20,8 +20,19 @@ from safetensors.numpy import save
 from edgecl.graph.lowering import BuiltStep, build
 from edgecl.ledger import ledger, state_specs
 from edgecl.prepare import Prepared
-from edgecl_device.errors import InputError
-from edgecl_device.manifest import MANIFEST, FileEntry, Manifest, StepSpec, sha256_file, to_json
+from edgecl_device.checks import as_int
+from edgecl_device.errors import BundleError, InputError
+from edgecl_device.manifest import (
+    DEFAULT_LOG_BYTES,
+    DEFAULT_PENDING,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    StepSpec,
+    read_manifest,
+    sha256_file,
+    to_json,
+)
 from edgecl_export.onnx import Emitter, WeightFile
 from edgecl_export.verify import Gate, verify
 
@@ -50,8 +61,8 @@ def export(
     path: str | Path,
     *,
     overwrite: bool = False,
-    log_capacity_bytes: int = 16 << 20,
-    pending_capacity: int = 256,
+    log_capacity_bytes: int = DEFAULT_LOG_BYTES,
+    pending_capacity: int = DEFAULT_PENDING,
     ram_budget_bytes: int = 128 << 20,
 ) -> Exported:
     """Write a bundle and check it.
@@ -59,29 +70,21 @@ def export(
     Args:
         prepared: What :func:`edgecl.prepare.prepare` returned, after ``fit``.
         path: Folder to make.
-        overwrite: Replace an existing bundle.
+        overwrite: Replace an existing bundle; a folder that holds anything else is refused.
         log_capacity_bytes: Cap of the device's sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that may wait for a delayed label.
-        ram_budget_bytes: What the state, held twice, and the replay memory may take on the device.
+        ram_budget_bytes: What state, its second buffers and the replay memory (``ledger`` in the manifest) may take on the device.
 
     Raises:
         InputError: when the folder exists, the method is for the host only, or state and replay exceed the budget.
         GraphError: when a step cannot be captured or has no translation, with its place in the model.
         ExportError: when a gate fails; nothing is written.
     """
-    destination = Path(path)
-    if destination.exists() and not (overwrite and (destination / MANIFEST).is_file()):
-        mend = ", this one holds no bundle" if overwrite else " or pass overwrite=True"
-        raise InputError(f"path: {destination} exists; choose another folder{mend}")
-    if prepared.learner.name == "joint":
-        raise InputError("method: 'joint' trains offline and has no step for the device; export another method")
-    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in prepared.state.values())
-    needed = 2 * state_bytes + (prepared.memory.nbytes if prepared.memory is not None else 0)
-    if needed > ram_budget_bytes:
-        raise InputError(
-            f"ram_budget_bytes: state twice and replay take {needed:,} bytes, the budget is {ram_budget_bytes:,}; "
-            "split where the features are smaller, or raise the budget"
-        )
+    destination = _checked(Path(path).resolve(), overwrite)
+    log_capacity_bytes = _at_least_one("log_capacity_bytes", log_capacity_bytes)
+    pending_capacity = _at_least_one("pending_capacity", pending_capacity)
+    if prepared.learner.host_only:
+        raise InputError(f"method: {prepared.learner.name!r} trains offline and has no step for the device; export another method")
     steps = build(prepared)
     # Missing parents are made last: a failed export leaves none behind.
     nearest = next(parent for parent in destination.parents if parent.exists())
@@ -89,12 +92,57 @@ def export(
         folder = Path(scratch) / "bundle"
         folder.mkdir()
         manifest = _write(prepared, steps, folder, log_capacity_bytes, pending_capacity)
+        _check_budget(manifest.ledger, ram_budget_bytes)
         gates = verify(folder, manifest, prepared, steps)
-        if destination.exists():
-            shutil.rmtree(destination)
+        _checked(destination, overwrite)  # the gates take time
         destination.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(destination)
+        old = Path(scratch) / "old"
+        if destination.exists():
+            destination.rename(old)
+        try:
+            folder.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise
     return Exported(destination, manifest, gates)
+
+
+def _checked(destination: Path, overwrite: bool) -> Path:
+    """The destination, when nothing is there, or a bundle and nothing else that may be replaced."""
+    if not destination.exists():
+        if not next(parent for parent in destination.parents if parent.exists()).is_dir():
+            raise InputError(f"path: {destination} lies behind a file; choose another folder")
+        return destination
+    if not overwrite:
+        raise InputError(f"path: {destination} exists; choose another folder or pass overwrite=True")
+    if Path.cwd().is_relative_to(destination):
+        raise InputError(f"path: {destination} is or holds the working directory; choose another folder")
+    try:
+        manifest = read_manifest(destination)
+    except BundleError as error:
+        raise InputError(f"path: {destination} exists; choose another folder, this one holds no bundle ({error})") from error
+    others = sorted({p.name for p in destination.iterdir()} - {MANIFEST, *manifest.files})
+    if others:
+        raise InputError(f"path: {destination} holds {others}, which are not the bundle's; move them, or choose another folder")
+    return destination
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    number = as_int(name, value)
+    if number < 1:
+        raise InputError(f"{name}: must be at least 1, got {number}; leave it out for the default")
+    return number
+
+
+def _check_budget(found: Mapping[str, Any], budget: int) -> None:
+    parts = {name: found[name] for name in ("state", "state_second_buffers", "replay")}
+    if sum(parts.values()) > budget:
+        raise InputError(
+            f"ram_budget_bytes (--ram-budget): must be at least {sum(parts.values()):,}, the sum of "
+            f"{', '.join(f'{name} {size:,}' for name, size in parts.items())}, got {budget:,}; cut where the features are smaller, "
+            "take a smaller replay memory, or raise the budget"
+        )
 
 
 def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log_capacity_bytes: int, pending_capacity: int) -> Manifest:
@@ -106,7 +154,7 @@ def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log
         model = Emitter(step.graph, weights).emit()
         (folder / files[name]).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     weights.close()
-    (folder / STATE_FILE).write_bytes(save({name: tensor.detach().cpu().numpy() for name, tensor in prepared.state.items()}))
+    (folder / STATE_FILE).write_bytes(save({name: tensor.detach().contiguous().numpy() for name, tensor in prepared.state.items()}))
     replay = None
     if memory is not None:
         (folder / REPLAY_FILE).write_bytes(save(memory.rows_by_name()))
@@ -121,7 +169,6 @@ def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log
         replay_bytes=memory.nbytes if memory is not None else 0,
         pending=pending_capacity,
     )
-    trunk_hash = _graph_hash(steps["encode"])
     specs = state_specs(prepared.state)
     config = json.loads(json.dumps(learner.config_dict()))
     # Every step counts: a store's state and rows mean something else behind another frozen layer or another codec range.
@@ -141,7 +188,6 @@ def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log
         replay=replay,
         replay_file=REPLAY_FILE if replay else None,
         learning_rate=learner.default_lr,
-        trunk_hash=trunk_hash,
         bundle_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         log_capacity_bytes=log_capacity_bytes,
         pending_capacity=pending_capacity,

@@ -15,7 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx
 
-from edgecl.graph.step import Port, StepGraph, UnsupportedOperatorError, value_of, where_in_model
+from edgecl.graph.step import Port, StepGraph, unsupported, value_of
 from edgecl.learner import dtype_name
 from edgecl_device.engines.onnx import STATE_IN, STATE_OUT
 from edgecl_export.onnx_ops import TRANSLATIONS
@@ -54,7 +54,6 @@ class WeightFile:
         self._blobs: list[tuple[int, bytes]] = []
         self._places: dict[str, tuple[int, int]] = {}
         self._end = 0
-        self.tensor_bytes = 0
 
     def place(self, array: np.ndarray[Any, Any]) -> tuple[int, int]:
         """Offset and length of an array in the file."""
@@ -65,7 +64,6 @@ class WeightFile:
             self._blobs.append((offset, blob))
             self._places[key] = (offset, len(blob))
             self._end = offset + len(blob)
-            self.tensor_bytes += len(blob)
         return self._places[key]
 
     def close(self) -> None:
@@ -130,10 +128,7 @@ class Emitter:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         translation = TRANSLATIONS.get(node.target)
         if translation is None:
-            raise UnsupportedOperatorError(
-                f"step {self.graph.name!r}: operator {node.target} in {where_in_model(node)} has no ONNX translation; "
-                "replace it in the model, or split the model after it if it is frozen and can run elsewhere"
-            )
+            raise unsupported(self.graph.name, node)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         return translation(self, node, *args, **kwargs)
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from edgecl.graph.step import UnsupportedOperatorError, shape_of, value_of, where_in_model
+from edgecl.graph.step import shape_of, unsupported, value_of
 
 if TYPE_CHECKING:
     from edgecl_export.onnx import Emitter
@@ -89,7 +89,7 @@ for name, op in {"mul": "Mul", "div": "Div", "eq": "Equal", **_ORDER}.items():
     TRANSLATIONS[getattr(aten, name).Tensor] = TRANSLATIONS[getattr(aten, name).Scalar] = _elementwise(op)
 for name, op in {
     "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "abs": "Abs", "relu": "Relu",
-    "sigmoid": "Sigmoid", "tanh": "Tanh", "round": "Round", "floor": "Floor", "sign": "Sign", "sgn": "Sign",
+    "sigmoid": "Sigmoid", "tanh": "Tanh", "erf": "Erf", "round": "Round", "floor": "Floor", "sign": "Sign", "sgn": "Sign",
     "maximum": "Max", "minimum": "Min",
 }.items():  # fmt: skip
     TRANSLATIONS[getattr(aten, name).default] = _elementwise(op)
@@ -243,7 +243,7 @@ def _select(e: "Emitter", node: fx.Node, x: ir.Value, dim: int, index: int) -> i
 def _diagonal(e: "Emitter", node: fx.Node, x: ir.Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> ir.Value:
     sizes = shape_of(node.args[0])  # type: ignore[arg-type]
     if len(sizes) != 2:
-        raise UnsupportedOperatorError(f"{node.target} in {where_in_model(node)}: takes a matrix, got {list(sizes)}; index it instead")
+        raise unsupported(e.graph.name, node, f"takes a matrix, got {list(sizes)}")
     (rows, columns), size = sizes, shape_of(node)[0]
     if dim1 % 2 > dim2 % 2:
         offset = -offset

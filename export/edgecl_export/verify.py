@@ -13,34 +13,22 @@ from safetensors.numpy import load_file
 
 from edgecl.engine import EagerEngine
 from edgecl.graph.lowering import BuiltStep
-from edgecl.learner import UNSEEN
 from edgecl.prepare import Prepared
 from edgecl.trees import flatten_tree
 from edgecl_device.engines.onnx import STATE_IN, STATE_OUT, OnnxEngine
 from edgecl_device.errors import EdgeclError
+from edgecl_device.learner import Learner as DeviceLearner
 from edgecl_device.manifest import Array, Manifest, TensorSpec, check_files, read_manifest
+from edgecl_export.errors import refuse
+from edgecl_export.parity import UNLESS, Tally, compare_outputs, compare_step
 
 STATES = 24
 """States of a real trajectory from which every step is compared."""
-
-WEIGHTS, MOMENTS, CHANGE = 1e-5, 1e-4, 1e-3
-"""Largest relative differences: of weights and analytic state; of optimiser moments, losses and scores; of an update."""
-
-ROUNDING = {"float32": 2.0**-23, "float64": 2.0**-52}
-"""Two roundings of a stored value: a change cannot be known better than the numbers that it lies between. Only values that
-changed count."""
-
-CODES = 0.01
-"""Share of a row's codes that may differ by one: values that lie on the edge between two codes."""
 
 DISTINCTIVE = 16
 """Elements from which on equal values are no coincidence."""
 
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
-
-
-class ExportError(EdgeclError):
-    """A bundle failed a gate and was not written."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +64,6 @@ def verify(folder: Path, manifest: Manifest, prepared: Prepared, steps: Mapping[
     return tuple(Gate(name, gate(case)) for name, gate in GATES.items())
 
 
-def _refuse(gate: str, why: str, mend: str) -> ExportError:
-    return ExportError(f"gate {gate!r}: {why}; {mend}")
-
-
 def _kernels(case: _Case) -> str:
     """Every operator has a kernel in the runtime, at the opset that the graph declares."""
     known: dict[str, list[tuple[int, int]]] = {}
@@ -93,7 +77,7 @@ def _kernels(case: _Case) -> str:
             used.add(node.op_type)
             if not any(low <= opset <= high for low, high in known.get(node.op_type, [])):
                 why = f"step {name!r} uses {node.op_type}, opset {opset}, which ONNX Runtime has no kernel for"
-                raise _refuse("kernels", why, "add a rule for it")
+                raise refuse("kernels", why, "add a rule for it")
     return f"{len(used)} kinds of operators, all with kernels"
 
 
@@ -101,7 +85,7 @@ def _no_random(case: _Case) -> str:
     for name, model in case.models.items():
         for node in model.graph:
             if node.op_type in RANDOM:
-                raise _refuse("no random operator", f"step {name!r} draws random numbers ({node.op_type})", "pass the numbers as an input")
+                raise refuse("no random operator", f"step {name!r} draws random numbers ({node.op_type})", "pass the numbers as an input")
     return "none"
 
 
@@ -117,17 +101,17 @@ def _state_is_input(case: _Case) -> str:
         outputs = {v.name for v in model.graph.outputs}
         lost = sorted({STATE_IN + s for s in spec.state_in} - inputs | {STATE_OUT + s for s in spec.state_out} - outputs)
         if lost:
-            raise _refuse("state is input", f"step {name!r}: {lost} must be inputs and outputs of the graph", "report this as a defect")
+            raise refuse("state is input", f"step {name!r}: {lost} must be inputs and outputs of the graph", "report this as a defect")
         for tensor in _initializers(model) if name != "encode" else ():
             if _values(tensor) in baked:
-                raise _refuse(
+                raise refuse(
                     "state is input",
                     f"step {name!r} holds the values of state {baked[_values(tensor)]!r} as a constant",
                     "read them from the state that the step is given",
                 )
         read |= set(spec.state_in)
     for name in sorted(names - read):
-        raise _refuse("state is input", f"no step reads state {name!r}", "drop it from init()")
+        raise refuse("state is input", f"no step reads state {name!r}", "drop it from init()")
     return f"{len(names)} state tensors"
 
 
@@ -145,7 +129,7 @@ def _initial_state(case: _Case) -> str:
     saved = load_file(case.folder / case.manifest.state_file)
     for name, tensor in case.prepared.state.items():
         if name not in saved or saved[name].tobytes() != tensor.contiguous().numpy().tobytes():
-            raise _refuse("initial state", f"{name!r} in the bundle differs from the learner's", "report this as a defect")
+            raise refuse("initial state", f"{name!r} in the bundle differs from the learner's", "report this as a defect")
     return f"{sum(a.nbytes for a in saved.values()):,} bytes, bit-identical"
 
 
@@ -158,7 +142,7 @@ def _frozen(case: _Case) -> str:
         for key, tensor in step.graph.constants().items():
             count += 1
             if tensor.contiguous().numpy().tobytes() not in shipped:
-                raise _refuse("frozen tensors", f"step {name!r}: {key} differs in the bundle", "report this as a defect")
+                raise refuse("frozen tensors", f"step {name!r}: {key} differs in the bundle", "report this as a defect")
     return f"{count} tensors, bit-identical"
 
 
@@ -166,12 +150,12 @@ def _parity(case: _Case) -> str:
     """Outputs and new state equal eager's from many states, with zero gradients and a used arena among them."""
     eager = EagerEngine(case.prepared.trunk, case.prepared.learner)
     target = OnnxEngine(case.folder, case.manifest)
-    worst: dict[str, float] = {}
+    tally = Tally()
     state = {name: t.detach().numpy().copy() for name, t in case.prepared.state.items()}
     for state_index, inputs in zip(range(STATES), _inputs(case), strict=False):
         for step in case.manifest.steps:
             if step != "encode":
-                compare_step(step, state, inputs, eager, target, worst)
+                compare_step(step, state, inputs, eager, target, tally)
         if "learn" in case.manifest.steps:
             eager.load(state)
             outputs = eager.run("learn", inputs)
@@ -180,108 +164,25 @@ def _parity(case: _Case) -> str:
                 state = eager.state()
         if state_index == 0:
             _check_clean_runs(case, state, inputs, target)
-    x = _example_of(case.prepared.x, np.random.default_rng(0))
-    compare_outputs("encode", eager.run("encode", {"x": x}), target.run("encode", {"x": x}), worst)
+    samples = [case.prepared.example]
+    if samples[0].dtype.kind == "f":  # integers may be indices into a table of the model
+        samples.append(_example_of(case.prepared.x, np.random.default_rng(0)))
+    for x in samples:
+        compare_outputs("encode", eager.run("encode", {"x": x}), target.run("encode", {"x": x}), tally)
     target.close()
-    return ", ".join(f"{kind} {value:.0e}" for kind, value in sorted(worst.items()))
+    return str(tally)
 
 
-def compare_step(
-    step: str, state: Mapping[str, Array], inputs: Mapping[str, Array], eager: Any, target: Any, worst: dict[str, float] | None = None
-) -> None:
-    """Run one step on two engines from the same state and compare outputs, new state and the change itself.
-
-    Args:
-        step: Name of the step.
-        state: Every state tensor.
-        inputs: At least the inputs that the step takes.
-        eager: The reference engine.
-        target: The engine to check.
-        worst: Collects the largest relative difference by kind.
-
-    Raises:
-        ExportError: naming the tensor, the difference and the bar.
-    """
-    worst = {} if worst is None else worst
-    eager.load(state)
-    target.load(state)
-    outputs = eager.run(step, inputs)
-    compare_outputs(step, outputs, target.run(step, inputs), worst)
-    if not bool(outputs.get("guard", True)):
-        return  # the device does not keep a state that the guard refuses
-    # dividing by s < 1, as taking out a sample does, loses that factor of precision on either side
-    lost = max(1.0, 1.0 / float(outputs.get("health.s", 1.0)))
-    # the gradient of a sample that is all but learned is a probability minus one, exact to a rounding of one
-    vanishing = 8 * ROUNDING["float32"] / max(float(outputs.get("loss", 1.0)), ROUNDING["float32"])
-    eager.commit()
-    target.commit()
-    new, other = eager.state(), target.state()
-    for name, reference in new.items():
-        kind = "moments" if name.startswith(("momentum.", "adam_")) else "state"
-        got = _without_lost_signs(name, state, new, other)
-        _compare(step, name, reference, got, lost * (MOMENTS if kind == "moments" else WEIGHTS), kind, worst)
-        if reference.dtype.kind == "f":
-            old = state[name].astype(np.float64)
-            change, change_other = reference - old, got - old
-            moved = (change != 0) | (change_other != 0)
-            floor = ROUNDING[str(reference.dtype)] * float(np.linalg.norm(reference[moved].astype(np.float64)))
-            difference = max(float(np.linalg.norm(change - change_other)) - floor, 0.0)
-            relative = difference / max(float(np.linalg.norm(change)), float(np.finfo(np.float64).tiny))
-            _judge(step, f"the change of {name}", relative, lost * CHANGE + vanishing, "change", worst)
-
-
-def _without_lost_signs(name: str, state: Mapping[str, Array], new: Mapping[str, Array], other: Mapping[str, Array]) -> Array:
-    """The other engine's tensor; under Adam, less what its weights inherit from moments that differ.
-
-    Adam divides a gradient by its own size. Where a gradient is itself lost in rounding, so is the sign of the weight's change:
-    it inherits the relative difference of its first moment, whose own bar is not touched.
-    """
-    moment = name.replace("param.", "adam_m.", 1)
-    if not name.startswith("param.") or moment not in new:
-        return other[name]
-    size = np.maximum(np.abs(new[moment].astype(np.float64)), np.finfo(np.float64).tiny)
-    share = np.minimum(2 * np.abs(new[moment] - other[moment]) / size, 2)
-    difference = other[name].astype(np.float64) - new[name]
-    inherited = np.abs(new[name].astype(np.float64) - state[name]) * share
-    return np.asarray(new[name] + np.sign(difference) * np.maximum(np.abs(difference) - inherited, 0))
-
-
-def compare_outputs(step: str, reference: Mapping[str, Array], other: Mapping[str, Array], worst: dict[str, float]) -> None:
-    """Compare the outputs of one step; integers and truth values must be equal, a few codes may differ by one rounding."""
-    for name, value in reference.items():
-        got = other[name]
-        if name == "scores":
-            seen = value > UNSEEN / 2
-            if ((got > UNSEEN / 2) != seen).any():
-                raise _refuse("parity", f"step {step!r}: other classes are masked", "report this as a defect")
-            value, got = value[seen], got[seen]
-        if value.dtype == np.uint8:
-            apart = np.abs(value.astype(int) - got)
-            if apart.max(initial=0) > 1 or np.count_nonzero(apart) > max(1, CODES * apart.size):
-                raise _refuse("parity", f"step {step!r}: codes {name} differ", "report this as a defect")
-        elif value.dtype.kind == "f":
-            _compare(step, name, value, got, MOMENTS, "outputs", worst)
-        elif not np.array_equal(value, got):
-            raise _refuse("parity", f"step {step!r}: output {name} is {got}, eager gives {value}", "report this as a defect")
-
-
-def _compare(step: str, name: str, reference: Array, other: Array, bar: float, kind: str, worst: dict[str, float]) -> None:
-    if reference.dtype.kind != "f":
-        if not np.array_equal(reference, other):
-            raise _refuse("parity", f"step {step!r}: {name} differs", "report this as a defect")
-        return
-    wide = reference.astype(np.float64)  # the norm of float32 overflows from 1e19 on
-    size = float(np.linalg.norm(wide))
-    # a loss near zero is a difference of scores: it is known no better than their own rounding, about 1e-6
-    relative = float(np.linalg.norm(wide - other)) / max(size, 1e-2 if kind == "outputs" else 1e-30)
-    _judge(step, name, relative if size or relative > bar else 0.0, bar, kind, worst)
-
-
-def _judge(step: str, name: str, relative: float, bar: float, kind: str, worst: dict[str, float]) -> None:
-    worst[kind] = max(worst.get(kind, 0.0), relative)
-    if not relative <= bar:
-        why = f"step {step!r}: {name} differs from eager by {relative:.2e}, more than {bar:.0e}"
-        raise _refuse("parity", why, "report this as a defect")
+def _loads(case: _Case) -> str:
+    """The device's own loop loads the bundle, predicts, and learns."""
+    try:
+        with DeviceLearner.load(case.folder) as learner:
+            seen = learner.predict(case.prepared.example)
+            if "learn" in case.manifest.steps:
+                learner.learn(case.prepared.example, 0 if seen.label is None else seen.label)
+    except EdgeclError as error:
+        raise refuse("loads", f"the device's loop refuses the bundle or its first sample ({error})", UNLESS) from error
+    return "loaded, predicted" + (", learned" if "learn" in case.manifest.steps else "")
 
 
 def _check_clean_runs(case: _Case, state: Mapping[str, Array], inputs: Mapping[str, Array], target: OnnxEngine) -> None:
@@ -302,7 +203,7 @@ def _check_clean_runs(case: _Case, state: Mapping[str, Array], inputs: Mapping[s
                     target.run(other, scale)
         for name, value in results[0].items():
             if value.tobytes() != results[1][name].tobytes():
-                raise _refuse("parity", f"step {step!r}: {name} depends on earlier runs", "report this as a defect")
+                raise refuse("parity", f"step {step!r}: {name} depends on earlier runs", "report this as a defect")
 
 
 def _inputs(case: _Case) -> Any:
@@ -356,5 +257,6 @@ GATES: dict[str, Callable[[_Case], str]] = {
     "initial state": _initial_state,
     "parity": _parity,
     "frozen tensors": _frozen,
+    "loads": _loads,
 }
 """Every gate by name, in the order in which they run."""

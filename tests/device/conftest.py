@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edgecl_device import Learner
+from edgecl_device.manifest import sealed
 
 BUNDLES = Path(__file__).resolve().parent / "bundles"
 
@@ -45,7 +46,7 @@ def loud():
 
 @pytest.fixture
 def edit_manifest():
-    """Change fields of a bundle's manifest.json, hashes of altered files included."""
+    """Change fields of a bundle's manifest.json, hashes of altered files and its own included."""
 
     def edit(bundle, **fields):
         path = bundle / "manifest.json"
@@ -55,7 +56,7 @@ def edit_manifest():
             if (bundle / name).exists():
                 content = (bundle / name).read_bytes()
                 entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-        path.write_text(json.dumps(data))
+        path.write_text(json.dumps(sealed(data)))
         return data
 
     return edit

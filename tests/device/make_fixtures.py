@@ -16,7 +16,7 @@ from onnx import numpy_helper, parser
 from safetensors.numpy import save
 
 from edgecl_device.generator import Generator
-from edgecl_device.manifest import FileEntry, Manifest, ReplaySpec, StepSpec, TensorSpec, sha256_file, to_json
+from edgecl_device.manifest import UNSEEN_SCORE, FileEntry, Manifest, ReplaySpec, StepSpec, TensorSpec, sha256_file, to_json
 
 HERE = Path(__file__).resolve().parent
 D, K, R = 8, 5, 2
@@ -102,7 +102,7 @@ def trunk() -> np.ndarray:
 
 def constants() -> dict[str, np.ndarray]:
     """Everything a graph's text may name."""
-    scalars = {"zero": 0, "one": 1, "unseen": -1e30, "limit": 20, "low": -0.5, "sixteen": 16, "middle": 128, "top": 255}
+    scalars = {"zero": 0, "one": 1, "unseen": UNSEEN_SCORE, "limit": 20, "low": -0.5, "sixteen": 16, "middle": 128, "top": 255}
     return {
         **{name: np.array(value, np.float32) for name, value in scalars.items()},
         "row": np.array([1, 16], np.int64),
@@ -166,10 +166,10 @@ def write_bundle(
     if rows is not None:
         (folder / "rows.safetensors").write_bytes(save(rows))
     files = {p.name: FileEntry(sha256_file(p), p.stat().st_size) for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
-    trunk_hash = files["encode.onnx"].sha256
+    identity = f"{method} {files['encode.onnx'].sha256}"
     manifest = Manifest(
         method=method, config={}, target="class", max_classes=K, class_names=("cat", "dog"), steps=found, state=tuple(specs.values()),
-        state_file="state.safetensors", trunk_hash=trunk_hash, bundle_id=hashlib.sha256(f"{method} {trunk_hash}".encode()).hexdigest(),
+        state_file="state.safetensors", bundle_id=hashlib.sha256(identity.encode()).hexdigest(),
         replay_file=None if rows is None else "rows.safetensors", pending_capacity=4, log_capacity_bytes=1 << 16, files=files, versions={},
     )  # fmt: skip
     (folder / "manifest.json").write_text(to_json(dataclasses.replace(manifest, **more)))

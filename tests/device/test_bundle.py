@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -37,9 +38,66 @@ def test_a_missing_or_altered_file_is_named_and_the_store_is_left_alone(means, l
     assert load(means, store=tmp_path / "l.db").report()["learned"] == 1
 
 
-def test_a_newer_schema_is_refused(means, load, edit_manifest):
-    edit_manifest(means, schema=2)
+def test_a_newer_schema_is_refused(means, load):
+    data = json.loads((means / "manifest.json").read_text())
+    # A newer schema may hash in another way: it comes first.
+    (means / "manifest.json").write_text(json.dumps({**data, "schema": 2}))
     with pytest.raises(SchemaError, match="schema is 2, this package reads up to 1; update edgecl on the device"):
+        load(means)
+
+
+def test_the_manifests_own_hash_is_what_the_page_says(means):
+    data = json.loads((means / "manifest.json").read_text())
+    found = data.pop("manifest_sha256")
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    assert found == hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 0.5},
+        {"class_names": ["dog", "cat"]},
+        {"bundle_id": "0" * 64},
+        {"files": {}},
+        {"config": {"rate": 1}},
+        {"steps": 7},
+        {"mood": "good"},
+        {"manifest_sha256": "0" * 64},
+        {"manifest_sha256": None},
+    ],
+)
+def test_an_altered_manifest_is_refused_whatever_was_altered(means, load, stream, tmp_path, change):
+    with load(means, store=tmp_path / "l.db") as learner:
+        learner.learn(stream[0][0], 1)
+    store, good = (tmp_path / "l.db").read_bytes(), (means / "manifest.json").read_text()
+    (means / "manifest.json").write_text(json.dumps({**json.loads(good), **change}))
+    with pytest.raises(BundleError, match=r"manifest\.json: does not match its own manifest_sha256, .* copy or export the bundle again"):
+        load(means, store=tmp_path / "l.db")
+    assert (tmp_path / "l.db").read_bytes() == store
+    (means / "manifest.json").write_text(json.dumps(json.loads(good)))  # another layout of the same content is the same manifest
+    assert load(means, store=tmp_path / "l.db").report()["learned"] == 1
+
+
+def test_a_manifest_without_its_own_hash_is_refused(means, load):
+    data = json.loads((means / "manifest.json").read_text())
+    del data["manifest_sha256"]
+    (means / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="does not match its own manifest_sha256"):
+        load(means)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": "fast"}, "learning_rate: expected a finite number, got fast"),
+        ({"mood": "good"}, r"expected no other fields, got \['mood'\]"),
+        ({"steps": 7}, "steps: expected an object, got 7"),
+    ],
+)
+def test_a_malformed_field_is_named(means, load, edit_manifest, change, message):
+    edit_manifest(means, **change)
+    with pytest.raises(BundleError, match=message):
         load(means)
 
 
@@ -48,7 +106,7 @@ def test_a_file_without_a_hash_is_refused(means, load, edit_manifest, name):
     files = json.loads((means / "manifest.json").read_text())["files"]
     del files[name]
     edit_manifest(means, files=files)
-    with pytest.raises(BundleError, match=f"files: {name} must have a SHA-256 in the manifest"):
+    with pytest.raises(BundleError, match=f"'{name}' has no entry in files"):
         load(means)
 
 
@@ -103,8 +161,7 @@ def broken(data, change):
     ],
 )
 def test_a_manifest_that_the_loop_cannot_serve_is_refused(means, edit_manifest, change, message):
-    data = broken(json.loads((means / "manifest.json").read_text()), change)
-    (means / "manifest.json").write_text(json.dumps(data))
+    edit_manifest(means, **broken(json.loads((means / "manifest.json").read_text()), change))
 
     class NoEngine:
         """The loop's own checks come before any engine's."""

@@ -2,12 +2,13 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgecl_device import Learner, cli
+from edgecl_device import Learner, StoreFullError, cli
 
 
 @pytest.fixture
@@ -54,6 +55,11 @@ def test_verify_leaves_the_files_as_they_are(call, request, name):
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in bundle.iterdir()} == before
 
 
+def test_verify_of_a_learner_that_knows_no_class(call, means, head):
+    assert json.loads(call("verify", means, "--json")[1])["checks"][1]["result"] == "no class yet"
+    assert json.loads(call("verify", head, "--json")[1])["checks"][1]["result"] == "class 0"
+
+
 def test_verify_says_when_the_update_was_refused_or_files_changed(call, means, monkeypatch):
     def breaking(self, x, y):
         (means / "manifest.json").write_text("{}")
@@ -97,6 +103,78 @@ def test_run_of_nothing(call, means, data):
     assert code == 0 and "prequential_accuracy  -" in out
 
 
+def test_a_stream_is_checked_before_its_first_sample_is_learned(call, means, stream, tmp_path):
+    y = np.zeros(20, np.int64)
+    y[13] = 5
+    np.savez(tmp_path / "bad.npz", x=stream[0][:20], y=y)
+    code, _, err = call("run", means, "--data", tmp_path / "bad.npz", "--store", tmp_path / "l.db")
+    assert code == 2 and "edgecl-device: sample 13: y: must be in [0, 5)" in err
+    assert not (tmp_path / "l.db").exists()
+    code, out, _ = call("run", means, "--data", tmp_path / "bad.npz", "--limit", 13, "--json")
+    assert code == 0 and json.loads(out)["samples"] == 13
+
+
+def test_an_error_in_the_middle_of_a_stream_names_its_sample(call, means, data, monkeypatch):
+    learn = Learner.learn
+
+    def full(self, x, y):
+        if self.report()["learned"] == 7:
+            raise StoreFullError("no space left")
+        return learn(self, x, y)
+
+    monkeypatch.setattr(Learner, "learn", full)
+    code, _, err = call("run", means, "--data", data)
+    assert (code, err) == (2, "edgecl-device: sample 7: no space left\n")
+
+
+def damaged_streams(folder, x, y):
+    np.savez_compressed(folder / "deflate.npz", x=x, y=y)
+    content = bytearray((folder / "deflate.npz").read_bytes())
+    content[100:400] = bytes(300)
+    (folder / "deflate.npz").write_bytes(content)
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (100000000000000, 16), }"
+    array = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n"
+    for name, members in (
+        ("lying", {"x.npy": array, "y.npy": array}),
+        ("bytes", {"x": b"not", "y": b"arrays"}),
+        ("short", {"x.npy": array[:20]}),
+    ):
+        with zipfile.ZipFile(folder / f"{name}.npz", "w") as file:
+            for member, data in members.items():
+                file.writestr(member, data)
+
+
+@pytest.mark.parametrize("name", ["deflate", "lying", "bytes", "short"])
+def test_damaged_streams_are_errors_of_one_line(call, means, stream, tmp_path, name):
+    damaged_streams(tmp_path, *stream)
+    code, out, err = call("run", means, "--data", tmp_path / f"{name}.npz")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert f"{name}.npz: " in err and "numpy.savez" in err
+
+
+def as_command(means, *arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "edgecl_device.cli", *arguments, str(means)]
+    return subprocess.run(command, text=True, env=environment | options.pop("env", {}), check=False, stderr=subprocess.PIPE, **options)
+
+
+def test_output_that_nobody_reads_or_that_has_no_room_is_no_traceback(means):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = as_command(means, "info", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+    with Path("/dev/full").open("w") as full:
+        done = as_command(means, "info", stdout=full)
+    assert done.returncode == 2 and done.stderr.startswith("edgecl-device: the output cannot be written") and done.stderr.count("\n") == 1
+
+
+def test_names_that_the_terminal_has_not_are_escaped(means, edit_manifest):
+    edit_manifest(means, class_names=["Tässchen", "half \ud800"])
+    done = as_command(means, "info", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "T\\xe4sschen, half \\ud800" in done.stdout
+
+
 def bad_streams(folder, x):
     np.save(folder / "array.npz", x)
     (folder / "array.npz.npy").rename(folder / "array.npz")
@@ -134,6 +212,8 @@ def test_errors_are_one_line_and_exit_code_2(call, means, stream, tmp_path, name
 def test_a_wrong_folder_and_a_wrong_limit(call, means, data, tmp_path):
     code, _, err = call("info", tmp_path / "none")
     assert code == 2 and "no manifest; pass the folder that edgecl export wrote" in err
+    code, _, err = call("run", means, "--data", data, "--threads", 0)
+    assert code == 2 and "threads: must be at least 1, got 0" in err
     code, _, err = call("run", means, "--data", data, "--limit", -1)
     assert code == 2 and "--limit: must be at least 0, got -1" in err
 
@@ -148,9 +228,7 @@ def test_help_has_examples(arguments, capsys):
 
 def test_as_a_command_without_a_traceback(means, tmp_path):
     (means / "learn.onnx").write_bytes(b"altered")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "edgecl_device.cli", "verify", str(means)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = as_command(means, "verify", stdout=subprocess.PIPE, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert "learn.onnx: SHA-256 differs" in done.stderr and done.stderr.count("\n") == 1
 

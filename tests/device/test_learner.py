@@ -125,6 +125,19 @@ def test_unseen_classes_are_masked(means, load, stream):
     assert (np.delete(scores, 3) == np.float32(-1e30)).all()
 
 
+def test_nothing_learned_is_no_class(means, head, load, stream):
+    learner = load(means)
+    seen = learner.predict(stream[0][0])
+    assert (seen.label, seen.class_name) == (None, None)
+    assert (seen.scores == np.float32(-1e30)).all()
+    first, second = (learner.learn(stream[0][i], 1) for i in range(2))
+    assert (first.predicted, second.predicted) == (None, 1)
+    learner.forget(first.sample_id)
+    learner.forget(second.sample_id)
+    assert learner.predict(stream[0][0]).label is None
+    assert load(head).predict(stream[0][0]).label == 0  # its scores are equal and real: the first wins
+
+
 def test_a_waiting_sample_beyond_the_capacity_names_it(means, load, stream, facts):
     learner = load(means)
     ids = [learner.predict(stream[0][i]).sample_id for i in range(5)]
@@ -150,7 +163,7 @@ BAD_CALLS = {
     "two samples": (lambda a, x: a.learn(np.stack([x, x]), 1), InputError, r"x: shape must be \[1, 4, 4\], got \[2, 4, 4\]"),
     "dtype": (lambda a, x: a.learn(x.astype(np.float32), 1), InputError, "x: dtype must be uint8, got float32"),
     "list": (lambda a, x: a.predict(x.tolist()), InputError, "x: expected a numpy array, got list"),
-    "list to learn": (lambda a, x: a.learn(x.tolist(), 1), InputError, "x .*must be an integer"),
+    "list to learn": (lambda a, x: a.learn(x.tolist(), 1), InputError, "x: must be a numpy array, or a sample_id .*, got list; .*asarray"),
     "unknown id": (lambda a, x: a.learn(99, 1), InputError, "99 does not wait"),
     "negative id": (lambda a, x: a.learn(-1, 1), InputError, "-1 does not wait"),
     "id True": (lambda a, x: a.learn(True, 1), InputError, "must be an integer, got True"),
@@ -165,14 +178,21 @@ BAD_CALLS = {
     "weight negative": (lambda a, x: a.learn(x, 1, weight=-1.0), InputError, "weight"),
     "weight NaN": (lambda a, x: a.learn(x, 1, weight=float("nan")), InputError, "weight"),
     "weight beyond float32": (lambda a, x: a.learn(x, 1, weight=1e39), InputError, "weight"),
+    "weight beyond float64": (lambda a, x: a.learn(x, 1, weight=10**400), InputError, "weight: .* got 1000.*[.][.][.]; pass"),
     "weight below float32": (lambda a, x: a.learn(x, 1, weight=1e-60), InputError, "weight"),
     "weight True": (lambda a, x: a.learn(x, 1, weight=True), InputError, "weight: must be a number, got True"),
     "weight text": (lambda a, x: a.learn(x, 1, weight="1"), InputError, "weight: must be a number, got '1'"),
-    "empty class name": (lambda a, x: a.add_class(""), InputError, "name: must be a string that is not empty"),
+    "empty class name": (lambda a, x: a.add_class(""), InputError, "name: must be a string of 1 to 200 characters, got ''"),
+    "long class name": (lambda a, x: a.add_class("m" * 201), InputError, "name: must be a string of 1 to 200 characters, got 'mmm"),
+    "class name of half a character": (lambda a, x: a.add_class("\ud800"), InputError, "name: must be valid Unicode"),
+    "snapshot of half a character": (lambda a, x: a.save("\udfff"), InputError, "name: must be valid Unicode"),
     "known class name": (lambda a, x: a.add_class("dog"), InputError, "class 'dog' exists at index 1"),
     "class number": (lambda a, x: a.add_class(3), InputError, "name: must be a string"),
     "unknown snapshot": (lambda a, x: a.rollback("lunch"), InputError, r"no snapshot 'lunch', there are \['kept'\]"),
-    "empty snapshot name": (lambda a, x: a.save(""), InputError, "name: must be a string that is not empty"),
+    "empty snapshot name": (lambda a, x: a.save(""), InputError, "name: must be a string of 1 to 200 characters"),
+    "long snapshot name": (lambda a, x: a.rollback("x" * 10**6), InputError, "name: must be a string of 1 to 200 .{1,200}$"),
+    "long label": (lambda a, x: a.learn(x, "m" * 10**6), InputError, "no class 'mmm.{1,200}$"),
+    "huge id": (lambda a, x: a.learn("3" * 10**6, 1), InputError, "x: must be a numpy array, .*got str"),
 }
 
 
@@ -301,7 +321,14 @@ def test_the_report_counts(head, load, stream, tmp_path):
     assert report["method"] == "head" and report["learned"] == 6 and report["class_counts"] == {"dog": 6}
     assert report["session"]["macs"] == 6 * (128 + 40) + 6 * (128 + 120)
     assert report["session"]["predicted"] == report["session"]["learned"] == 6
-    assert report["log"] == {"last_event": 6, "bytes": 6 * (EVENT_OVERHEAD + 32), "capacity_bytes": 65536}
+    assert report["log"] == {
+        "last_event": 6,
+        "bytes": 6 * (EVENT_OVERHEAD + 32),
+        "capacity_bytes": 65536,
+        "in_memory": False,
+        "erased": True,
+    }
+    assert load(head).report()["log"]["in_memory"] is True
     assert report["replay"] == {"rows": 9, "row_capacity": 11, "bytes": learner._core.memory.nbytes}
     assert report["state_bytes"] == sum(array.nbytes for array in learner.state().values()) == 180
 

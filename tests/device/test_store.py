@@ -185,9 +185,9 @@ def test_another_programs_database_and_a_newer_store_are_refused(open_store, pat
     path.unlink()
     open_store().close()
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 2")
+    db.execute("PRAGMA user_version = 3")
     db.close()
-    with pytest.raises(StoreError, match="schema is 2, this package reads 1"):
+    with pytest.raises(StoreError, match="schema is 3, this package reads 2"):
         open_store()
 
 

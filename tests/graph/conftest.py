@@ -1,6 +1,6 @@
 """A small bench for step graphs: trace a function of tensors, lower it, and run it on ONNX Runtime."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgecl.codecs import Uint8Codec
 from edgecl.graph.capture import trace
 from edgecl.graph.lowering import canonicalise, lower
 from edgecl.graph.passes import Clean, FoldConstants
 from edgecl.graph.step import StepGraph
 from edgecl.learner import Learner, Problem, dtype_name
 from edgecl.methods import METHODS
+from edgecl.methods._suffix import SuffixLearner
+from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.engines.onnx import STATE_OUT
 from edgecl_device.manifest import TensorSpec
 from edgecl_export.onnx import Emitter, WeightFile
@@ -144,46 +145,46 @@ def gradients(function: Function, *tensors: Tensor) -> Function:
 
 
 def make_learner(name: str, **config: Any) -> Learner:
-    """A method on small features or on the small net."""
+    """A method on small features, or, where it has a suffix, on the small net."""
     kind = METHODS[name]
-    if name in ("ncm", "slda", "ridge"):
+    if not issubclass(kind, SuffixLearner):
         return kind(Problem(TensorSpec("z", (1, 6), "float32"), 4), kind.Config(**config))
-    learner: Any = kind(Problem(TensorSpec("z", (1, 4, 7, 7), "float32"), 5), kind.Config(**config), suffix=small_net())  # type: ignore[call-arg]
-    if name == "latent_replay":
-        for codec in learner.codecs.values():
-            if isinstance(codec, Uint8Codec):
-                codec.fit(torch.tensor([-3.0, 3.0]))
-    return learner  # type: ignore[no-any-return]
+    learner = kind(Problem(TensorSpec("z", (1, 4, 7, 7), "float32"), 5), kind.Config(**config), suffix=small_net())
+    learner.calibrate(torch.tensor([-3.0, 3.0]))
+    return learner
 
 
 def random_state(learner: Learner, generator: torch.Generator) -> dict[str, Tensor]:
-    """A state that could occur: counts are positive, matrices well conditioned."""
-    state = {}
-    for name, value in learner.init().items():
-        noise = torch.rand(value.shape, generator=generator, dtype=value.dtype)
-        if name.startswith(("count", "total", "age", "adam_step")):
-            state[name] = (noise * 5).floor() + 1
-        elif name in ("precision", "inverse"):
-            state[name] = value + 0.01 * (noise @ noise.t())
-        else:
-            state[name] = value + 0.1 * noise
+    """A state that occurs: after twelve steps on random samples, three of each of four classes."""
+    state = learner.init()
+    step = "learn" if "learn" in learner.steps else "prime"
+    tree = learner.inputs_of("learn") if step == "learn" else {name: learner.step_inputs()[name] for name in ("z", "target")}
+    specs = flatten_tree(tree)
+    for i in range(12):
+        values = {**random_values(specs, generator), "target": torch.tensor([i % 4]), "lr": torch.tensor(0.01)}
+        with torch.no_grad():
+            _, new = getattr(learner, step)(state, **unflatten_like(tree, values))
+        state = {**state, **new}
     return state
 
 
-def random_inputs(graph: StepGraph, generator: torch.Generator, classes: int = 4) -> dict[str, Tensor]:
+def random_inputs(graph: StepGraph, generator: torch.Generator) -> dict[str, Tensor]:
     """Values for a step's data inputs."""
+    return random_values({port.name: port.spec for port in graph.inputs if port.kind == "data"}, generator)
+
+
+def random_values(specs: Mapping[str, TensorSpec], generator: torch.Generator, classes: int = 4) -> dict[str, Tensor]:
+    """Values that fit specs."""
     values = {}
-    for port in graph.inputs:
-        if port.kind != "data":
-            continue
-        if port.spec.dtype == "int64":
-            values[port.name] = torch.randint(0, classes, port.spec.shape, generator=generator)
-        elif port.spec.dtype == "uint8":
-            values[port.name] = torch.randint(0, 256, port.spec.shape, generator=generator, dtype=torch.uint8)
-        elif port.name.endswith(("weight", "lr")):
-            values[port.name] = torch.rand(port.spec.shape, generator=generator) * 0.5 + 0.1
+    for name, spec in specs.items():
+        if spec.dtype == "int64":
+            values[name] = torch.randint(0, classes, spec.shape, generator=generator)
+        elif spec.dtype == "uint8":
+            values[name] = torch.randint(0, 256, spec.shape, generator=generator, dtype=torch.uint8)
+        elif name.endswith(("weight", "lr")):
+            values[name] = torch.rand(spec.shape, generator=generator) * 0.5 + 0.1
         else:
-            values[port.name] = torch.randn(port.spec.shape, generator=generator)
+            values[name] = torch.randn(spec.shape, generator=generator)
     return values
 
 

@@ -13,10 +13,12 @@ from edgecl.graph.lowering import build_step, canonicalise, lower
 from edgecl.graph.step import GraphError, StepGraph, UnsupportedOperatorError
 from edgecl.learner import Learner, Problem, all_finite, call_step
 from edgecl.methods import METHODS, Finetune
+from edgecl.splitting import split
 from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.manifest import TensorSpec
 
 Step = Callable[[dict[str, Tensor], dict[str, Any]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+LEARNING = [name for name, kind in METHODS.items() if hasattr(kind, "learn")]
 FLOATS = TensorSpec("x", (2, 3), "float32")
 
 
@@ -75,10 +77,6 @@ REFUSED: dict[str, tuple[Step, str]] = {
     "shape": (lambda s, d: ({}, {"p": s["p"].reshape(6)}), r"state 'p' must stay float32 \[2, 3\], the step returns float32 \[6\]"),
     "dtype": (lambda s, d: ({}, {"p": s["p"].double()}), r"state 'p' must stay float32 \[2, 3\], the step returns float64 \[2, 3\]"),
     "unknown": (lambda s, d: ({}, {"r": s["p"] + 1.0}), r"returns unknown state 'r'; init\(\) makes \['p'\]"),
-    "batch statistics": (
-        lambda s, d: ({"y": F.batch_norm(d["x"], None, None, training=True)}, {}),
-        r"batch norm in training mode.*model\.eval\(\)",
-    ),
 }
 
 
@@ -89,9 +87,71 @@ def test_refusals_name_the_step_and_the_cause(name: str) -> None:
         simple(run, {"p": torch.zeros(2, 3)})
 
 
+def test_an_error_in_a_split_model_is_one_line() -> None:
+    """Its graph is run node by node by an interpreter that would append what it was executing."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(32, 3))
+    with pytest.raises(GraphError, match=r"^step 'encode': cannot be captured: RuntimeError: mat1 and mat2 [^\n]*$"):
+        capture_encode(split(nn.Sequential(model, nn.ReLU()), "0").trunk, TensorSpec("x", (1, 2, 4, 5), "float32"))
+
+
+def test_a_failed_capture_leaves_no_mark_behind() -> None:
+    """The next capture would carry the phase and the module path of the failed one."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 4)))
+    for failing in (model, split(nn.Sequential(*model, nn.ReLU()), "0").trunk):
+        with pytest.raises(GraphError, match="cannot be captured"):
+            capture_encode(failing, FLOATS)
+        graph = simple(lambda s, d: ({"y": d["x"] * 2.0}, {}))
+        assert [n.meta.get("custom") for n in graph.operators] in ([None], [{}])
+
+
+class Fused(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class Halves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.half() * 2).float()
+
+
+KINDS: dict[str, tuple[nn.Module, str]] = {
+    "batch norm in training mode": (
+        nn.BatchNorm2d(2).train(),
+        r"aten\.native_batch_norm\.default in 1 takes its statistics .* model\.eval\(\)",
+    ),
+    "batch norm without statistics": (nn.BatchNorm2d(2, track_running_stats=False), "in 1 takes its statistics from the input"),
+    "instance norm": (nn.InstanceNorm2d(2), "in 1 takes its statistics .* or take group norm"),
+    "attention": (Fused(), r"attention\S* in 1 is fused attention; write it out as softmax"),
+    "half": (Halves(), r"in 1 works in float16, which is not supported, convert the model with float\(\)"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_layer_does_wrong_is_said_with_its_path(name: str) -> None:
+    layer, message = KINDS[name]
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), layer, nn.Conv2d(2, 2, 1))
+    with pytest.raises(UnsupportedOperatorError, match=rf"^step 'encode': operator [^\n]*{message}[^\n]*$"):
+        build_step(capture_encode(model, TensorSpec("x", (1, 2, 4, 4), "float32")))
+
+
+def test_a_forward_operator_at_the_top_level_is_not_laid_to_another_module() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x).cumsum(1)  # type: ignore[no-any-return]
+
+    with pytest.raises(UnsupportedOperatorError, match=r"aten\.cumsum\.default in the model's top level is not supported"):
+        build_step(capture_encode(Model(), FLOATS))
+
+
 def test_a_size_that_depends_on_values_cannot_be_counted() -> None:
     graph = simple(lambda s, d: ({"y": d["x"][d["x"] > 0].sum()}, {}))
-    with pytest.raises(UnsupportedOperatorError, match=r"aten\.index\.Tensor: no cost formula"):
+    with pytest.raises(
+        UnsupportedOperatorError, match=r"^step 'learn': operator aten\.index\.Tensor in the model's top level is not supported"
+    ):
         build_step(graph)
 
 
@@ -178,7 +238,7 @@ def poisoned(learner: Learner, state: dict[str, Tensor], name: str, values: list
     return {**state, name: tensor}
 
 
-@pytest.mark.parametrize("method", ["ncm", "slda", "ridge", "finetune", "latent_replay"])
+@pytest.mark.parametrize("method", LEARNING)
 def test_an_update_from_a_state_that_is_not_finite_is_reported(method: str, tools: Any, bench: Any, generator: torch.Generator) -> None:
     config = {"optimizer": "adam"} if method == "finetune" else {}
     learner = tools.make_learner(method, **config)

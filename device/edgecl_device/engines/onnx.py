@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecl_device.checks import as_int
 from edgecl_device.errors import BundleError, EdgeclError, InputError
 from edgecl_device.manifest import Array, Manifest, StepSpec, TensorSpec
 
@@ -28,15 +29,19 @@ class OnnxEngine:
     Args:
         bundle: The bundle's folder.
         manifest: Its manifest.
-        threads: Threads inside one operator.
+        threads: Threads inside one operator, at least 1.
 
     Raises:
+        InputError: when ``threads`` is no such number.
         BundleError: when a graph cannot be loaded or does not have the manifest's inputs and outputs.
     """
 
     name = "onnx"
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1) -> None:
+        threads = as_int("threads", threads)
+        if threads < 1:
+            raise InputError(f"threads: must be at least 1, got {threads}; 1 is the default")
         self._ort = _onnxruntime()
         self._specs = {spec.name: spec for spec in manifest.state}
         written = {name for step in manifest.steps.values() for name in step.state_out}
@@ -49,7 +54,7 @@ class OnnxEngine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
-        options.log_severity_level = 3  # errors; they are raised anyway
+        options.log_severity_level = 4  # not errors: they are raised
         self._steps = {name: _Step(self, Path(bundle) / step.file, step, options) for name, step in manifest.steps.items()}
 
     def load(self, state: Mapping[str, Array]) -> None:

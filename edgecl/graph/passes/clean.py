@@ -17,7 +17,10 @@ _BY_ONE = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 
 
 class Clean(Pass):
-    """Write every view as a reshape; drop copies, reshapes to the same shape, factors of one, unused operators and unused inputs."""
+    """Write every view as a reshape, and a tensor filled with a number, from which another is subtracted, as the number.
+
+    Drop copies, reshapes to the same shape, factors of one, unused operators and unused inputs.
+    """
 
     ensures = frozenset({"no-dead-code"})
 
@@ -26,6 +29,10 @@ class Clean(Pass):
         for node in graph.nodes:
             if node.target in _VIEWS:
                 node.target = aten.reshape.default  # a rule's result may have other strides, which only a reshape allows
+            if node.target is aten.sub.Tensor and _is_filled(node.args[0]) and not node.kwargs:
+                filled, x = node.args
+                if shape_of(filled) == shape_of(node) == shape_of(x):  # type: ignore[arg-type]
+                    node.target, node.args = aten.rsub.Scalar, (x, filled.args[1])  # type: ignore[union-attr]
             if _is_identity(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             elif _is_reshape(node) and _is_reshape(node.args[0]):
@@ -42,6 +49,10 @@ class Clean(Pass):
         graph.module.recompile()
         graph.module.delete_all_unused_submodules()
         return replace(graph, inputs=tuple(keep))
+
+
+def _is_filled(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.full_like.default
 
 
 def _is_reshape(node: object) -> bool:

@@ -10,7 +10,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgecl.graph.passes.base import Pass
-from edgecl.graph.step import StepGraph, UnsupportedOperatorError, where_in_model
+from edgecl.graph.step import StepGraph, UnsupportedOperatorError, unsupported
 
 
 class ApplyRules(Pass):
@@ -29,17 +29,22 @@ class ApplyRules(Pass):
         """See the class."""
         examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
         with traceback.preserve_node_meta():
-            module = make_fx(lambda *tensors: _Retrace(graph.module).run(*tensors), decomposition_table=self.rules)(*examples)
+            module = make_fx(lambda *tensors: _Retrace(graph).run(*tensors), decomposition_table=self.rules)(*examples)
         for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
             node.meta.setdefault("val", value.to("meta"))
         return replace(graph, module=module)
 
 
 class _Retrace(fx.Interpreter):
-    """Runs a graph again; a rule's refusal names its place in the model."""
+    """Runs a step's graph again; a rule's refusal names the step and its place in the model."""
+
+    def __init__(self, graph: StepGraph) -> None:
+        super().__init__(graph.module)
+        self.step = graph.name
+        self.extra_traceback = False  # no "While executing ..." behind an error's message
 
     def run_node(self, n: fx.Node) -> Any:
         try:
             return super().run_node(n)
         except UnsupportedOperatorError as error:
-            raise UnsupportedOperatorError(f"{error} (used in {where_in_model(n)})") from error
+            raise unsupported(self.step, n, str(error)) from error

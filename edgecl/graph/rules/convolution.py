@@ -43,9 +43,7 @@ def convolution_backward(
         output_mask: Whether the gradient of input, weight and bias is wanted.
     """
     if transposed:
-        raise UnsupportedOperatorError(
-            "aten.convolution_backward of a transposed convolution has no rule; keep ConvTranspose layers in the frozen trunk"
-        )
+        raise UnsupportedOperatorError("is the gradient of a transposed convolution, which has no rule")
     pointwise = groups == 1 and prod(weight.shape[2:]) == 1 and prod(stride) == 1 and not any(padding)
     to_input = to_weight = None
     if output_mask[0]:

@@ -1,16 +1,10 @@
-"""Canonical operators: what capture itself rewrites, for every runtime alike.
+"""Normalisation, written out: what is frozen of it folds to constants."""
 
-Batch norm in eval mode becomes a scale and a shift whose frozen factors fold to constants; everything else stays as
-autograd writes it, convolution and pooling gradients whole.
-"""
-
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-aten = torch.ops.aten
 
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
@@ -48,10 +42,10 @@ def native_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``aten.native_batch_norm`` for stored statistics."""
+) -> Any:
+    """``aten.native_batch_norm`` for stored statistics; with those of the input it stays, and is refused by name."""
     if training or mean is None or variance is None:
-        raise ValueError("batch norm in training mode has no meaning at batch 1; call model.eval() before")
+        return NotImplemented
     return batch_norm_eval(x, weight, bias, mean, variance, momentum, eps)
 
 
@@ -66,10 +60,10 @@ def native_batch_norm_backward(
     training: bool,
     eps: float,
     output_mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Any:
     """Gradient of batch norm with stored statistics; only what the mask asks for."""
     if training or mean is None or variance is None:
-        raise ValueError("batch norm in training mode has no meaning at batch 1; call model.eval() before")
+        return NotImplemented
     inverse = torch.rsqrt(variance + eps)
     axes = [0, *range(2, x.dim())]
     to_input = gradient * _per_channel(inverse if weight is None else inverse * weight, x) if output_mask[0] else None
@@ -78,8 +72,28 @@ def native_batch_norm_backward(
     return to_input, to_weight, to_bias
 
 
-CANONICAL: dict[Any, Callable[..., Any]] = {
-    aten.native_batch_norm.default: native_batch_norm,
-    aten._native_batch_norm_legit_no_training.default: batch_norm_eval,
-    aten.native_batch_norm_backward.default: native_batch_norm_backward,
-}
+def native_layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over the last dimensions; also mean and inverse deviation, for the gradient."""
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    y, mean, inverse = _standardised(x, axes, eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias, mean, inverse
+
+
+def native_group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, batch: int, channels: int, positions: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group norm of ``x`` [N, C, ...]; also mean and inverse deviation [N, groups], for the gradient."""
+    y, mean, inverse = _standardised(x.reshape(batch, groups, -1), [2], eps)
+    y = y.reshape(x.shape)
+    y = y if weight is None else y * _per_channel(weight, x)
+    return y if bias is None else y + _per_channel(bias, x), mean.reshape(batch, groups), inverse.reshape(batch, groups)
+
+
+def _standardised(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(axes, keepdim=True)
+    centred = x - mean
+    inverse = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
+    return centred * inverse, mean, inverse

@@ -1,0 +1,188 @@
+"""Parity: one step on two engines from the same state, compared by relative differences of outputs, new state and change.
+
+``docs/bundle.md`` says in plain words what is compared with which bar, and when a bar is wider.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edgecl.learner import UNSEEN
+from edgecl_device.manifest import Array
+from edgecl_export.errors import refuse
+
+WEIGHTS, MOMENTS, CHANGE = 1e-5, 1e-4, 1e-3
+"""Largest relative differences: of weights and analytic state; of optimiser moments, losses and scores; of an update."""
+
+ROUNDING = {"float32": 2.0**-23, "float64": 2.0**-52}
+"""Two roundings of a stored value: a change cannot be known better than the numbers that it lies between. Only values that
+changed count."""
+
+CODES = 0.01
+"""Share of a row's codes that may differ by one: values that lie on the edge between two codes."""
+
+MOST_LOST, MOST_VANISHING = 100.0, 0.5
+"""Limits of two allowances of :func:`compare_step`, so that no state makes a comparison pass whatever it finds."""
+
+CONDITIONED = 1e-4
+"""Bar of a badly conditioned state. The change, whose bar stays, is what tells a wrong step."""
+
+FLOOR = 1e-2
+"""Outputs are compared relative to at least this size."""
+
+UNLESS = (
+    "if the learner is badly conditioned (a small regulariser, features far from unit length, classes without spread), mend that: raise "
+    "gamma or g0, use unit_norm or float64; else report this as a defect"
+)
+
+
+@dataclass
+class Tally:
+    """What comparisons found.
+
+    Attributes:
+        worst: Largest relative difference by kind.
+        bare: Comparisons that held the bare bars.
+        allowed: Comparisons that needed an allowance (``docs/bundle.md`` lists them).
+    """
+
+    worst: dict[str, float] = field(default_factory=dict)
+    bare: int = 0
+    allowed: int = 0
+
+    def add(self, bare: bool) -> None:
+        """Count one comparison that passed."""
+        self.bare += bare
+        self.allowed += not bare
+
+    def __str__(self) -> str:
+        worst = ", ".join(f"{kind} {value:.0e}" for kind, value in sorted(self.worst.items()))
+        return f"{worst}; {self.bare} comparisons held the bare bars, {self.allowed} needed an allowance"
+
+
+def compare_step(
+    step: str, state: Mapping[str, Array], inputs: Mapping[str, Array], eager: Any, target: Any, tally: Tally | None = None
+) -> None:
+    """Run one step on two engines from the same state and compare outputs, new state and the change itself.
+
+    Args:
+        step: Name of the step.
+        state: Every state tensor.
+        inputs: At least the inputs that the step takes.
+        eager: The reference engine.
+        target: The engine to check.
+        tally: Collects what was found.
+
+    Raises:
+        ExportError: naming the tensor, the difference and the bar.
+    """
+    tally = Tally() if tally is None else tally
+    eager.load(state)
+    target.load(state)
+    outputs = eager.run(step, inputs)
+    others = target.run(step, inputs)
+    if _refuses(outputs) and _refuses(others):
+        return  # neither engine's loop keeps anything of this step
+    # dividing by s < 1, as taking out a sample does, loses that factor of precision on either side
+    lost = min(max(1.0, 1.0 / max(float(outputs.get("health.s", 1.0)), 1.0 / MOST_LOST)), MOST_LOST)
+    compare_outputs(step, outputs, others, tally, lost)
+    # the gradient of a sample that is all but learned is a probability minus one, exact to a rounding of one
+    smallest = ROUNDING["float32"]
+    vanishing = min(8 * smallest / max(float(outputs.get("loss", 1.0)), smallest), MOST_VANISHING)
+    eager.commit()
+    target.commit()
+    new, other = eager.state(), target.state()
+    for name, reference in new.items():
+        if reference.dtype.kind != "f":
+            _check_equal(step, name, reference, other[name], tally)
+            continue
+        kind, bar = ("moments", MOMENTS) if name.startswith(("momentum.", "adam_")) else ("state", WEIGHTS)
+        got = _without_lost_signs(name, state, new, other)
+        wide, old = reference.astype(np.float64), state[name].astype(np.float64)  # the norm of float32 overflows from 1e19 on
+        size = _norm(wide)
+        widest = max(lost * bar, CONDITIONED)
+        _judge(step, name, _ratio(_norm(wide - got), size), widest, kind, tally, _ratio(_norm(wide - other[name]), size) <= bar)
+        moved = (wide != old) | (got != old)
+        floor = ROUNDING[str(reference.dtype)] * _norm(wide[moved])
+        size = _norm(wide - old)
+        if size <= floor:  # a change that is itself all rounding
+            floor = 2 * ROUNDING[str(reference.dtype)] * _norm(wide)
+        relative = _ratio(max(_norm(wide - got) - floor, 0.0), size)
+        bare = _ratio(_norm(wide - other[name]), size) <= CHANGE
+        _judge(step, f"the change of {name}", relative, lost * CHANGE + vanishing, "change", tally, bare)
+
+
+def _without_lost_signs(name: str, state: Mapping[str, Array], new: Mapping[str, Array], other: Mapping[str, Array]) -> Array:
+    """The other engine's tensor; under Adam, less what its weights inherit from moments that differ.
+
+    Adam divides a gradient by its own size. Where a gradient is itself lost in rounding, so is the sign of the weight's change:
+    it inherits the relative difference of its first moment, whose own bar is not touched.
+    """
+    moment = name.replace("param.", "adam_m.", 1)
+    if not name.startswith("param.") or moment not in new:
+        return other[name].astype(np.float64)
+    size = np.maximum(np.abs(new[moment].astype(np.float64)), np.finfo(np.float64).tiny)
+    share = np.minimum(2 * np.abs(new[moment] - other[moment]) / size, 2)
+    difference = other[name].astype(np.float64) - new[name]
+    inherited = np.abs(new[name].astype(np.float64) - state[name]) * share
+    return np.asarray(new[name] + np.sign(difference) * np.maximum(np.abs(difference) - inherited, 0))
+
+
+def compare_outputs(step: str, reference: Mapping[str, Array], other: Mapping[str, Array], tally: Tally, lost: float = 1.0) -> None:
+    """Compare the outputs of one step; integers and truth values must be equal, a few codes may differ by one rounding.
+
+    Args:
+        step: Name of the step.
+        reference: The reference engine's outputs.
+        other: The other's.
+        tally: Collects what was found.
+        lost: Factor by which the bar is wider.
+    """
+    for name, value in reference.items():
+        got = other[name]
+        if name == "scores":
+            seen = value > UNSEEN / 2
+            if ((got > UNSEEN / 2) != seen).any():
+                raise refuse("parity", f"step {step!r}: other classes are masked", "report this as a defect")
+            value, got = value[seen], got[seen]
+        if value.dtype == np.uint8:
+            apart = np.abs(value.astype(int) - got)
+            if apart.max(initial=0) > 1 or np.count_nonzero(apart) > max(1, CODES * apart.size):
+                raise refuse("parity", f"step {step!r}: codes {name} differ", "report this as a defect")
+            tally.add(bare=not apart.any())
+        elif value.dtype.kind == "f":
+            wide = value.astype(np.float64)
+            difference, size = _norm(wide - got), _norm(wide)
+            # a loss near zero is a difference of scores: it is known no better than their own rounding, about 1e-6
+            _judge(step, name, difference / max(size, FLOOR), lost * MOMENTS, "outputs", tally, _ratio(difference, size) <= MOMENTS)
+        else:
+            _check_equal(step, f"output {name}", value, got, tally)
+
+
+def _refuses(outputs: Mapping[str, Array]) -> bool:
+    return not (bool(outputs.get("guard", True)) and bool(outputs.get("finite", True)))
+
+
+def _norm(values: Array) -> float:
+    return float(np.linalg.norm(values))
+
+
+def _ratio(difference: float, size: float) -> float:
+    """``difference / size``, also where the size is zero."""
+    return difference / max(size, 1e-30)
+
+
+def _check_equal(step: str, name: str, reference: Array, other: Array, tally: Tally) -> None:
+    if not np.array_equal(reference, other):
+        raise refuse("parity", f"step {step!r}: {name} is {other}, eager gives {reference}", "report this as a defect")
+    tally.add(bare=True)
+
+
+def _judge(step: str, name: str, relative: float, bar: float, kind: str, tally: Tally, bare: bool) -> None:
+    tally.worst[kind] = max(tally.worst.get(kind, 0.0), relative)
+    if not relative <= bar:
+        why = f"step {step!r}: {name} differs from eager by {relative:.2e}, more than {bar:.0e}"
+        raise refuse("parity", why, UNLESS)
+    tally.add(bare)

@@ -1,0 +1,76 @@
+"""Arguments of ``load``, and what is left of a learner after ``close``."""
+
+import numpy as np
+import pytest
+
+from edgecl_device import ClosedError, InputError, Learner, StoreError
+
+CALLS = {
+    "predict": lambda a, x: a.predict(x),
+    "learn": lambda a, x: a.learn(x, 1),
+    "learn by id": lambda a, x: a.learn(0, 1),
+    "forget": lambda a, x: a.forget(0),
+    "relabel": lambda a, x: a.relabel(0, 1),
+    "add_class": lambda a, x: a.add_class("mug"),
+    "save": lambda a, x: a.save(),
+    "rollback": lambda a, x: a.rollback(),
+    "state": lambda a, x: a.state(),
+    "rows": lambda a, x: a.rows(),
+    "report": lambda a, x: a.report(),
+}
+
+
+@pytest.mark.parametrize("store", [None, "l.db"])
+def test_a_closed_learner_says_so_and_stays_closed(means, load, stream, tmp_path, store):
+    learner = load(means, store=store and tmp_path / store)
+    learner.learn(stream[0][0], 1)
+    for _ in range(2):
+        learner.close()
+        for call in CALLS.values():
+            with pytest.raises(ClosedError, match="learner: is closed; load the bundle, with its store, again"):
+                call(learner, stream[0][1])
+    public = {name for name in vars(Learner) if not name.startswith("_")} - {"load", "close"}
+    assert public == {name.split()[0] for name in CALLS}
+    if store:
+        assert load(means, store=tmp_path / store).report()["learned"] == 1
+
+
+def test_a_learner_that_cannot_save_while_closing_is_closed_all_the_same(means, load, stream, tmp_path):
+    learner = load(means, store=tmp_path / "l.db")
+    learner.learn(stream[0][0], 1)
+    learner._store._db.execute("CREATE TRIGGER full BEFORE INSERT ON snapshots BEGIN SELECT RAISE(ABORT, 'full'); END")
+    with pytest.raises(StoreError, match="SQLite failed"):
+        learner.close()
+    learner.close()
+    with pytest.raises(ClosedError):
+        learner.report()
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.0, "2", True, None])
+def test_threads_are_a_positive_integer(means, load, threads):
+    with pytest.raises(InputError, match=r"threads: must be (at least 1|an integer), got"):
+        load(means, threads=threads)
+
+
+def test_threads_may_be_numpys(means, load, stream):
+    assert load(means, threads=np.int64(2)).predict(stream[0][0]).sample_id == 0
+
+
+WRONG = {"bundle": (None, 5, "a\0b", "x" * 5000), "store": (5, "a\0b", "x" * 5000), "engine": ([], 5, None), "durability": ([], None)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_wrong_arguments_of_load_are_typed(means, load, name, value):
+    with pytest.raises(InputError, match=f"{name}: must be .{{1,250}}$"):
+        load(**{"bundle": means, name: value})
+
+
+def test_a_store_is_the_file_that_it_was_called_by_links_and_folders_notwithstanding(means, load, stream, monkeypatch, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.db").symlink_to(tmp_path / "real" / "l.db")
+    assert load(means, store=tmp_path / "link.db").learn(stream[0][0], 1).bytes_written > 1000
+    monkeypatch.chdir(tmp_path)
+    learner = load(means, store=":memory:")
+    monkeypatch.chdir("/")
+    assert learner.learn(stream[0][0], 1).bytes_written > 1000
+    assert (tmp_path / ":memory:").stat().st_size > 0
