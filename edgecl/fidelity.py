@@ -54,9 +54,10 @@ def check_gradients(model: nn.Module, parts: Split, x: Tensor) -> None:
     Raises:
         SplitError: naming the first parameter whose gradient differs.
     """
-    shared = {name for name, _ in parts.trunk.named_parameters()}
-    names = [name for name, _ in parts.suffix.named_parameters() if name not in shared]
     whole, suffix = copied(model).eval(), copied(parts.suffix)
+    known = dict(whole.named_parameters(remove_duplicate=False))
+    frozen = {id(known[name]) for name, _ in parts.trunk.named_parameters(remove_duplicate=False)}  # whatever else they are called
+    names = [name for name, _ in parts.suffix.named_parameters() if id(known[name]) not in frozen]
     wanted = _gradients(whole, names, x)
     with torch.no_grad():
         z = parts.trunk(x.clone())

@@ -11,7 +11,7 @@ from edgecl.fidelity import check_gradients, check_values
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.splitting import check_backward, split
+from edgecl.splitting import SplitError, check_backward, split
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import as_int, has_length
 from edgecl_device.errors import InputError
@@ -213,7 +213,11 @@ def prepare(
     trunk = Trunk(preprocess, parts.trunk).eval()
     try:
         with torch.no_grad():
+            x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
             z = trunk(torch.tensor(example))
+        output = check_values(model, parts, x)
+    except SplitError:  # is a ValueError
+        raise
     except (RuntimeError, TypeError, ValueError) as error:  # what torch raises for shapes and dtypes that do not fit
         got = f"{example.dtype} {list(example.shape)} ({error})"
         raise InputError(f"example: must suit preprocess and model, got {got}; pass a raw sample as the device will get it") from error
@@ -222,9 +226,6 @@ def prepare(
             raise InputError(
                 f"at: the latent {name} behind {at!r} is {dtype_name(part.dtype)}, must be of {', '.join(DTYPES)}; cut elsewhere"
             )
-    with torch.no_grad():
-        x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
-    output = check_values(model, parts, x)
     if issubclass(kind, SuffixLearner):
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = dtype_name(output.dtype) if isinstance(output, Tensor) else type(output).__name__

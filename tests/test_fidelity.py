@@ -120,7 +120,19 @@ def test_the_gradient_that_differs_is_named():
         prepare(Stopped(), at="r", example=X, method="finetune", classes=4)
 
 
-@pytest.mark.parametrize("model", [Net, Detached, Tied])
+class TiedByAnotherName(Net):
+    """Two layers of trunk and suffix that hold one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Linear(8, 8)
+        self.b.weight = self.h.weight
+
+    def front(self, x):
+        return self.r(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("model", [Net, Detached, Tied, TiedByAnotherName])
 def test_what_tracing_keeps_is_accepted(model):
     net = model()
     prepare(net, at="r", example=X, method="finetune", classes=4)
@@ -143,3 +155,10 @@ def test_nan_weights_are_not_taken_for_another_result():
     net = Net()
     net.o.bias.data[0] = float("nan")
     prepare(net, at="r", example=X, method="ridge", classes=4)
+
+
+@pytest.mark.parametrize("at", ["0", "2"])
+def test_an_example_that_the_suffix_cannot_take_is_refused_as_one_that_the_trunk_cannot(at):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"^example: must suit preprocess and model, got float32 \[1, 3, 5, 5\] \(.*\); pass a raw sample"):
+        prepare(net, at=at, example=np.zeros((1, 3, 5, 5), np.float32), method="latent_replay", classes=2)
