@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from edgecl.graph.canonical import CANONICAL
@@ -91,6 +93,7 @@ def trace(
     with contextlib.ExitStack() as stack:
         stack.enter_context(module_paths(*modules))
         stack.enter_context(traceback.preserve_node_meta())
+        stack.enter_context(_ChannelsFirst())
         try:
             module = make_fx(torch.func.functionalize(flat), decomposition_table=CANONICAL)(*values)
         except EdgeclError:
@@ -117,6 +120,23 @@ def trace(
     for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), values, strict=True):
         node.meta.setdefault("val", value.to("meta"))
     return StepGraph(name, module, tuple(ins), tuple(ports))
+
+
+class _ChannelsFirst(TorchFunctionMode):
+    """Gives layers dense channels-first inputs: for others PyTorch takes operators that set strides, which mean nothing in a graph.
+
+    The copies that this makes are dropped again by :class:`edgecl.graph.passes.clean.Clean`.
+    """
+
+    LAYERS = frozenset({
+        F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.batch_norm, F.group_norm, F.max_pool1d, F.max_pool2d,
+        F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    })  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.LAYERS and args:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _name_backward(module: torch.fx.GraphModule) -> None:

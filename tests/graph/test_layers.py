@@ -187,6 +187,26 @@ def test_in_the_trunk(name: str, i: int, bench: Any, tools: Any, generator: torc
     tools.assert_close(got, layer(x).detach(), 1e-5)
 
 
+@pytest.mark.parametrize(("name", "i"), CASES, ids=str)
+def test_on_channels_last(name: str, i: int, bench: Any, tools: Any, generator: torch.Generator) -> None:
+    """As an image of shape HWC comes out of preprocessing: PyTorch then takes other kernels, and other operators."""
+    layer = LAYERS[name][1][i]().eval()
+    fill(layer, generator)
+    net = nn.Sequential(Do(lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), layer)
+    graph = build_step(capture_encode(net, TensorSpec("x", SHAPE, "float32"))).graph
+    x = torch.randn(SHAPE, generator=generator) * 3
+    (got,) = bench.onnx(graph, {"x": x.clone()})
+    tools.assert_close(got, layer(x).detach(), 1e-5)
+    if LAYERS[name][0] == BOTH:
+        whole = Whole(LAYERS[name][1][i]().eval(), generator)
+        whole.layer = nn.Sequential(net[0], whole.layer)
+        if getattr(layer, "inplace", False):  # directly behind the permutation: PyTorch's gradient of that sets strides
+            with pytest.raises(UnsupportedOperatorError, match=r"step 'bench': operator aten\.copy\.default"):
+                check_gradients(whole, 2, bench, generator)
+            whole.layer = nn.Sequential(net[0], nn.Conv2d(4, 4, 1, bias=False), whole.layer[1])
+        check_gradients(whole, 2, bench, generator)
+
+
 @pytest.mark.parametrize(("name", "i"), [c for c in CASES if LAYERS[c[0]][0] == BOTH], ids=str)
 def test_in_a_trained_suffix(name: str, i: int, bench: Any, generator: torch.Generator) -> None:
     """Output and gradient of every parameter, of a layer in front, too, with the new sample and a stored row."""
