@@ -52,7 +52,7 @@ def candidates() -> list[Setting]:
             for average in (0.0, 0.98)
             for optimizer, lr in (("sgd", 0.03), ("sgd", 0.1), ("momentum", 0.01), ("adam", 0.003), ("adam", 0.01))
         ],
-        "joint": [Joint.Config(lr=lr, epochs=epochs) for epochs in (20, 40) for lr in (1e-3, 3e-3, 1e-2)],
+        "joint": [Joint.Config(lr=lr, epochs=epochs) for epochs in (20, 40, 120) for lr in (1e-3, 3e-3, 1e-2)],
     }
     rows = [s for s in SETTINGS if s.method in grids]
     return [replace(s, config=config) for s in rows for config in grids[s.method]]

@@ -132,14 +132,14 @@ def prepare_setting(net: SmallCnn, setting: Setting, data: Dataset, base: Sequen
 
 
 def role_of(setting: Setting) -> str:
-    """``baseline``, ``method``, or ``upper bound`` for what trains offline."""
+    """``baseline``, ``method``, or ``offline`` for what trains on all samples at once."""
     if setting.method == "joint":
-        return "upper bound"
+        return "offline"
     return "baseline" if setting.method in BASELINES else "method"
 
 
 def joint_of(setting: Setting, settings: Sequence[Setting]) -> str | None:
-    """Label of the upper bound that trains the same part of the network on the same features, if ``settings`` has it."""
+    """Label of the row that trains the same part of the network on the same features offline, if ``settings`` has it."""
     at = setting.at if setting.at != MAP or issubclass(METHODS[setting.method], SuffixLearner) else MAP_HEAD
     return next((s.label for s in settings if s.method == "joint" and s.at == at), None)
 
@@ -301,7 +301,7 @@ def _figures(found: StreamResult) -> dict[str, Any]:
         "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
         "prequential": found.prequential,
         "last_label": found.last_label,
-        "update_bytes": statistics.median(found.update_bytes) if found.update_bytes else None,
+        "update_bytes": statistics.fmean(found.update_bytes) if found.update_bytes else None,
         "update_ms": statistics.median(found.update_seconds) * 1e3 if found.update_seconds else None,
         "matrix": [list(row) for row in found.matrix.values],
         "curve": found.curve,

@@ -23,7 +23,7 @@ class StreamResult:
         last_label: The same for a baseline that repeats the previous label.
         curve: Test accuracy along the stream: ``samples`` seen, ``tasks`` (one list of accuracies a task).
         update_seconds: Wall time of each update, the trunk included.
-        update_bytes: Bytes that each update appended to the store's log; zeros without a store.
+        update_bytes: Bytes that each update wrote to the store; zeros without one.
     """
 
     matrix: AccuracyMatrix

@@ -9,7 +9,7 @@ from edgecl_device.manifest import TensorSpec
 
 NOT_COUNTED = (
     "runtime scratch, packed copies of frozen weights, the runtime's own code; the log's RAM without a store; "
-    "copies made by forget, relabel and rollback"
+    "copies of state and replay rows made by save, close, forget, relabel, rollback and a learn that finds the log full"
 )
 
 

@@ -181,7 +181,7 @@ def _cost_panel(ax: Axes, result: Row, key: str, title: str, units: Mapping[int,
     labels, lines = [], {}
     for row in result["rows"]:
         height, frozen = 100 * row["accuracy"], row["method"] == "frozen"
-        if row["role"] == "upper bound" or frozen:
+        if row["role"] == "offline" or frozen:
             colour, dashes = (GREY, ":") if frozen else (BLACK, "--")
             ax.axhline(height, color=colour, linestyle=dashes, linewidth=1, zorder=1)
             lines[row["label"]] = height

@@ -31,7 +31,7 @@ LEDGER_WORDS = {
 WIDE = 104
 """Columns from which the demo's table shows everything."""
 
-SECTIONS = {"baseline": "Baselines", "method": "Learners", "upper bound": "Upper bounds"}
+SECTIONS = {"baseline": "Baselines", "method": "Learners", "offline": "Offline training"}
 
 
 def si(count: float | None) -> str:
@@ -166,7 +166,7 @@ _DEMO_COLUMNS = (
 
 
 def demo_table(result: Row, width: int = WIDE) -> Table:
-    """The demo's rows in three sections: baselines, learners, upper bounds.
+    """The demo's rows in three sections: baselines, learners, offline training.
 
     Args:
         result: What :func:`edgecl.demo.run_demo` returns.
@@ -196,16 +196,16 @@ def demo_legend(result: Row, table: Table) -> Table:
     shown = {column.header for column in table.columns}
     columns = [column for column in _DEMO_COLUMNS if column.heading in shown]
     entries = {column.heading.replace("\n", " ").removesuffix(" %"): column.meaning.format(**values) for column in columns}
-    return legend({**entries, "upper bounds": "offline training on all samples, the stream's included; they do not run on the device"})
+    return legend({**entries, "offline training": "on all samples at once, the stream's included, in many epochs; it does not run on the device"})
 
 
 def verdict(result: Row) -> list[str]:
-    """The result in two lines: the best learner against its upper bound, and against naive fine-tuning.
+    """The result in two lines: the best learner against offline training, and against naive fine-tuning.
 
     Differences are paired: taken within each seed, then averaged.
     """
     rows = {row["label"]: row for row in result["rows"]}
-    learners = [row for row in rows.values() if row["role"] != "upper bound" and row["method"] not in ("frozen", "finetune")]
+    learners = [row for row in rows.values() if row["role"] != "offline" and row["method"] not in ("frozen", "finetune")]
     if not learners:
         return []
     best = max(learners, key=lambda row: row["accuracy"])

@@ -10,7 +10,11 @@ import torch
 from edgecl import METHODS
 from edgecl.learner import UNSEEN, Learner, call_step
 from edgecl.trees import flatten_tree
+from edgecl_device import Learner as DeviceLearner
+from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.errors import EdgeclError, InputError, StepMissingError, UpdateRefusedError
+from edgecl_device.event import EVENT_OVERHEAD
+from edgecl_device.store import Store
 
 torch.set_num_threads(1)
 
@@ -224,17 +228,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy, method, tmp_path):
 
 
 @learning
-@engines
-def test_bytes_after_2n_samples_equal_those_after_n(toy, method, engine):
+def test_bytes_after_2n_samples_equal_those_after_n(toy, method, tmp_path):
+    """State, rows, samples that wait for a label, log and file, with a log that holds 20 samples."""
+    exported, ready = toy.bundle(method)
+    features = sum(spec.nbytes for spec in exported.manifest.steps["encode"].outputs)
+    manifest = dataclasses.replace(exported.manifest, log_capacity_bytes=20 * (EVENT_OVERHEAD + features), pending_capacity=5)
+    path = tmp_path / "learner.db"
+    store = Store(path, manifest.bundle_id, manifest.log_capacity_bytes)
+    engine = OnnxEngine(exported.path, manifest)
     x, y = toy.helpers.samples(200, seed=8)
     sizes = []
-    with toy.device(method, engine) as learner:
+    with DeviceLearner(manifest, engine, toy.helpers.arrays(ready.state), toy.helpers.rows_of(ready), store) as learner:
         for part in (slice(0, 100), slice(100, 200)):
             for a, b in zip(x[part], y[part], strict=True):
+                learner.predict(a)
                 learner.learn(a, int(b))
-            held = [*learner.state().values(), *learner.rows().values()]
-            sizes.append(sum(a.nbytes for a in held))
-    assert sizes[0] == sizes[1]
+            learner.save()
+            report = learner.report()
+            arrays = [*learner.state().values(), *learner.rows().values()]
+            sizes.append((sum(a.nbytes for a in arrays), report["pending"], path.stat().st_size))
+            assert 0 < report["log"]["bytes"] <= manifest.log_capacity_bytes
+    assert sizes[0] == sizes[1] and sizes[0][1] == 5
 
 
 @learning

@@ -27,6 +27,7 @@ CASES = [
     *((name, {}) for name, kind in METHODS.items() if not kind.host_only),  # a new method is in it without another line
     *(("finetune", {"optimizer": o, "lr": LR[o]}) for o in LR),
     *(("latent_replay", {"optimizer": o, "loss": loss, "codec": codec, "lr": LR[o]}) for o, loss, codec in REPLAY),
+    ("latent_replay", {"average": 0.98}),
     ("ridge", {"gamma": 1.0}),
     ("ridge", {"gamma": 1.0, "dtype": "float64"}),
     ("ridge", {"projection": 150}),

@@ -33,7 +33,7 @@ def row(label, method, accuracy, role="method", nbytes=1000, macs=1000, joint="j
         "accuracy_by_seed": [accuracy],
         "role": role,
         "joint": joint,
-        **({} if role == "upper bound" else {**learns, **figures}),
+        **({} if role == "offline" else {**learns, **figures}),
     }
 
 
@@ -46,8 +46,8 @@ def result():
         row("finetune head", "finetune", 0.25, "baseline", nbytes=2000),
         row("slda", "slda", 0.82, macs=19_000),
         *crowd,
-        row("joint head", "joint", 0.84, "upper bound"),
-        row("joint suffix", "joint", 0.85, "upper bound"),
+        row("joint head", "joint", 0.84, "offline"),
+        row("joint suffix", "joint", 0.85, "offline"),
     ]
     return {"what": "made-up data", "seeds": 1, "seconds": 1.0, "tasks": TASKS, "forgetting": "max_before_last", "rows": rows}
 
@@ -110,7 +110,7 @@ def test_cost_labels_name_every_row_and_do_not_overlap(result):
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
-def test_plots_of_one_learner_without_an_upper_bound(result, tmp_path):
+def test_plots_of_one_learner_without_offline_training(result, tmp_path):
     result["rows"] = [row("ncm", "ncm", 0.7, joint=None)]
     assert len(plots.save_plots(result, tmp_path)) == 2
     assert len(plots.stream_figure(result).axes) == 1

@@ -121,6 +121,28 @@ def test_latent_replay_equals_torch(toy, optimizer, loss_name, real):
         reference.check(state)
 
 
+def test_the_running_average_predicts_before_and_in_learn(toy):
+    """Against a running mean kept beside the steps: predict, and the scores of learn, are those of the averaged network."""
+    decay = 0.8
+    ready = toy.prepared("latent_replay", codec="float32", lr=0.1, average=decay)
+    learner, state = exact(ready)
+    mean = {name: state[f"param.{name}"] for name in learner.trained}
+    stored = latents(ready, ROWS, 2)
+    apart = 0.0
+    for i, z in enumerate(latents(ready, 15, 3)):
+        seen = state["count"] > 0
+        with torch.no_grad():
+            wanted = allowed_scores(torch.func.functional_call(learner.suffix, mean, (z[None],)), seen)[0, seen]
+            apart = max(apart, (learner.scores(learner.parameters(state), z[None])[0, seen] - wanted).abs().max().item())
+        replay = {"z": stored, "target": torch.tensor([0, 1, 0, 1]), "weight": torch.ones(ROWS).double()}
+        learned, new = learner.learn(state, z[None], torch.tensor([i % 5]), torch.ones(1).double(), torch.tensor(0.1).double(), replay)
+        for scores in (learner.predict(state, z[None])[0]["scores"], learned["scores"]):
+            assert torch.allclose(scores[0, seen], wanted, rtol=1e-9, atol=1e-9)
+        state = {**state, **new}
+        mean = {name: decay * mean[name] + (1 - decay) * state[f"param.{name}"] for name in mean}
+    assert apart > 0.01, "the network without the average must predict something else"
+
+
 def test_filler_rows_have_no_influence_to_the_bit(toy):
     ready = toy.prepared("latent_replay")
     z = ready.examples[0][0]
@@ -189,27 +211,34 @@ def test_masks_hold_weights_through_the_step(toy, optimizer, decay):
         assert (state[weight][mask] != start[weight][mask]).any()
 
 
-@pytest.mark.parametrize("method", ["finetune", "latent_replay", "joint"])
-def test_masks_reach_the_device_and_offline_training(toy, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("finetune", {}), ("latent_replay", {}), ("latent_replay", {"average": 0.97}), ("joint", {})],
+    ids=["finetune", "latent_replay", "average", "joint"],
+)
+def test_masks_reach_the_device_and_offline_training(toy, tmp_path, method, changes):
     """Given to prepare() by the model's own names: masked weights keep their bits, the others of the tensor do not."""
     x, y = toy.helpers.samples(60)
     model = toy.helpers.Net()
     names = dict(model.named_parameters())
     masks = {"fc.weight": torch.arange(names["fc.weight"].numel()).reshape(names["fc.weight"].shape) % 3 == 0}
-    config = toy.config(method, lr=0.1, weight_decay=0.01)
+    config = toy.config(method, lr=0.1, weight_decay=0.01, **changes)
     ready = prepare(model, at="stem", example=x[:1], method=method, classes=5, config=config, masks=masks).fit(x, y)
     before = names["fc.weight"].detach().numpy()
     if METHODS[method].host_only:
-        after = ready.learner.fit(torch.cat(ready.encode(x)), torch.tensor(y))["param.fc.weight"].numpy()
+        after = toy.helpers.arrays(ready.learner.fit(torch.cat(ready.encode(x)), torch.tensor(y)))
     else:
         export(ready, tmp_path / "bundle")
         with Learner.load(tmp_path / "bundle") as learner:
             for sample, label in zip(x, y, strict=True):
                 learner.learn(sample, int(label))
-            after = learner.state()["param.fc.weight"]
+            after = learner.state()
     moved = masks["fc.weight"].numpy()
-    assert np.array_equal(after[~moved], before[~moved])
-    assert (after[moved] != before[moved]).all()
+    for name in ("param.fc.weight", "average.fc.weight"):
+        if name in after:
+            assert np.array_equal(after[name][~moved], before[~moved])
+            assert (after[name][moved] != before[moved]).all()
+    assert ("average.fc.weight" in after) == bool(changes)
 
 
 def test_masks_are_for_methods_that_train_the_model(toy):

@@ -1,4 +1,4 @@
-"""Joint: offline training on all samples at once, over many epochs. The upper bound; it cannot run on the device."""
+"""Joint: offline training on all samples at once, over many epochs. What a stream is compared with; it cannot run on the device."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Joint(SuffixLearner):
 
     name = "joint"
     host_only = True
-    summary = "offline upper bound: the suffix trained on all samples at once (host only)"
+    summary = "offline reference: the suffix trained on all samples at once (host only)"
 
     @dataclass(frozen=True)
     class Config:

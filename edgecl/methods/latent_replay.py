@@ -6,9 +6,8 @@ Change in Online Continual Learning".
 
 Deviations: the trunk is frozen and batch norm keeps its stored statistics (batch statistics mean nothing for single
 samples). ER-ACE's current loss runs over the classes of a recent window of samples, because over the one class of a
-single sample its gradient is zero. Learning and prediction both see the decoded latent. ``predict`` may work with a running average of
-the weights (Soutif-Cormerais et al. 2023, "Improving Online Continual Learning Performance and Stability with Temporal Ensembles");
-the ``scores`` of ``learn`` are those of the weights themselves.
+single sample its gradient is zero. Learning and prediction both see the decoded latent. Predictions may come from a running average of
+the weights (Soutif-Cormerais et al. 2023, "Improving Online Continual Learning Performance and Stability with Temporal Ensembles").
 """
 
 import math
@@ -119,9 +118,8 @@ class LatentReplay(Finetune):
 
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores float32 [1, K] of the latent as a row would hold it."""
-        if self.config.average:
-            state = {**state, **{f"param.{name}": state[f"average.{name}"] for name in self.trained}}
-        return super().predict(state, self._decode(self._encode(z)))
+        scores = self.scores(self._predictors(state), self._decode(self._encode(z)))
+        return {"scores": mask_unseen(scores, state["count"])}, {}
 
     # Steps are fed by the names of their inputs, never through the base class.
     def learn(  # type: ignore[override]
@@ -147,18 +145,25 @@ class LatentReplay(Finetune):
             return (cross_entropy(scores, targets, allowed) * weights).sum(), scores
 
         value, scores, new = self.descend(state, loss, lr)
+        if self.config.average:
+            with phase("forward"):
+                scores = self.scores(self._predictors(state), self._decode(code))
         outputs = {"scores": mask_unseen(scores[:1], state["count"]), "loss": value, **self._row(code)}
         return outputs, {**new, **self._average(state, new), "count": count, "age": age}
 
+    def _predictors(self, state: State) -> dict[str, Tensor]:
+        """The weights that predict: the running average, where there is one."""
+        kind = "average" if self.config.average else "param"
+        return {name: state[f"{kind}.{name}"] for name in self.trained}
+
     def _average(self, state: State, new: State) -> State:
-        """The running average of the trained weights after this step."""
-        decay = self.config.average
-        if not decay:
+        """The running average of the trained weights after this step: ``a + (1 - decay) (w - a)``, so that equal weights stay."""
+        if not self.config.average:
             return {}
         # in flat shape, like every update: runtimes broadcast a scalar over trailing dimensions of size one slowly
         pairs = {name: (state[f"average.{name}"], new[f"param.{name}"]) for name in self.trained}
         return {
-            f"average.{name}": (old.reshape(-1) * decay + now.reshape(-1) * (1 - decay)).reshape(old.shape)
+            f"average.{name}": (old.reshape(-1) + (now - old).reshape(-1) * (1 - self.config.average)).reshape(old.shape)
             for name, (old, now) in pairs.items()
         }
 

@@ -125,6 +125,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("finetune", {"trainable": ("5.*",)}),
     ("finetune", {"trainable": ("1.*", "5.*")}),
     ("latent_replay", {"rows_per_step": 2}),
+    ("latent_replay", {"rows_per_step": 3, "average": 0.9}),
 ]
 
 
