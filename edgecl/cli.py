@@ -42,6 +42,13 @@ app = typer.Typer(
 )
 
 
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+NARROWEST = 20
+"""Columns that a table has at least, whatever a terminal or COLUMNS says: a width of 0 would show nothing."""
+
+
 def _examples(*commands: str) -> str:
     """The end of a help page; an empty line between commands keeps each on a line of its own."""
     return "\n\n".join(["Examples:", *commands])
@@ -63,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch has no type of its own for it
             raise
         return _fail("there is not enough memory for this; take fewer classes or a smaller model, or cut it further down")
-    except typer.Abort:
+    if code == STOPPED:  # typer has taken the KeyboardInterrupt, without a word
         _fail("stopped")
-        return 130
     return code if isinstance(code, int) else 0
 
 
@@ -170,7 +176,7 @@ def methods(as_json: Json = False) -> None:
     "profile",
     epilog=_examples(
         "edgecl profile resnet20",
-        "edgecl profile resnet20 --at layer3 --method ridge --classes 20 --config gamma=1",
+        "edgecl profile resnet20 --at pool --method ridge --classes 20 --config gamma=1",
         "edgecl profile small_cnn --at block3 --method latent_replay --config lr=0.03 --config codec=float32",
         "edgecl profile net.py:build --input 1,1,40,100    (your own file: def build(), which returns the module)",
     ),
@@ -191,6 +197,7 @@ def profile_(
     as_json: Json = False,
 ) -> None:
     """Show what every step of a learner costs in MACs and bytes, or, without --at, where the model can be cut."""
+    values = parse_config(method, config or ())
     net = load_model(model, classes, weights, model_classes)
     preprocess = preprocessing(preprocess_u8, mean, std)
     example = example_of(model, input, dtype, preprocess)
@@ -204,7 +211,6 @@ def profile_(
         else:
             _show(tables.split_table(points, f"Where {title} can be cut"))
         return
-    values = parse_config(method, config or ())
     with _progress(quiet=as_json) as step:
         step("capturing and counting every step", 0, 1)
         found = profile(prepare(net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess))
@@ -224,8 +230,8 @@ def profile_record(found: Profile) -> dict[str, Any]:
 
 @app.command(
     epilog=_examples(
-        "edgecl export small_cnn --at pool --method ncm --classes 10 --out bundle",
-        "edgecl export small_cnn --at block3 --method ridge --preprocess-u8 HW --mean 0.29 --std 0.35 --out bundle8",
+        "edgecl export small_cnn --weights small.pth --at pool --method ncm --classes 10 --out bundle",
+        "edgecl export resnet20 --weights resnet20.th --at pool --preprocess-u8 HWC --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --out u8",
         "edgecl export net.py:build --at conv3 --data base.npz --class-names yes,no --out own    (your own files)",
     ),
 )
@@ -260,6 +266,8 @@ def export(
     values = parse_config(method, config or ())
     names = class_names.split(",") if class_names else ()
     net = load_model(model, classes, weights, model_classes)
+    if model in BACKBONES and weights is None:
+        print(f"note: {model} has random weights; pass --weights for trained ones", file=sys.stderr)
     preprocess = preprocessing(preprocess_u8, mean, std)
     xs, ys = (None, None) if data is None else read_stream(data)
     if xs is not None and not len(xs):
@@ -285,7 +293,9 @@ def export(
 
 def _console() -> Console:
     """Results on stdout, at the terminal's width; a pipe gets room for every table. Names of the user's are no markup."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120, markup=False, emoji=False)
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120, markup=False, emoji=False)
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def _show(*results: Table) -> None:

@@ -82,8 +82,8 @@ SETTINGS = (
         "latent replay suffix",
         LatentReplay.Config(lr=0.01, optimizer="adam", loss="er-ace", new_weight=0.3, average=0.98, capacity_bytes=128 << 10),
     ),
-    Setting("joint", FEATURE, "joint head, 62-d", Joint.Config(epochs=40, lr=0.01)),
-    Setting("joint", MAP_HEAD, "joint head, 576-d", Joint.Config(epochs=20, lr=0.003)),
+    Setting("joint", FEATURE, "joint head, 62-d", Joint.Config(epochs=120, lr=0.01)),
+    Setting("joint", MAP_HEAD, "joint head, 576-d", Joint.Config(epochs=120, lr=0.001)),
     Setting("joint", MAP, "joint suffix", Joint.Config(epochs=40, lr=0.01)),
 )
 """Every row, baselines included."""

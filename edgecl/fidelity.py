@@ -58,7 +58,7 @@ def check_gradients(model: nn.Module, parts: Split, x: Tensor) -> None:
     known = dict(whole.named_parameters(remove_duplicate=False))
     frozen = {id(known[name]) for name, _ in parts.trunk.named_parameters(remove_duplicate=False)}  # whatever else they are called
     names = [name for name, _ in parts.suffix.named_parameters() if id(known[name]) not in frozen]
-    wanted = _gradients(whole, names, x)
+    wanted = _gradients(whole, names, x.clone())  # a model may change its input in place
     with torch.no_grad():
         z = parts.trunk(x.clone())
     found = _gradients(suffix, names, z)
@@ -74,7 +74,9 @@ def check_gradients(model: nn.Module, parts: Split, x: Tensor) -> None:
 
 def _gradients(module: nn.Module, names: list[str], x: Any) -> dict[str, Tensor]:
     """Gradients of a fixed random projection of the output; zeros for parameters that it does not depend on."""
-    parameters = dict(module.requires_grad_(True).named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for parameter in parameters.values():
+        parameter.requires_grad_(parameter.is_floating_point())  # indices may be parameters, too, but have no gradient
     with torch.enable_grad():
         output = module(x)
         cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)

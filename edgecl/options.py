@@ -4,9 +4,12 @@ import dataclasses
 import importlib.util
 import math
 import re
+import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +64,51 @@ def _own_model(model: str, model_classes: int | None) -> nn.Module:
         raise InputError(f"MODEL: must be one of {', '.join(BACKBONES)}, or file.py:function with an existing file, got {model!r}")
     if model_classes is not None:
         raise InputError(f"--model-classes: is for the backbones only, got it with {model!r}; widen the head in {function}()")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"edgecl_own_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        net = getattr(module, function)()
-    except Exception as error:  # the user's code may raise anything
-        raise InputError(f"MODEL: {model} failed with {type(error).__name__}: {error}; it must be a function without arguments") from error
+    with _importable(name, path.resolve().parent):
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # there dataclasses look up their annotations
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise InputError(f"MODEL: {file} failed with {_cause(error, path)}; mend the file") from error
+        if not hasattr(module, function):
+            raise InputError(f"MODEL: {file} has no attribute {function!r}; name a function in it that returns an nn.Module")
+        try:
+            net = getattr(module, function)()
+        except (Exception, SystemExit) as error:
+            outside = isinstance(error, TypeError) and error.__traceback__ is not None and error.__traceback__.tb_next is None
+            mend = "it must be a function without arguments" if outside else f"mend {function}()"
+            raise InputError(f"MODEL: {model} failed with {_cause(error, path)}; {mend}") from error
     if not isinstance(net, nn.Module):
         raise InputError(f"MODEL: {model} must return an nn.Module, got {type(net).__name__}")
     return net
+
+
+@contextmanager
+def _importable(name: str, folder: Path) -> Iterator[None]:
+    """While inside, what lies in ``folder`` can be imported, as beside a script; a failure leaves no module of it behind."""
+    before = dict(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    except BaseException:
+        for key in set(sys.modules) - set(before):
+            if key == name or folder in Path(getattr(sys.modules[key], "__file__", None) or "").parents:
+                del sys.modules[key]
+        if name in before:
+            sys.modules[name] = before[name]
+        raise
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+
+
+def _cause(error: BaseException, path: Path) -> str:
+    """Type, text and, where it is known, the line of the user's file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
 def preprocessing(layout: str | None, mean: str | None, std: str | None) -> ImageU8 | None:

@@ -15,17 +15,17 @@ from edgecl.splitting import SplitError, check_backward, split
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import as_int, has_length
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import Array, TensorSpec
+from edgecl_device.manifest import DTYPES, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory
-
-DTYPES = ("float32", "float64", "int64", "int32", "uint8", "bool")
-"""Types of samples and latents."""
 
 MOST_CLASSES = 1 << 20
 """More room than any label space needs; beyond, a state cannot be allocated."""
 
 KEPT = 32
 """Latents of base samples kept for the checks at export."""
+
+KEPT_RAW = 8
+"""Raw base samples kept for the same."""
 
 
 class Trunk(nn.Module):
@@ -47,6 +47,7 @@ class Prepared:
     Attributes:
         trunk: Maps a raw sample to its latent ``z``.
         example: One raw sample, batch dimension of 1 included; real once ``fit`` has seen samples.
+        samples: Some raw samples [N, ...], which the checks at export encode; the example until ``fit`` has seen others.
         x: Its spec.
         learner: The method.
         state: Its state after the base samples.
@@ -58,7 +59,7 @@ class Prepared:
     def __init__(self, trunk: Trunk, example: Array, learner: Learner, class_names: Sequence[str] = ()) -> None:
         _check_names(class_names, learner.problem.max_classes)
         self.trunk = trunk.eval().requires_grad_(False)
-        self.example = example
+        self.example = self.samples = example
         self.x = TensorSpec("x", example.shape, example.dtype.name)
         self.learner = learner
         self.state: State = learner.init()
@@ -143,7 +144,9 @@ class Prepared:
                 progress(i + 1, len(latents))
         self.state = state
         self._known = max(self._known, max(labels) + 1)
-        self.example = _samples("x", x)[:1].copy()
+        x = _samples("x", x)
+        self.example = x[:1].copy()
+        self.samples = x[np.linspace(0, len(x) - 1, min(len(x), KEPT_RAW)).astype(int)]  # samples are often sorted by class
         self.examples = (self.examples + list(zip(latents, labels, strict=True)))[:KEPT]
         if self.memory is not None:
             for row, label in zip(rows, labels, strict=True):
@@ -214,8 +217,9 @@ def prepare(
     try:
         with torch.no_grad():
             x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
+            # the model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
+            output = check_values(model, parts, x)
             z = trunk(torch.tensor(example))
-        output = check_values(model, parts, x)
     except SplitError:  # is a ValueError
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # what torch raises for shapes and dtypes that do not fit
@@ -226,6 +230,10 @@ def prepare(
             raise InputError(
                 f"at: the latent {name} behind {at!r} is {dtype_name(part.dtype)}, must be of {', '.join(DTYPES)}; cut elsewhere"
             )
+        if not part.numel():
+            raise InputError(f"at: the latent {name} behind {at!r} must hold a value, got {list(part.shape)}; cut elsewhere")
+    for used in (parts.trunk, parts.suffix) if issubclass(kind, SuffixLearner) else (parts.trunk,):
+        _check_weights(used)
     if issubclass(kind, SuffixLearner):
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = dtype_name(output.dtype) if isinstance(output, Tensor) else type(output).__name__
@@ -237,6 +245,13 @@ def prepare(
     if masks and not extra:
         raise InputError(f"masks: {method} trains no parameter of the model, got masks for {list(masks)}; leave them out")
     return Prepared(trunk, example, kind(problem, config, **extra), class_names)
+
+
+def _check_weights(part: nn.Module) -> None:
+    """Finite parameters, and buffers without NaN: an infinite buffer may be a mask."""
+    for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        if bool(torch.isnan(tensor).any()) or (isinstance(tensor, nn.Parameter) and bool(torch.isinf(tensor).any())):
+            raise InputError(f"model: weight {name!r} must be finite, got NaN or infinity; load other weights, or train them again")
 
 
 def _check_names(names: Any, most: int) -> None:

@@ -307,6 +307,11 @@ def _build(root: nn.Module, graph: fx.Graph, inputs: list[fx.Node], title: str, 
         if name not in keys:  # fx makes every tensor it stores persistent
             owner, _, field = name.rpartition(".")
             part.get_submodule(owner).register_buffer(field, buffer, persistent=False)
+    for name, parameter in list(part.named_parameters(remove_duplicate=False)):
+        if not parameter.is_floating_point():  # indices: no method can train them
+            owner, _, field = name.rpartition(".")
+            delattr(part.get_submodule(owner), field)
+            part.get_submodule(owner).register_buffer(field, parameter.data)
     return part.eval()
 
 

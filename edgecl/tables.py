@@ -155,7 +155,7 @@ _DEMO_COLUMNS = (
     _Column(
         "update\nwrites",
         lambda row: size(row.get("update_bytes")),
-        "median bytes that one update appends to the store's log on flash",
+        "mean bytes that one update writes to the store's files on flash",
     ),
     _Column(
         "update\nms",
@@ -196,7 +196,9 @@ def demo_legend(result: Row, table: Table) -> Table:
     shown = {column.header for column in table.columns}
     columns = [column for column in _DEMO_COLUMNS if column.heading in shown]
     entries = {column.heading.replace("\n", " ").removesuffix(" %"): column.meaning.format(**values) for column in columns}
-    return legend({**entries, "offline training": "on all samples at once, the stream's included, in many epochs; it does not run on the device"})
+    return legend(
+        {**entries, "offline training": "on all samples at once, the stream's included, in many epochs; it does not run on the device"}
+    )
 
 
 def verdict(result: Row) -> list[str]:

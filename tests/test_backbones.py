@@ -4,6 +4,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgecl import prepare
 from edgecl.backbones import BACKBONES, MobileNetV2, SmallCnn, WeightsError, load_weights, resnet20, resnet56
 from edgecl.streams import fashion_mnist_subset
 
@@ -47,6 +48,16 @@ def test_keys_are_the_published_ones():
         "features.17.conv.3.running_var", "features.18.1.bias", "classifier.1.weight",
     } <= mobilenet  # fmt: skip
     assert len(resnet) == 2 + 6 * 19 and len(mobilenet) == 2 + 6 * 52  # one convolution and one norm a layer, and the classifier
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "width"),
+    [(resnet20(), (3, 32, 32), 64), (MobileNetV2(10, width=0.35), (3, 32, 32), 1280), (SmallCnn(), (1, 28, 28), 62)],
+)
+def test_every_backbone_can_be_cut_at_its_vector_of_features(model, shape, width):
+    assert not [key for key in model.state_dict() if key.startswith("pool")]
+    ready = prepare(model, at="pool", example=torch.rand(1, *shape).numpy(), method="ridge", classes=10)
+    assert ready.learner.problem.features.shape == (1, width)
 
 
 def test_resnet_shortcut_takes_every_second_pixel_and_pads_channels():

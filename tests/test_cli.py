@@ -46,6 +46,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     (tmp_path / "net.py").write_text(OWN)
+    for file, model in (("small.pth", SmallCnn(classes=10)), ("resnet20.th", BACKBONES["resnet20"](classes=10))):  # the help names them
+        torch.save(model.state_dict(), file)
     generator = np.random.default_rng(0)
     x = generator.standard_normal((40, 6)).astype(np.float32)
     np.savez("base.npz", x=x, y=np.arange(40) % 4)

@@ -19,14 +19,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import edgecl_export.bundle as bundle
-from edgecl import METHODS, prepare
+from edgecl import METHODS, ImageU8, prepare
 from edgecl.graph.step import UnsupportedOperatorError
 from edgecl.methods.finetune import Finetune
 from edgecl_device import BundleError, Learner, ReplayMemory, SchemaError
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import MANIFEST, from_json, read_manifest, to_json
-from edgecl_export import ExportError, export
+from edgecl_export import ExportError, export, place
+from edgecl_export.onnx_ops import TRANSLATIONS
 
 torch.set_num_threads(1)
 
@@ -37,11 +38,11 @@ shipped = pytest.mark.parametrize("method", SHIPPED)
 def refused(toy, folder, method, match, error=ExportError, **changes):
     """The export fails with this error and leaves nothing behind, not even a missing parent."""
     ready = toy.prepared(method, **changes) if isinstance(method, str) else method
-    before = toy.helpers.arrays(ready.state)
+    before = {name: tensor.clone() for name, tensor in ready.state.items()}
     with pytest.raises(error, match=match):
         export(ready, folder / "new" / "bundle")
     assert list(folder.iterdir()) == []
-    assert toy.helpers.same(toy.helpers.arrays(ready.state), before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ready.state.items())
 
 
 @pytest.fixture
@@ -79,9 +80,70 @@ def test_every_gate_reports_what_it_found(toy):
     assert [gate.name for gate in exported.gates] == names
     assert all(gate.found for gate in exported.gates)
     parity = next(gate.found for gate in exported.gates if gate.name == "parity")
-    found = re.fullmatch(r"change \S+, outputs \S+, state \S+; (\d+) comparisons held the bare bars, (\d+) needed an allowance", parity)
+    words = r"change \S+, outputs \S+, state \S+; (\d+) comparisons held the bare bars, (\d+) needed an allowance; states: (.*)"
+    found = re.fullmatch(words, parity)
     assert found is not None
     assert int(found[1]) > 24 * 10 > int(found[2])
+    assert found[3] == "encode 9, predict 25, learn 25", "24 of a trajectory and one of zeros; 8 raw samples and a random one"
+
+
+def planted(monkeypatch, operator, change):
+    """Another translation of an operator, in every step or in one."""
+    good = TRANSLATIONS[operator]
+    monkeypatch.setitem(TRANSLATIONS, operator, lambda emitter, node, *args, **kwargs: change(good, emitter, node, *args, **kwargs))
+
+
+@pytest.mark.parametrize("fit", [False, True])
+@pytest.mark.parametrize("step", ["forget", "relabel"])
+@pytest.mark.parametrize("classes", [5, 100])
+def test_gate_parity_compares_revisions_of_what_was_learned(tmp_path, monkeypatch, fit, step, classes):
+    """From a state that has not learned the sample, both engines refuse, and a wrong step would pass."""
+
+    def seven(good, emitter, node, added, left, right, beta=1, alpha=1):
+        return good(emitter, node, added, left, right, beta, alpha * (7.0 if emitter.graph.name == step else 1.0))
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, classes))
+    x = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    ready = prepare(model, at="1", example=x[:1], method="ridge", classes=classes)
+    if fit:
+        ready.fit(x, np.arange(40) % 2)
+    parity = next(g.found for g in export(ready, tmp_path / "good").gates if g.name == "parity")
+    counts = dict(part.split() for part in parity.split("states: ")[1].split(", "))
+    assert [counts[name] for name in ("learn", "forget", "relabel")] == ["25"] * 3
+    planted(monkeypatch, torch.ops.aten.addmm.default, seven)
+    with pytest.raises(ExportError, match=f"gate 'parity': step '{step}': .* differs from eager"):
+        export(ready, tmp_path / "bad")
+
+
+def test_what_a_single_sample_cannot_forget_two_alike_can(tmp_path):
+    """A guard that refuses to let the last sample of a direction go: the gate learns another like it."""
+    model = nn.Sequential(nn.Identity(), nn.Linear(64, 4))
+    x = np.random.default_rng(1).standard_normal((1, 64)).astype(np.float32)
+    ready = prepare(model, at="0", example=x, method="ridge", classes=4, config=METHODS["ridge"].Config(tau=0.3))
+    parity = next(g.found for g in export(ready, tmp_path / "bundle").gates if g.name == "parity")
+    assert "forget 25, relabel 25" in parity
+
+
+def test_gate_parity_refuses_a_step_that_is_never_compared(toy, tmp_path):
+    """Features of such a length that the guard refuses every sample: the bundle would never learn."""
+    refused(
+        toy, tmp_path, toy.prepared("ridge", fit=False, gamma=1e-7, unit_norm=False), r"gate 'parity': step 'learn' could be .* from \d "
+    )
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_gate_parity_encodes_more_than_one_sample(tmp_path, monkeypatch, real):
+    """A black image hides a transposed one."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10))
+    x = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    x[0] = 0
+    preprocess = ImageU8([0.5] * 3, [0.25] * 3, "HWC")
+    ready = prepare(model, at="2", example=x[:1], method="ncm", classes=10, preprocess=preprocess)
+    if real:
+        ready.fit(x, np.arange(20) % 10)
+        assert ready.samples.shape == (8, 8, 8, 3) and np.array_equal(ready.samples[[0, -1]], x[[0, -1]])
+    planted(monkeypatch, torch.ops.aten.permute.default, lambda good, emitter, node, x, axes: emitter.op("Transpose", x, perm=[0, 3, 2, 1]))
+    refused(None, tmp_path, ready, "gate 'parity': step 'encode': z differs from eager")
 
 
 def test_gate_kernels(toy, spoil, tmp_path):
@@ -250,8 +312,9 @@ def test_an_interrupted_move_puts_the_old_bundle_back(toy, tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
         return real(self, target)
 
+    monkeypatch.setattr(place, "_swapped", lambda left, right: False)
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"^path: .*bundle' cannot be written \(No space left on device\); choose"):
         export(toy.prepared("slda"), tmp_path / "bundle", overwrite=True)
     assert toy.helpers.hashes(tmp_path / "bundle") == before
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
@@ -263,6 +326,32 @@ def test_capacities_are_checked(toy, tmp_path, name, value):
     with pytest.raises(InputError, match=f"^{name}: must be "):
         export(toy.prepared("ncm"), tmp_path / "bundle", **{name: value})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [None, "x", float("nan"), 2.5, -1])
+def test_the_memory_budget_is_an_integer(toy, tmp_path, value):
+    with pytest.raises(InputError, match=r"^ram_budget_bytes: must be .*; "):
+        export(toy.prepared("ncm"), tmp_path / "bundle", ram_budget_bytes=value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [5, None, b"x", "a\0b", "n" * 300, "/proc/nothing/b", "/sys/b", "/dev/null/b"])
+def test_paths_that_cannot_be(toy, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^path: .*; "):
+        export(toy.prepared("ncm"), path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_name_that_the_file_system_takes(toy, tmp_path):
+    for overwrite in (False, True):
+        export(toy.prepared("ncm"), tmp_path / ("n" * 250), overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["n" * 250]
+
+
+def test_only_what_prepare_returns_is_exported(toy, tmp_path):
+    with pytest.raises(InputError, match=r"^prepared: must be what edgecl\.prepare returned, got Net; call prepare"):
+        export(toy.helpers.Net(), tmp_path / "bundle")
 
 
 def test_numpy_integers_are_integers(toy, tmp_path):

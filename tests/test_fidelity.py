@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from edgecl import SplitError, prepare
+from edgecl_device import Learner
+from edgecl_export import export
 
 X = np.random.default_rng(0).standard_normal((1, 6)).astype(np.float32)
 
@@ -162,3 +164,39 @@ def test_an_example_that_the_suffix_cannot_take_is_refused_as_one_that_the_trunk
     net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"^example: must suit preprocess and model, got float32 \[1, 3, 5, 5\] \(.*\); pass a raw sample"):
         prepare(net, at=at, example=np.zeros((1, 3, 5, 5), np.float32), method="latent_replay", classes=2)
+
+
+class InPlace(Net):
+    """A shifted input: the check of the gradients must not run on one that was shifted before."""
+
+    def forward(self, x):
+        x.sub_(0.5)
+        return super().forward(x)
+
+
+class Scaled(Net):
+    """Integers that are a parameter, which has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(7, -1, -1), requires_grad=False)
+
+    def back(self, x):
+        return self.h(x * self.order)
+
+
+@pytest.mark.parametrize("model", [InPlace, Scaled])
+@pytest.mark.parametrize("method", ["ridge", "finetune", "latent_replay", "joint"])
+def test_models_that_change_their_input_or_have_integer_parameters_are_accepted(model, method):
+    net, x = model(), X.copy()
+    ready = prepare(net, at="r", example=x, method=method, classes=4)
+    assert np.array_equal(x, X)
+    assert not any("order" in name for name in ready.state), "integers are not trained"
+    assert isinstance(net.get_parameter("order") if model is Scaled else net.o.weight, nn.Parameter), "the user's model is left alone"
+
+
+def test_integers_that_are_a_parameter_ship(tmp_path):
+    ready = prepare(Scaled(), at="r", example=X, method="finetune", classes=4)
+    export(ready, tmp_path / "bundle")
+    with Learner.load(tmp_path / "bundle") as learner:
+        assert np.isfinite(learner.learn(X[0], 1).loss)

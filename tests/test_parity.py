@@ -297,11 +297,9 @@ def test_the_bars_refuse_a_missing_epsilon(toy, tmp_path, eps, wrong):
 class Fixed:
     """An engine that gives one answer."""
 
-    def __init__(self, new, **outputs):
-        self.new, self.outputs = (
-            np.array(new),
-            {name: np.array(value, bool if name == "guard" else np.float32) for name, value in outputs.items()},
-        )
+    def __init__(self, new, tensor="w", **outputs):
+        self.new, self.tensor = np.array(new), tensor
+        self.outputs = {name: np.array(value, bool if name == "guard" else np.float32) for name, value in outputs.items()}
 
     def load(self, state):
         pass
@@ -313,10 +311,10 @@ class Fixed:
         pass
 
     def state(self):
-        return {"w": self.new}
+        return {self.tensor: self.new}
 
 
-OLD = {"w": np.array([1.0, 2.0])}
+OLD = {name: np.array([1.0, 2.0]) for name in ("w", "param.w", "average.w", "momentum.w", "adam_m.w")}
 ALLOWANCES = [  # outputs, new state of both engines, whether it passes, how many comparisons need an allowance
     ({}, [1.1, 2.1], [1.1, 2.1], True, 0),
     ({}, [1.1, 2.1], [1.1001, 2.1], True, 1),  # 4e-5 of the state, 7e-4 of the change
@@ -332,6 +330,8 @@ ALLOWANCES = [  # outputs, new state of both engines, whether it passes, how man
     ({}, [1.0, 2.0 + 1e-13], [1.0, 2.0 + 1.004e-13], True, 1),  # two roundings of the stored value
     ({}, [1.0, 2.0], [1.0, 2.0 + 1e-15], True, 1),  # four roundings of the tensor, where nothing should change
     ({}, [1.0, 2.0], [1.0, 2.0 + 2e-15], False, 0),
+    ({}, [1e-6, 0.0], [2e-6, 0.0], True, 1),  # what shrinks is known relative to what it was
+    ({}, [1e-3, 0.0], [1.3e-3, 0.0], False, 0),  # 1.3e-4
     ({"guard": False}, [1.1, 2.1], [3.0, 4.0], True, 0),  # neither engine keeps it
 ]
 
@@ -339,14 +339,33 @@ ALLOWANCES = [  # outputs, new state of both engines, whether it passes, how man
 @pytest.mark.parametrize(("outputs", "reference", "other", "passes", "allowed"), ALLOWANCES)
 def test_allowances_are_bounded_and_counted(outputs, reference, other, passes, allowed):
     tally = Tally()
-    engines = Fixed(reference, **outputs), Fixed(other, **outputs)
+    engines = [Fixed(new, "param.w" if "loss" in outputs else "w", **outputs) for new in (reference, other)]
     if passes:
-        compare_step("learn", OLD, {}, *engines, tally)
+        assert compare_step("learn", OLD, {}, *engines, tally) == ("guard" not in outputs)
         compared = 0 if "guard" in outputs else 2 + len(outputs)
         assert (tally.bare, tally.allowed) == (compared - allowed, allowed)
     else:
         with pytest.raises(ExportError, match=r"gate 'parity': step 'learn': .* differs from eager"):
             compare_step("learn", OLD, {}, *engines, tally)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "passes"),
+    [("w", False), ("readout", False), ("param.w", True), ("average.w", True), ("momentum.w", True), ("adam_m.w", True)],
+)
+def test_a_small_loss_widens_the_bar_of_what_a_gradient_changes_only(tensor, passes):
+    old = {tensor: np.array([1.0, 2.0])}
+    engines = [Fixed([1.0, last], tensor, loss=1e-5) for last in (2.0 + 1e-6, 2.0 + 1.05e-6)]
+    if passes:
+        compare_step("learn", old, {}, *engines)
+    else:
+        with pytest.raises(ExportError, match=f"the change of {tensor} differs from eager"):
+            compare_step("learn", old, {}, *engines)
+
+
+def test_trained_parameters_that_shrink_are_compared_with_themselves():
+    with pytest.raises(ExportError, match=r"step 'learn': param\.w differs from eager"):
+        compare_step("learn", {"param.w": OLD["w"]}, {}, *(Fixed([last, 0.0], "param.w") for last in (1e-6, 2e-6)))
 
 
 def test_a_step_that_one_engine_refuses_is_refused():

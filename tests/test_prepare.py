@@ -324,3 +324,67 @@ def test_latents_of_types_that_no_runtime_has_are_refused():
     double = nn.Sequential(nn.Identity(), nn.Linear(4, 3)).double()
     with pytest.raises(InputError, match=r"^z: must be float32 features, got 'float64'; convert the model"):
         prepare(double, at="0", example=np.ones((1, 4)), method="latent_replay", classes=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("weight", "methods"), [("stem.0.weight", FITTED), ("fc.weight", ("frozen", "finetune", "latent_replay", "joint"))]
+)
+def test_weights_that_are_not_finite_are_named(toy, value, weight, methods):
+    net = toy.helpers.Net()
+    net.get_parameter(weight).data.flatten()[3] = value
+    for method in FITTED:
+        if method in methods:
+            with pytest.raises(InputError, match=rf"^model: weight '{weight}' must be finite, got NaN or infinity; load"):
+                go(toy, model=net, method=method)
+        else:
+            go(toy, model=net, method=method)  # never uses the suffix
+
+
+def test_infinite_masks_are_no_weights():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.register_buffer("mask", torch.tensor([0.0, 0.0, -float("inf"), 0.0]))
+
+        def forward(self, x):
+            return self.last(torch.softmax(self.first(x) + self.mask, 1))
+
+    prepare(Masked(), at="first", example=np.ones((1, 4), np.float32), method="finetune", classes=3)
+
+
+def test_a_latent_without_values_is_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    net[0].weight, net[0].bias = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.zeros(0))
+    net[2].weight = nn.Parameter(torch.zeros(3, 0))
+    with pytest.raises(InputError, match=r"^at: the latent z behind '1' must hold a value, got \[1, 0\]; cut elsewhere"):
+        prepare(net, at="1", example=np.ones((1, 4), np.float32), classes=3)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
+def test_a_model_of_a_mapping_is_refused_without_noise(capfd):
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.first(x["p"]))
+
+    with pytest.raises(InputError, match=r"^example: must suit preprocess and model"):
+        prepare(Mapped(), at="first", example=np.ones((1, 4), np.float32), classes=3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fit_keeps_raw_samples_of_all_it_has_seen(toy):
+    x, y = toy.helpers.samples(60)
+    ready = toy.prepared("ncm", fit=False)
+    assert np.array_equal(ready.samples, ready.example)
+    ready.fit(x, y)
+    assert ready.samples.shape == (8, *x.shape[1:]) and np.array_equal(ready.samples[[0, -1]], x[[0, -1]])
+    assert np.array_equal(ready.example, x[:1])
+    ready.samples[:] = 0
+    assert x.any(), "they are copies"
+    ready.fit(x[:3], y[:3])
+    assert np.array_equal(ready.samples, x[:3])

@@ -10,10 +10,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edgecl_device.errors import BundleError, InputError, PredictionError
-from edgecl_device.manifest import UNSEEN_SCORE, Array, Manifest, TensorSpec
+from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TensorSpec
 
 REVISIONS = ("forget", "relabel")
-DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")
 MOST_ELEMENTS = 1 << 40
 
 

@@ -23,6 +23,7 @@ from edgecl_device.learner import Learner
 from edgecl_device.manifest import Array, Manifest, TensorSpec, read_manifest
 
 _NO_STREAM = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+CLEAR_LINE = "\r\x1b[K"
 EXAMPLES = """examples:
   edgecl-device info bundle/                                  what is in it and what a step costs
   edgecl-device verify bundle/                                hashes, schema, one prediction, one update
@@ -32,7 +33,18 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 with one line on stderr after an error, 1 when nobody reads the output."""
+    """Run the command; returns the exit code.
+
+    0; or 2 with one line on stderr after an error, 130 with one after Ctrl-C, 1 when nobody reads the output.
+    """
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        _say("interrupted; with --store, what was learned is in the store")
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # class names may have what the terminal has not
@@ -56,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = args.call(args)
     except EdgeclError as error:
-        print(f"edgecl-device: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(str(error))
         return 2
     try:
         print(json.dumps(result, indent=1) if args.json else table(result), flush=True)
@@ -64,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at the end
         if isinstance(error, BrokenPipeError):
             return 1
-        print(f"edgecl-device: the output cannot be written ({error})", file=sys.stderr)
+        _say(f"the output cannot be written ({error})")
         return 2
     return 0
 
@@ -72,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def info(args: argparse.Namespace) -> dict[str, Any]:
     """The manifest in short."""
     manifest = read_manifest(args.bundle)
+    check_manifest(manifest)
     steps = [
         {
             "step": name,
@@ -82,11 +95,11 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
         }
         for name, step in manifest.steps.items()
     ]
-    x = manifest.steps["encode"].inputs[0] if "encode" in manifest.steps else None
+    x = manifest.steps["encode"].inputs[0]
     return {
         "method": manifest.method,
         "config": manifest.config,
-        "input": f"{x.dtype} {list(x.shape)}" if x else None,
+        "input": f"{x.dtype} {list(x.shape)}",
         "classes": f"{len(manifest.class_names)} named of {manifest.max_classes}",
         "class_names": list(manifest.class_names),
         "forgets": manifest.forgets,
@@ -145,6 +158,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             by_class[label] = (hit + (seen.label == label), seen_of_class + 1)
             hits += seen.label == label
         seconds = time.perf_counter() - start
+        if args.store is not None:
+            learner.save()  # what closing would write is then in the report
         report = learner.report()
     classes = [{"class": label, "samples": total, "prequential_accuracy": hit / total} for label, (hit, total) in sorted(by_class.items())]
     return {
@@ -213,14 +228,24 @@ def made_up(spec: TensorSpec) -> Array:
 def progress(n: int) -> Iterable[int]:
     """``range(n)``, with a line on stderr twice a second when that is a terminal."""
     last = time.perf_counter()
-    show = sys.stderr.isatty()
+    show = _on_terminal()
     for i in range(n):
         if show and time.perf_counter() - last > 0.5:
             last = time.perf_counter()
             print(f"\r{i} of {n} samples", end="", file=sys.stderr, flush=True)
         yield i
     if show:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # None when it was closed: 2>&-
+
+
+def _say(text: str) -> None:
+    """One line on stderr, over the line of :func:`progress` when that is there."""
+    if sys.stderr is not None:
+        print(f"{CLEAR_LINE if _on_terminal() else ''}edgecl-device: {' '.join(text.split())}", file=sys.stderr)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from edgecl_device.checks import check_state, short
 from edgecl_device.engines import Engine
-from edgecl_device.errors import BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
+from edgecl_device.errors import RESTORE, BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
 from edgecl_device.event import Event
 from edgecl_device.manifest import Array, Manifest
 from edgecl_device.memory import ReplayMemory
@@ -127,7 +127,7 @@ class Core:
             if self.memory is not None:
                 self.memory.restore(snapshot.tensors)
         except (EdgeclError, KeyError) as error:
-            raise StoreError(f"snapshot: does not fit the bundle ({error}); restore the store from a copy, or delete it") from error
+            raise StoreError(f"snapshot: does not fit the bundle ({error}); {RESTORE}") from error
         self._engine.load(state)
         self.names, self.counts, self.totals, self.health = list(names), np.array(counts, np.int64), dict(totals), dict(health)
 

@@ -3,6 +3,9 @@
 After any of them the learner's state and its store are what they were before the call.
 """
 
+RESTORE = "delete the file *-wal beside the store, if there is one, then restore the store from a copy, or delete it to start afresh"
+"""The mend of a damaged store. SQLite would apply a write-ahead log that was left to whatever lies beside it."""
+
 
 class EdgeclError(Exception):
     """Base class of every error raised by edgecl, on the host and on the device."""
@@ -41,7 +44,7 @@ class ClosedError(EdgeclError):
 
 
 class BusyError(EdgeclError):
-    """Another thread is using the learner at this moment."""
+    """Another call of the learner is running: from another thread, or interrupted by the signal handler that makes this one."""
 
 
 class StepMissingError(EdgeclError):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from edgecl_device.core import Core
-from edgecl_device.errors import EdgeclError, ForgetRefusedError, StoreError, UpdateRefusedError
+from edgecl_device.errors import RESTORE, EdgeclError, ForgetRefusedError, StoreError, UpdateRefusedError
 from edgecl_device.event import Event
 from edgecl_device.manifest import Array
 from edgecl_device.pending import Pending
@@ -29,14 +29,14 @@ class Journal:
         self.interrupted = False
 
     def start(self) -> None:
-        """Go on where the store stopped, or write a new store's first snapshot.
+        """Go on where the store stopped, or write a new store's first snapshot. Until it is sure to go on, nothing is written.
 
         Raises:
             StoreError: when what is in it does not fit together.
         """
         known = self._store.snapshots()
         if AUTOMATIC not in known and (known or self._store.seq or self._store.handed_out(0)):
-            raise StoreError("store: is damaged (the automatic snapshot is missing); restore it from a copy, or delete it to start afresh")
+            raise StoreError(f"store: is damaged (the automatic snapshot is missing); {RESTORE}")
         if AUTOMATIC not in known:
             if self._store.persistent:
                 self.save(AUTOMATIC)
@@ -46,7 +46,8 @@ class Journal:
         except StoreError:
             raise
         except (EdgeclError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise StoreError(f"store: its content does not fit the bundle ({error}); restore it from a copy, or delete it") from error
+            raise StoreError(f"store: its content does not fit the bundle ({error}); {RESTORE}") from error
+        self._store.fold()  # what a process that died has erased
 
     def learn(self, event: Event, z: Mapping[str, Array]) -> dict[str, Array]:
         """Run a ``learn`` event, log it and keep what it found; returns the step's outputs.
@@ -56,18 +57,16 @@ class Journal:
             StoreFullError: when it cannot be logged.
         """
         renewed = self._room(event)
-        counter, writing, written = self._core.counter, False, False
+        counter, commits = self._core.counter, self._store.commits
         try:
             outputs = self._core.propose(event, z)
-            writing = True
-            self._append(event, renewed)
-            written = True
-            self._core.keep(event, outputs)
-            self._pending.discard(int(event.sample_id or 0))
-        except BaseException as error:
-            if written or (writing and not isinstance(error, Exception)):
-                self.interrupted = True
-            self._core.counter = counter
+            with self._whole():
+                self._append(event, renewed)
+                self._core.keep(event, outputs)
+                self._pending.discard(int(event.sample_id or 0))
+        except BaseException:
+            if self._store.commits == commits:
+                self._core.counter = counter
             raise
         self.changed = True
         return outputs
@@ -84,6 +83,8 @@ class Journal:
     def revise(self, sample_id: int, step: str, label: int | None) -> None:
         """Unlearn a sample (``label`` None) or give it another label, here and in every named snapshot.
 
+        What waits with the features of an unlearned sample is discarded.
+
         Raises:
             ForgetRefusedError: when it is not in the log.
             UpdateRefusedError: when the step refuses, here or in a named snapshot.
@@ -94,7 +95,7 @@ class Journal:
             raise ForgetRefusedError(f"{step}: {store.why_missing(sample_id)}")
         z = self._pending.unpack(event.features or b"")
         store.fold()
-        with self._whole(), core.reverting() as before, store.transaction(sync=True):
+        with self._whole(), core.reverting() as before, self._pending.reverting(), store.transaction(sync=True):
             for name, seq in store.snapshots().items():
                 if name != AUTOMATIC and seq >= event.seq:
                     core.restore(Snapshot.unpack(store.snapshot(name)))
@@ -104,10 +105,21 @@ class Journal:
             core.revise(event, z, step, label, f"sample {sample_id}")
             if label is None:
                 store.erase(event)
+                self._discard_alike(event.features or b"")
             else:
                 store.set_label(event, label)
             self._checkpoint()
         store.fold(force=True)  # the write-ahead log still holds what was erased
+
+    def discard(self, sample_id: int) -> None:
+        """Discard a prediction that waits, and every other of its features, here and in the automatic snapshot."""
+        features = self._pending.pack(self._pending.get(sample_id))
+        self._store.fold()
+        with self._whole(), self._pending.reverting(), self._store.transaction(sync=True):
+            self._discard_alike(features)
+            self._store.erasure_due = True
+            self._checkpoint()
+        self._store.fold(force=True)
 
     def save(self, name: str) -> None:
         """Write a snapshot, and leave it in the store's own file, which may be copied by itself then."""
@@ -123,12 +135,19 @@ class Journal:
             self._core.restore(Snapshot.unpack(self._store.snapshot(name)))
             self._store.drop_after(self._store.snapshots()[name])
             self._checkpoint()
+        self._store.fold(force=True)
+
+    def _discard_alike(self, features: bytes) -> None:
+        for sample_id in self._pending.alike(features):
+            self._pending.discard(sample_id)
 
     def _recover(self, seq: int) -> None:
         snapshot = Snapshot.unpack(self._store.snapshot(AUTOMATIC))
         self._core.restore(snapshot)
         self._pending.restore(snapshot.tensors)
-        for event in self._store.events_after(seq):
+        for number, event in enumerate(self._store.events_after(seq), start=seq + 1):
+            if event.seq != number:  # a write-ahead log beside a file that is not its own can do that
+                raise StoreError(f"store: is damaged (event {number} is missing); {RESTORE}")
             if event.kind == "add_class":
                 self._core.names[int(event.label or 0)] = event.name
                 continue
@@ -161,11 +180,13 @@ class Journal:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Notice an interrupt: any other error leaves store and core as they were."""
+        """Notice an interrupt: any other error leaves store and core as they were.
+
+        An error behind the commit can only be one, too: a signal handler may raise whatever it likes.
+        """
+        commits = self._store.commits
         try:
             yield
-        except Exception:
-            raise
-        except BaseException:
-            self.interrupted = True
+        except BaseException as error:
+            self.interrupted |= self._store.commits != commits or not isinstance(error, Exception)
             raise

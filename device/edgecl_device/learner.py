@@ -4,14 +4,11 @@ The loop keeps what is not a fixed-shape tensor function out of the graphs: rand
 later, the log. Call one learner from one thread at a time; a call from a second one is refused.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from threading import RLock
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,6 +20,7 @@ from edgecl_device.checks import (
     as_sample,
     best_class,
     check_manifest,
+    check_state,
     has_length,
     read_tensors,
     short,
@@ -30,45 +28,24 @@ from edgecl_device.checks import (
 from edgecl_device.core import Core
 from edgecl_device.engines import Engine
 from edgecl_device.engines.onnx import OnnxEngine
-from edgecl_device.errors import BundleError, BusyError, ClosedError, InputError, StepMissingError
+from edgecl_device.errors import BundleError, InputError, StepMissingError
 from edgecl_device.event import EVENT_OVERHEAD, Event
 from edgecl_device.journal import Journal
 from edgecl_device.manifest import Array, Manifest, check_files, read_manifest
 from edgecl_device.pending import Pending
 from edgecl_device.reports import LearnReport, Prediction
 from edgecl_device.store import AUTOMATIC, Store
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def verb(method: Callable[Concatenate["Learner", P], R]) -> Callable[Concatenate["Learner", P], R]:
-    """A method that needs an open learner, and is the only one to run on it."""
-
-    @functools.wraps(method)
-    def run(self: "Learner", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not self._lock.acquire(blocking=False):
-            raise BusyError("learner: another thread is using it; call it from one thread at a time, or guard it with a lock")
-        try:
-            if self._closed:
-                raise ClosedError(f"learner: {self._closed}; load the bundle, with its store, again")
-            return method(self, *args, **kwargs)
-        finally:
-            if self._journal.interrupted and not self._closed:
-                self._shut("was closed, as an interrupt came while its store was written")
-            self._lock.release()
-
-    return run
-
+from edgecl_device.turns import OneAtATime, verb
 
 ENGINES = {"onnx": OnnxEngine}
 
 
-class Learner:
+class Learner(OneAtATime):
     """A learner on an engine, with a store that survives crashes.
 
-    Load a bundle with :meth:`load`. The constructor drives any engine with the same loop. A closed learner raises ClosedError,
-    and one that another thread is using BusyError.
+    Load a bundle with :meth:`load`. The constructor drives any engine with the same loop. A closed learner raises ClosedError.
+    While a call runs, another one, from a second thread or from a signal handler, raises BusyError; a handler may call
+    :meth:`close`.
 
     Args:
         manifest: What the steps need.
@@ -91,6 +68,7 @@ class Learner:
         rows: Mapping[str, Array] | None = None,
         store: Store | None = None,
     ) -> None:
+        super().__init__()
         check_manifest(manifest)
         self.manifest = manifest
         self._engine = engine
@@ -98,13 +76,11 @@ class Learner:
         self._x = manifest.steps["encode"].inputs[0]
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
         self._pending = Pending(manifest.steps["encode"].outputs, manifest.pending_capacity)
-        self._session = {"predicted": 0, "learned": 0, "macs": 0, "bytes_written": 0}
+        self._session = {"predicted": 0, "learned": 0, "macs": 0}
         self._event_bytes = EVENT_OVERHEAD + sum(spec.nbytes for spec in self._pending.specs)
         self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
         self._store.has_room(self._event_bytes)
         self._journal = Journal(self._core, self._pending, self._store)
-        self._lock = RLock()
-        self._closed = ""
         self._journal.start()
 
     @classmethod
@@ -119,12 +95,13 @@ class Learner:
                 log and snapshots then take memory, up to the manifest's ``log_capacity_bytes`` and one state with its rows a snapshot.
             engine: ``onnx``.
             durability: ``normal``: a power cut may lose the samples since the last ``save``; ``full``: each one is synced to the disk.
-            threads: Threads inside one operator, at least 1; above 1 a resumed run may differ in the last bits.
+            threads: Threads inside one operator, 1 to 64; above 1 a resumed run may differ in the last bits.
 
         Raises:
             InputError: for a wrong path, engine, durability or number of threads.
             BundleError: when a file is missing or altered, or the parts do not fit together.
-            StoreError: when the store is empty, damaged, in use, or (StoreMismatchError) of another bundle.
+            StoreError: when the store is empty, damaged, in use, or (StoreMismatchError) of another bundle; its files are then
+                what they were.
 
         Example::
 
@@ -143,12 +120,13 @@ class Learner:
         check_manifest(manifest)
         check_files(folder, manifest)
         state = read_tensors(folder / manifest.state_file)
+        check_state(manifest, state)  # before the engine allocates what the manifest says
         rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
         with ExitStack() as opened:
             runner = ENGINES[engine](folder, manifest, threads)
             opened.callback(runner.close)
             log = Store(store, manifest.bundle_id, manifest.log_capacity_bytes, durability)
-            opened.callback(log.close)
+            opened.callback(log.leave)
             learner = cls(manifest, runner, state, rows, log)
             opened.pop_all()
         return learner
@@ -190,7 +168,7 @@ class Learner:
             StoreFullError: when the sample cannot be logged.
             StepMissingError: when the method does not learn.
         """
-        start = perf_counter()
+        start, written = perf_counter(), self._store.written
         self._check_step("learn")
         label = self._label(y)
         weight, lr = self._check_options(weight, lr)
@@ -207,20 +185,20 @@ class Learner:
             z = self._pending.get(sample_id)
             macs = self._macs("learn")
         self._store.fold()
-        wal = self._store.wal_bytes()
         event = Event(self._store.seq + 1, "learn", sample_id, label, weight, lr, None, self._pending.pack(z))
         outputs = self._journal.learn(event, z)
-        written = self._store.wal_bytes() - wal
-        for name, amount in (("learned", 1), ("macs", macs), ("bytes_written", written)):
-            self._session[name] += amount
-        loss, predicted = float(outputs["loss"]), best_class(outputs["scores"][0])
+        self._session["learned"] += 1
+        self._session["macs"] += macs
+        loss, predicted, written = float(outputs["loss"]), best_class(outputs["scores"][0]), self._store.written - written
         return LearnReport(sample_id, loss, predicted, label, dict(self._core.health), macs, written, perf_counter() - start)
 
     @verb
     def forget(self, sample_id: int) -> bool:
         """Unlearn a sample exactly, here and in every named snapshot, and erase its features and replay row.
 
-        A new automatic snapshot is written, so that the store keeps no older state. Costs one snapshot's bytes.
+        A new automatic snapshot is written, so that the store keeps no older state. Costs one snapshot's bytes. Predictions that
+        wait for a label with the very features of the sample are discarded, too; one that was learned under another id is a sample
+        of its own. A ``sample_id`` that only waits is discarded in the same way, whatever the method.
 
         Returns:
             Whether the store's files are free of it already. False: the sample is unlearned for good, but the disk was full (or
@@ -229,12 +207,16 @@ class Learner:
 
         Raises:
             StepMissingError: when the method has no exact ``forget``.
-            ForgetRefusedError: when the sample is not in the log (any more).
+            ForgetRefusedError: when the sample neither waits nor is in the log (any more).
             UpdateRefusedError: when the method's guard refuses, here or in a named snapshot; nothing is changed then.
         """
-        if not self.manifest.forgets:
+        sample_id = as_int("sample_id", sample_id)
+        if sample_id in self._pending.samples:
+            self._journal.discard(sample_id)
+        elif not self.manifest.forgets:
             raise StepMissingError(f"forget: {self.manifest.method} does not forget exactly, its steps are {self._steps()}; export another")
-        self._journal.revise(as_int("sample_id", sample_id), "forget", None)
+        else:
+            self._journal.revise(sample_id, "forget", None)
         return self._store.erased
 
     @verb
@@ -281,6 +263,7 @@ class Learner:
     def rollback(self, name: str | None = None) -> None:
         """Go back to a snapshot. History is a line: what was learned, added or saved after it is dropped for good.
 
+        It is erased from the store's files as by :meth:`forget`; ``report()["log"]["erased"]`` tells whether that is done.
         Predictions that wait for a label keep waiting.
 
         Args:
@@ -309,12 +292,17 @@ class Learner:
 
     @verb
     def report(self) -> dict[str, Any]:
-        """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health."""
+        """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health.
+
+        ``session.bytes_written`` is everything that the store has written since it was opened: log, snapshots, blocks of sample
+        ids, and each page once more when the write-ahead log is moved into the file. Not in it: what the file system adds, and
+        what :meth:`close` will write, which is nothing right after :meth:`save`.
+        """
         core, store, memory = self._core, self._store, self._core.memory
         return {
             "method": self.manifest.method,
             **core.totals,
-            "session": {**self._session, "refused": core.refused},
+            "session": {**self._session, "bytes_written": store.written, "refused": core.refused},
             "class_counts": {self._called(i): int(n) for i, n in enumerate(core.counts) if n},
             "pending": len(self._pending.samples),
             "log": store.report(),
@@ -324,21 +312,6 @@ class Learner:
             "health": dict(core.health),
         }
 
-    def close(self) -> None:
-        """Write the automatic snapshot if anything changed, and close store and engine; harmless when closed already.
-
-        Raises:
-            StoreFullError: when it does not fit; closed all the same, and only predictions that wait for a label are lost.
-        """
-        if not self._closed:
-            self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
     @verb
     def _close(self) -> None:
         try:
@@ -346,6 +319,10 @@ class Learner:
                 self._journal.save(AUTOMATIC)
         finally:
             self._shut("is closed")
+
+    def _settle(self) -> None:
+        if not self._closed and (self._journal.interrupted or self._store.in_transaction):
+            self._shut("was closed, as an interrupt came while its store was written")
 
     def _shut(self, why: str) -> None:
         self._closed = why

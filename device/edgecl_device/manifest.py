@@ -25,6 +25,8 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"
 DEFAULT_LOG_BYTES = 16 << 20
 DEFAULT_PENDING = 256
+DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")
+"""Types that a tensor of a bundle may have, by NumPy's names."""
 UNSEEN_SCORE = -1e30
 """Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
 
@@ -39,7 +41,7 @@ class TensorSpec:
     Attributes:
         name: Dotted name, for instance ``replay.z``.
         shape: Sizes of all dimensions, the batch dimension included; ``()`` is a scalar.
-        dtype: NumPy's name: ``float32``, ``float64``, ``int64``, ``uint8`` or ``bool``.
+        dtype: NumPy's name, one of :data:`DTYPES`: ``float32``, ``float64``, ``int32``, ``int64``, ``uint8`` or ``bool``.
     """
 
     name: str
@@ -59,10 +61,12 @@ class TensorSpec:
         """Return ``value`` as it is when it fits, with finite values.
 
         Raises:
-            InputError: on another shape or dtype, NaN or infinity.
+            InputError: on another shape or dtype, NaN or infinity, or a masked array.
         """
         if not isinstance(value, np.ndarray):
             raise InputError(f"{self.name}: expected a numpy array, got {type(value).__name__}; convert it with numpy.asarray")
+        if isinstance(value, np.ma.MaskedArray):
+            raise InputError(f"{self.name}: must not be a masked array, whose mask no graph heeds; put values there with .filled(value)")
         if value.shape != self.shape:
             raise InputError(f"{self.name}: shape must be {list(self.shape)}, got {list(value.shape)}; reshape or resize the input")
         if value.dtype != np.dtype(self.dtype):

@@ -19,6 +19,8 @@ from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
 
 POLICIES = ("reservoir", "largest-class")
 _ROW_OVERHEAD = 8 + 4  # sample id int64 and slot int32
+_MOST_ROWS = (1 << 31) - 1  # what a slot number can be
+_MOST_BYTES = 1 << 40
 
 
 def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
@@ -28,7 +30,7 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
     that :meth:`ReplayMemory.draw` fills. The label costs nothing: it is the segment in which the slot lies.
 
     Raises:
-        InputError: when not one row fits, naming the smallest capacity.
+        InputError: when not one row fits, naming the smallest capacity; when it is beyond 2**40 bytes or 2**31 - 1 rows.
 
     >>> spec = ReplaySpec((TensorSpec("z", (4,), "uint8"),), rows_per_step=2, capacity_bytes=1000, policy="reservoir", seed=0)
     >>> memory_layout(spec, classes=10)
@@ -47,6 +49,11 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
             f"capacity_bytes: must be at least {fixed + row} for one row of {row} bytes beside {fixed} bytes of buffers, "
             f"got {spec.capacity_bytes}; raise it"
         )
+    if spec.capacity_bytes > _MOST_BYTES or rows > _MOST_ROWS:
+        raise InputError(
+            f"capacity_bytes: must be at most {min(_MOST_BYTES, fixed + (_MOST_ROWS + 1) * row - 1)} for rows of {row} bytes, "
+            f"got {spec.capacity_bytes}; lower it"
+        )
     return rows, fixed + rows * row
 
 
@@ -58,7 +65,7 @@ class ReplayMemory:
         classes: Classes that a label may name.
 
     Raises:
-        InputError: when not one row fits.
+        InputError: when not one row fits, or this machine has no memory for all of them.
 
     ``reservoir`` keeps a uniform sample of everything offered: the n-th offer (from 1) replaces row ``j = below(n)`` when
     ``j`` is below the number of rows. After a removal, random pairing keeps it uniform. Beyond 2**32 offers n stays at that.
@@ -69,8 +76,18 @@ class ReplayMemory:
     def __init__(self, spec: ReplaySpec, classes: int) -> None:
         self.spec = spec
         self.classes = classes
-        self.rows, _ = memory_layout(spec, classes)
+        self.rows, nbytes = memory_layout(spec, classes)
         self.generator = Generator(spec.seed, spec.counter)
+        try:
+            self._allocate()
+        except MemoryError as error:
+            raise InputError(f"capacity_bytes: this machine has no memory for {nbytes} bytes of rows; lower it") from error
+        self._seen = spec.seen
+        self._gone_inside = 0  # removals not yet made up for, of samples that were kept
+        self._gone_outside = 0  # and of samples that were not
+
+    def _allocate(self) -> None:
+        spec, classes = self.spec, self.classes
         self._fields = {field.name: np.zeros((self.rows, *field.shape), field.dtype) for field in spec.fields}
         self._ids = np.full(self.rows, -1, np.int64)
         self._slots = np.arange(self.rows, dtype=np.int32)
@@ -80,9 +97,6 @@ class ReplayMemory:
         self._batch = {f"replay.{field.name}": np.zeros((r, *field.shape), field.dtype) for field in spec.fields}
         self._target = np.zeros(r, np.int64)
         self._weight = np.zeros(r, np.float32)
-        self._seen = spec.seen
-        self._gone_inside = 0  # removals not yet made up for, of samples that were kept
-        self._gone_outside = 0  # and of samples that were not
 
     def __len__(self) -> int:
         return int(self._starts[self.classes])

@@ -1,7 +1,8 @@
 """Encoded samples: those that wait for a label, and their form in the log."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -43,6 +44,20 @@ class Pending:
                 "predictions (pending_capacity), or is none of this store's; pass the sample itself"
             )
         return self.samples[sample_id]
+
+    def alike(self, features: bytes) -> list[int]:
+        """The ids of all predictions of the same features, as :meth:`pack` writes them."""
+        return [sample_id for sample_id, z in self.samples.items() if self.pack(z) == features]
+
+    @contextmanager
+    def reverting(self) -> Iterator[None]:
+        """Go back to what waits now when anything inside fails."""
+        before = self.samples.copy()
+        try:
+            yield
+        except BaseException:
+            self.samples = before
+            raise
 
     def discard(self, sample_id: int) -> None:
         """Drop a prediction that waits no more; harmless when it is gone."""

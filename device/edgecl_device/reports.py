@@ -33,7 +33,9 @@ class LearnReport:
         label: Class learned.
         health: The method's health figures after the update.
         macs: Canonical multiply-accumulates spent, ``encode`` included when it ran.
-        bytes_written: Bytes appended to the store's write-ahead log; 0 without a store.
+        bytes_written: What the store wrote in this call: the transaction's whole pages in the write-ahead log, and, when they fell
+            on it, a snapshot that a full log asked for, a block of sample ids, and the pages of a write-ahead log that was moved
+            into the file; 0 without a store.
         seconds: Wall time of the call.
     """
 

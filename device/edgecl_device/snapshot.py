@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from edgecl_device.errors import StoreError
+from edgecl_device.errors import RESTORE, StoreError
 from edgecl_device.manifest import Array
 
 
@@ -47,7 +47,7 @@ class Snapshot:
             header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
             return Snapshot(tensors, dict(json.loads(header["__metadata__"]["edgecl"])))
         except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise StoreError(f"snapshot: is damaged ({error}); restore the store from a copy or delete it to start afresh") from error
+            raise StoreError(f"snapshot: is damaged ({error}); {RESTORE}") from error
 
     def under(self, prefix: str) -> dict[str, Array]:
         """The tensors whose name begins with ``prefix``, which is cut off."""

@@ -5,39 +5,29 @@ loads the automatic snapshot and replays the events after it. With ``durability=
 synchronous=NORMAL) a killed process loses nothing, and a power cut may lose the last samples since the last ``save``,
 ``forget``, ``relabel`` or ``rollback``, which are synced to the disk; ``"full"`` syncs every sample.
 
-Deleted content is overwritten with zeros in the file (secure_delete), and the write-ahead log that may still hold it is
-emptied: by :meth:`Store.fold`, or at the next start when the process died in between. Blocks that a file system has freed
-and what a flash controller keeps in worn ones are beyond it. One process at a time may have a store open.
+Deleted content is overwritten with zeros in the file (secure_delete), but not before the write-ahead log is moved into it
+and emptied (:meth:`Store.fold`): at once after ``forget`` and ``rollback``, or at the next start when the process died in
+between; for what the log's cap drops, whenever that comes next. Blocks that a file system has freed and what a flash
+controller keeps in worn ones are beyond it. One process at a time may have a store open.
 """
 
 import dataclasses
-import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from edgecl_device import database
 from edgecl_device.checks import as_path, short
-from edgecl_device.errors import InputError, StoreError, StoreFullError, StoreMismatchError
+from edgecl_device.errors import RESTORE, InputError, StoreError, StoreFullError
 from edgecl_device.event import EVENT_OVERHEAD, Event, crc
 
-APPLICATION_ID = 0x6564676C  # "edgl"
-SCHEMA = 2
 AUTOMATIC = ""
 _ID_BLOCK = 1024
 _WAL_LIMIT_BYTES = 4 << 20
-_SMALLEST_FILE_BYTES = 512  # SQLite takes what is smaller for a new database
-_PAGE_BYTES = 1024  # a transaction writes whole pages: with SQLite's usual 4096 a small sample costs three times the flash writes
 _DURABILITY = {"normal": "NORMAL", "full": "FULL"}
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT, sample_id INTEGER, label INTEGER, weight REAL, lr REAL, name TEXT, features BLOB,
-    crc BLOB);
-CREATE TABLE snapshots (name TEXT PRIMARY KEY, seq INTEGER, blob BLOB, crc BLOB);
-"""
 _EVENT = "seq, kind, sample_id, label, weight, lr, name, features, crc"
-_DAMAGED = "restore it from a copy, or delete it to start afresh"
 _SIZE = f"{EVENT_OVERHEAD} + coalesce(length(features), 0) + coalesce(length(cast(name AS BLOB)), 0)"
 _LAST_SNAPSHOT = f"(SELECT coalesce(max(seq), -1) FROM snapshots WHERE name = '{AUTOMATIC}')"
 
@@ -52,6 +42,13 @@ class Store:
         log_capacity_bytes: Cap of the log.
         durability: ``normal`` or ``full``.
 
+    Attributes:
+        erasure_due: Something was removed that the write-ahead log may still hold; set it inside the transaction, and call
+            :meth:`fold` after it.
+        commits: Transactions done. After an exception that a signal handler raised, it tells whether the last one was.
+        written: Bytes written so far: what each transaction appended to the write-ahead log, and what :meth:`fold` moved into
+            the database.
+
     Raises:
         InputError: when ``path`` is no path, or ``durability`` none of the two.
         StoreMismatchError: when the file belongs to another bundle.
@@ -65,19 +62,19 @@ class Store:
         self.path = None if path is None else as_path("store", path).resolve()
         self.persistent = path is not None
         self.log_capacity_bytes = log_capacity_bytes
+        self.commits = 0
         self._seq = self._log_bytes = self._replayed_bytes = 0
-        self._erasure_due = False
         self._synchronous = _DURABILITY[durability]
         self._where = str(self.path or "store in memory")
-        if self.path is not None and self.path.is_file() and self.path.stat().st_size < _SMALLEST_FILE_BYTES:
-            raise StoreError(f"{self._where}: is damaged (cut to {self.path.stat().st_size} bytes, what it held is lost); {_DAMAGED}")
-        with self._typed_errors():
-            self._db = sqlite3.connect(self.path or ":memory:", timeout=0, isolation_level=None, check_same_thread=False)
+        new = self.path is not None and not self.path.exists()
+        self._db = database.connect(self.path, bundle_id, self._synchronous)
+        self.written = self.path.stat().st_size if new and self.path is not None else 0
+        self.erasure_due = self.wal_bytes() > 0  # a process that died may have erased something and not emptied it
         try:
             with self._typed_errors():
-                self._open(bundle_id)
-        except StoreError:
-            self._db.close()
+                self._read()
+        except BaseException:
+            self.leave()
             raise
 
     @property
@@ -92,8 +89,16 @@ class Store:
 
     @property
     def erased(self) -> bool:
-        """False while the write-ahead log may still hold erased content because it could not be emptied; :meth:`fold` tries again."""
-        return not self._erasure_due
+        """False while the write-ahead log may still hold what was forgotten or rolled back, as it could not be emptied.
+
+        :meth:`fold` tries again. What the log's cap dropped does not count.
+        """
+        return not self.erasure_due
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open: outside of one, the sign that an interrupt has kept it from its end."""
+        return self._db.in_transaction
 
     def report(self) -> dict[str, int | bool]:
         """Figures of the log, whether it is in memory, and :attr:`erased`."""
@@ -118,7 +123,7 @@ class Store:
         """
         if self._next_id == self._reserved:
             with self.transaction(sync=True):  # an id must not come again after a power cut either
-                self._set_meta("reserved_ids", self._reserved + _ID_BLOCK)
+                database.set_meta(self._db, "reserved_ids", self._reserved + _ID_BLOCK)
             self._reserved += _ID_BLOCK
         self._next_id += 1
         return self._next_id - 1
@@ -138,22 +143,29 @@ class Store:
             StoreFullError: when the disk is full.
             StoreError: when SQLite cannot write.
         """
-        before = self._seq, self._log_bytes, self._replayed_bytes, self._erasure_due
+        before = self._seq, self._log_bytes, self._replayed_bytes, self.erasure_due
+        commits, wal, ending = self.commits, self.wal_bytes(), False
         with self._typed_errors():
             try:
                 if sync:
                     self._db.execute("PRAGMA synchronous = FULL")
                 self._db.execute("BEGIN IMMEDIATE")
                 yield
+                ending = True
                 self._db.execute("COMMIT")
-            except BaseException:
-                self._seq, self._log_bytes, self._replayed_bytes, self._erasure_due = before
+                self.commits = commits + 1
+            except BaseException as error:
+                if ending and not self._db.in_transaction and not isinstance(error, sqlite3.Error):
+                    self.commits = commits + 1  # a signal handler has raised this behind the commit
+                else:
+                    self._seq, self._log_bytes, self._replayed_bytes, self.erasure_due = before
                 if self._db.in_transaction:  # SQLite rolls some errors back by itself
                     self._db.execute("ROLLBACK")
                 raise
             finally:
                 if sync:
                     self._db.execute(f"PRAGMA synchronous = {self._synchronous}")
+                self.written += max(0, self.wal_bytes() - wal)
 
     def has_room(self, nbytes: int) -> bool:
         """Whether an event of so many bytes fits once old ones are dropped; if not, an automatic snapshot has to be taken first.
@@ -191,10 +203,14 @@ class Store:
             return f"sample {sample_id} was never handed out; pass the sample_id of a learned sample"
         if sample_id < self.evicted_before:
             return (
-                f"sample {sample_id} is not in the log any more: its cap of {self.log_capacity_bytes} bytes dropped it "
-                "(if it was learned at all); export with a larger log_capacity_bytes"
+                f"sample {sample_id} is not in the log any more: its cap of {self.log_capacity_bytes} bytes dropped it (if it was "
+                "learned at all), so that it stays learned; its features leave the files with the next save(). "
+                "Export with a larger log_capacity_bytes to forget further back"
             )
-        return f"sample {sample_id} was not learned, or is forgotten already, or was rolled back; nothing is left to change"
+        return (
+            f"sample {sample_id} was not learned, or is forgotten already, or was rolled back: there is nothing to change; "
+            "what a file may still hold of it goes with the next save()"
+        )
 
     def events_after(self, seq: int) -> Iterator[Event]:
         """The events after number ``seq``, in order."""
@@ -206,7 +222,7 @@ class Store:
         """Take one event out of the log. Call inside a transaction, and :meth:`fold` after it."""
         self._db.execute("DELETE FROM events WHERE seq = ?", (event.seq,))
         self._log_bytes -= event.nbytes
-        self._erasure_due = True
+        self.erasure_due = True
 
     def set_label(self, event: Event, label: int) -> None:
         """Change the label of a learned sample. Call inside a transaction."""
@@ -218,7 +234,7 @@ class Store:
         with self._typed_errors():
             found = dict(self._db.execute("SELECT name, seq FROM snapshots ORDER BY seq, name").fetchall())
         if not all(isinstance(seq, int) for seq in found.values()):
-            raise StoreError(f"{self._where}: is damaged (a snapshot has no number); {_DAMAGED}")
+            raise StoreError(f"{self._where}: is damaged (a snapshot has no number); {RESTORE}")
         return found
 
     def snapshot(self, name: str) -> bytes:
@@ -231,7 +247,7 @@ class Store:
             seq, blob, expected = self._db.execute("SELECT seq, blob, crc FROM snapshots WHERE name = ?", (name,)).fetchone()
         if not isinstance(blob, bytes) or _snapshot_crc(name, seq, blob) != expected:
             what = f"snapshot {short(name)}" if name else "the automatic snapshot"
-            raise StoreError(f"{self._where}: is damaged ({what} differs from its CRC-32); {_DAMAGED}")
+            raise StoreError(f"{self._where}: is damaged ({what} differs from its CRC-32); {RESTORE}")
         return blob
 
     def put_snapshot(self, name: str, seq: int, blob: bytes) -> None:
@@ -242,104 +258,68 @@ class Store:
             self._replayed_bytes = 0
 
     def drop_after(self, seq: int) -> None:
-        """Drop every event and snapshot after number ``seq``: the history stays a line. Call inside a transaction."""
+        """Drop every event and snapshot after number ``seq``: the history stays a line.
+
+        Call inside a transaction, and :meth:`fold` after it.
+        """
         self._db.execute("DELETE FROM events WHERE seq > ?", (seq,))
         self._db.execute("DELETE FROM snapshots WHERE seq > ?", (seq,))
         self._seq = seq
         self._log_bytes = self._sum_bytes("1")
+        self.erasure_due = True
 
     def wal_bytes(self) -> int:
         """Size of the write-ahead log; it grows by what each transaction writes until :meth:`fold`."""
-        wal = Path(f"{self.path}-wal")
-        return wal.stat().st_size if self.persistent and wal.exists() else 0
+        return database.wal_bytes(self.path)
 
     def fold(self, force: bool = False) -> None:
-        """Move the write-ahead log into the database and empty it, when that is due or it is over 4 MiB; writes each page once more.
+        """Move the write-ahead log into the database and empty it, when that is due or it is over 4 MiB.
 
-        Nothing is lost when that fails: the write-ahead log stays as it is, and the next call tries again. A full disk raises
-        nothing.
+        Writes each page in it once more. Nothing is lost when that fails: the write-ahead log stays as it is, and the next call
+        tries again. A full disk raises nothing.
 
         Args:
             force: Do it in any case, after a transaction that is done: no error is raised for what follows it. :attr:`erased`
-                tells whether it went well after :meth:`erase`.
+                tells whether it went well.
 
         Raises:
             StoreError: when SQLite fails for another reason, unless ``force``.
         """
         with suppress(StoreError if force else StoreFullError), self._typed_errors():
-            if force or self._erasure_due or self.wal_bytes() > _WAL_LIMIT_BYTES:
+            if force or self.erasure_due or self.wal_bytes() > _WAL_LIMIT_BYTES:
+                nbytes = database.checkpoint_bytes(self.path)
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                self._erasure_due &= self.wal_bytes() > 0
+                if not self.wal_bytes():
+                    self.written += nbytes
+                    self.erasure_due = False
 
     def close(self) -> None:
         """Close the file; SQLite folds the write-ahead log into it."""
         self._db.close()
 
-    def _open(self, bundle_id: str) -> None:
-        run = self._db.execute
-        # Before the first access: the lock is then held until the end, and no shared memory file is needed.
-        run("PRAGMA locking_mode = EXCLUSIVE")
-        run(f"PRAGMA synchronous = {self._synchronous}")
-        run("PRAGMA secure_delete = ON")
-        tables = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if tables and run("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise StoreError(f"{self._where}: is an SQLite database of another program; pass another path")
-        version = run("PRAGMA user_version").fetchone()[0]
-        if tables and version != SCHEMA:
-            raise StoreError(f"{self._where}: store schema is {version}, this package reads {SCHEMA}; use the version that wrote it")
-        if tables:
-            problem = run("PRAGMA quick_check(1)").fetchone()[0]
-            if problem != "ok":
-                raise StoreError(f"{self._where}: is damaged ({problem}); {_DAMAGED}")
-            owner = self._meta("bundle_id")
-            if owner != bundle_id:
-                raise StoreMismatchError(
-                    f"{self._where}: belongs to bundle {owner}, not to {bundle_id}; pass that bundle, or another path for a new store"
-                )
-        if not tables:
-            run(f"PRAGMA page_size = {_PAGE_BYTES}")
-        run("PRAGMA journal_mode = WAL").fetchone()
-        run("PRAGMA wal_autocheckpoint = 0")  # fold() does it, so that a transaction's bytes can be told
-        if not tables:
-            with self.transaction():
-                run(f"PRAGMA application_id = {APPLICATION_ID}")
-                run(f"PRAGMA user_version = {SCHEMA}")
-                for statement in _TABLES.split(";"):
-                    run(statement)
-                self._set_meta("bundle_id", bundle_id)
-                self._set_meta("reserved_ids", 0)
-                self._set_meta("evicted_before", 0)
-        with self.transaction():  # takes the lock, though nothing is to be written
-            pass
-        self._erasure_due = self.wal_bytes() > 0  # a process that died may have erased something and not emptied it
-        self.fold()
+    def leave(self) -> None:
+        """Close the file and leave it and its write-ahead log as they are: for a store that is refused."""
+        database.leave(self._db, self.path)
+
+    def _read(self) -> None:
         self._next_id = self._reserved = self._number("reserved_ids")
         self._number("evicted_before")
-        last_event, last_snapshot = run("SELECT (SELECT max(seq) FROM events), (SELECT max(seq) FROM snapshots)").fetchone()
-        self._seq = max(last_event or 0, last_snapshot or 0)
+        numbers = self._db.execute("SELECT (SELECT max(seq) FROM events), (SELECT max(seq) FROM snapshots)").fetchone()
+        self._seq = max(number or 0 for number in numbers)
         self._log_bytes = self._sum_bytes("1")
         self._replayed_bytes = self._sum_bytes(f"seq > {_LAST_SNAPSHOT}")
 
     def _event(self, row: tuple[Any, ...]) -> Event:
         event = Event(*row[:-1])
         if not isinstance(row[-2], bytes | None) or event.crc != row[-1]:
-            raise StoreError(f"{self._where}: is damaged (event {event.seq} differs from its CRC-32); {_DAMAGED}")
+            raise StoreError(f"{self._where}: is damaged (event {event.seq} differs from its CRC-32); {RESTORE}")
         return event
 
-    def _meta(self, key: str) -> Any:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            raise StoreError(f"{self._where}: is damaged ({key} is missing); {_DAMAGED}")
-        return row[0]
-
     def _number(self, key: str) -> int:
-        value = self._meta(key)
+        value = database.meta(self._db, key, self._where)
         if not isinstance(value, int) or value < 0:
-            raise StoreError(f"{self._where}: is damaged ({key} is {short(value)}); {_DAMAGED}")
+            raise StoreError(f"{self._where}: is damaged ({key} is {short(value)}); {RESTORE}")
         return value
-
-    def _set_meta(self, key: str, value: str | int) -> None:
-        self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
 
     def _drop_oldest(self, nbytes: int) -> None:
         """Make room for ``nbytes`` and a sixteenth of the log, so that pages are rewritten rarely."""
@@ -352,30 +332,13 @@ class Store:
             last, highest_id, spare = seq, max(highest_id, -1 if sample_id is None else sample_id), spare - size
             self._log_bytes -= size
         self._db.execute("DELETE FROM events WHERE seq <= ?", (last,))
-        self._set_meta("evicted_before", max(self.evicted_before, highest_id + 1))
+        database.set_meta(self._db, "evicted_before", max(self.evicted_before, highest_id + 1))
+
+    def _typed_errors(self) -> AbstractContextManager[None]:
+        return database.typed_errors(self.path)
 
     def _sum_bytes(self, where: str) -> int:
         return int(self._db.execute(f"SELECT coalesce(sum({_SIZE}), 0) FROM events WHERE {where}").fetchone()[0])
-
-    @contextmanager
-    def _typed_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code == sqlite3.SQLITE_FULL:
-                raise StoreFullError(f"{self._where}: no space left ({error}), nothing was written; free space and try again") from error
-            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise StoreError(f"{self._where}: another learner has it open; close that one or pass another path") from error
-            if code == sqlite3.SQLITE_CANTOPEN:
-                raise StoreError(f"{self._where}: cannot be opened; check that its folder exists and can be written") from error
-            if code == sqlite3.SQLITE_READONLY or (self.path is not None and not os.access(self.path.parent, os.W_OK)):
-                raise StoreError(f"{self._where}: is read-only; make the file and its folder writable") from error
-            if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-                raise StoreError(f"{self._where}: is damaged or not a store ({error}); {_DAMAGED}") from error
-            raise StoreError(f"{self._where}: SQLite failed ({error}); check the disk and try again") from error
-        except UnicodeDecodeError as error:  # in a text column
-            raise StoreError(f"{self._where}: is damaged ({error}); {_DAMAGED}") from error
 
 
 def _snapshot_crc(name: str, seq: Any, blob: bytes) -> bytes:

@@ -39,6 +39,8 @@ class _InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2; keys are torchvision's: ``features.0.0``, ``features.1.conv.0.0``, ..., ``classifier.1``.
 
+    Cut at ``pool`` for the vector of features, 1,280 values at width 1.
+
     Args:
         classes: Outputs of the classifier ``classifier.1``.
         width: Width multiplier; channels are rounded to multiples of 8.
@@ -62,10 +64,11 @@ class MobileNetV2(nn.Module):
                 channels = wide
         last = _round_to_eight(1280 * max(1.0, width))
         self.features = nn.Sequential(*features, _conv(channels, last, 1))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, classes))
         initialise(self, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of ``x``."""
-        scores: Tensor = self.classifier(nn.functional.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        scores: Tensor = self.classifier(self.pool(self.features(x)))
         return scores

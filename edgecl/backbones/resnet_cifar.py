@@ -34,7 +34,7 @@ class ResNetCifar(nn.Module):
     """ResNet of ``6 blocks + 2`` layers: three stages of 16, 32 and 64 channels and a linear classifier.
 
     Keys are those of the weights that Yerlan Idelbayev published (github.com/akamaster/pytorch_resnet_cifar10) after
-    their prefix ``module.`` is gone: ``conv1``, ``bn1``, ``layer1.0.conv1``, ..., ``linear``.
+    their prefix ``module.`` is gone: ``conv1``, ``bn1``, ``layer1.0.conv1``, ..., ``linear``. Cut at ``pool`` for the 64 features.
 
     Args:
         blocks: Residual blocks in each stage; 3 is ResNet-20.
@@ -55,6 +55,7 @@ class ResNetCifar(nn.Module):
         self.layer1 = self._stage(16, 16, 1, blocks)
         self.layer2 = self._stage(16, 32, 2, blocks)
         self.layer3 = self._stage(32, 64, 2, blocks)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.linear = nn.Linear(64, classes)
         initialise(self, generator)
 
@@ -65,7 +66,7 @@ class ResNetCifar(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of ``x``."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        scores: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        scores: Tensor = self.linear(self.pool(x))
         return scores
 
 

@@ -7,6 +7,7 @@ would keep its wrapped form (written as scale and shift, :mod:`edgecl.graph.cano
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from edgecl.graph.step import GraphError, Kind, Port, StepGraph, unsupported, wh
 from edgecl.learner import Learner, call_step, dtype_name
 from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.errors import EdgeclError
-from edgecl_device.manifest import TensorSpec
+from edgecl_device.manifest import DTYPES, TensorSpec
 
 
 def example(spec: TensorSpec, generator: torch.Generator) -> Tensor:
@@ -93,7 +94,7 @@ def trace(
     with contextlib.ExitStack() as stack:
         stack.enter_context(module_paths(*modules))
         stack.enter_context(traceback.preserve_node_meta())
-        stack.enter_context(_ChannelsFirst())
+        stack.enter_context(_Layers())
         try:
             module = make_fx(torch.func.functionalize(flat), decomposition_table=CANONICAL)(*values)
         except EdgeclError:
@@ -122,21 +123,30 @@ def trace(
     return StepGraph(name, module, tuple(ins), tuple(ports))
 
 
-class _ChannelsFirst(TorchFunctionMode):
-    """Gives layers dense channels-first inputs: for others PyTorch takes operators that set strides, which mean nothing in a graph.
+class _Layers(TorchFunctionMode):
+    """Calls layers in the one form that a graph can have.
 
-    The copies that this makes are dropped again by :class:`edgecl.graph.passes.clean.Clean`.
+    They get dense channels-first inputs: for others PyTorch takes operators that set strides, which mean nothing in a graph. The copies
+    that this makes are dropped again by :class:`edgecl.graph.passes.clean.Clean`. Randomised ReLU in eval mode is the leaky ReLU that
+    PyTorch documents, while its operator counts as random.
     """
 
-    LAYERS = frozenset({
+    DENSE = frozenset({
         F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.batch_norm, F.group_norm, F.max_pool1d, F.max_pool2d,
         F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
     })  # fmt: skip
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.LAYERS and args:
+        kwargs = kwargs or {}
+        if func in self.DENSE and args:
             args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
+        if func is F.rrelu:
+            given = inspect.signature(F.rrelu).bind(*args, **kwargs)
+            given.apply_defaults()
+            x, lower, upper, training, inplace = given.arguments.values()
+            if not training:
+                return F.leaky_relu(x, (lower + upper) / 2, inplace)
+        return func(*args, **kwargs)
 
 
 def _name_backward(module: torch.fx.GraphModule) -> None:
@@ -148,10 +158,6 @@ def _name_backward(module: torch.fx.GraphModule) -> None:
             paths.setdefault(number, mark.get("module"))
         elif paths.get(number):
             node.meta["custom"] = {**mark, "module": paths[number]}
-
-
-DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
-"""Types of tensors in a step."""
 
 
 def _check_operators(name: str, module: torch.fx.GraphModule) -> None:
@@ -167,7 +173,7 @@ def _check_operators(name: str, module: torch.fx.GraphModule) -> None:
                 "put the module in eval mode or pass the mask as an input"
             )
         for value in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(value, Tensor) and value.dtype not in DTYPES:
+            if isinstance(value, Tensor) and dtype_name(value.dtype) not in DTYPES:
                 raise unsupported(name, node, f"works in {dtype_name(value.dtype)}, which is not supported, convert the model with float()")
 
 

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.numpy import save
 from edgecl.graph.lowering import BuiltStep, build
 from edgecl.ledger import ledger, state_specs
 from edgecl.prepare import Prepared
-from edgecl_device.checks import as_int
+from edgecl_device.checks import as_int, as_path, short
 from edgecl_device.errors import BundleError, InputError
 from edgecl_device.manifest import (
     DEFAULT_LOG_BYTES,
@@ -34,11 +35,14 @@ from edgecl_device.manifest import (
     to_json,
 )
 from edgecl_export.onnx import Emitter, WeightFile
+from edgecl_export.place import place
 from edgecl_export.verify import Gate, verify
 
 STATE_FILE = "state.safetensors"
 REPLAY_FILE = "replay.safetensors"
 WEIGHT_FILE = "weights.bin"
+SCRATCH = ".edgecl-new-"
+"""Start of the scratch folder's name; the destination's own name with more before it could be too long for the file system."""
 
 
 @dataclass(frozen=True)
@@ -76,44 +80,53 @@ def export(
         ram_budget_bytes: What state, its second buffers and the replay memory (``ledger`` in the manifest) may take on the device.
 
     Raises:
-        InputError: when the folder exists, the method is for the host only, or state and replay exceed the budget.
+        InputError: when an argument does not fit, the folder exists or cannot be written, the method is for the host only, or state
+            and replay exceed the budget.
         GraphError: when a step cannot be captured or has no translation, with its place in the model.
         ExportError: when a gate fails; nothing is written.
     """
-    destination = _checked(Path(path).resolve(), overwrite)
-    log_capacity_bytes = _at_least_one("log_capacity_bytes", log_capacity_bytes)
-    pending_capacity = _at_least_one("pending_capacity", pending_capacity)
+    if not isinstance(prepared, Prepared):
+        raise InputError(f"prepared: must be what edgecl.prepare returned, got {type(prepared).__name__}; call prepare(model, ...) first")
+    destination = as_path("path", path).resolve()
+    log_capacity_bytes = _at_least("log_capacity_bytes", log_capacity_bytes, 1)
+    pending_capacity = _at_least("pending_capacity", pending_capacity, 1)
+    ram_budget_bytes = _at_least("ram_budget_bytes", ram_budget_bytes, 0)
     if prepared.learner.host_only:
         raise InputError(f"method: {prepared.learner.name!r} trains offline and has no step for the device; export another method")
+    with _writing(destination):
+        _check_free(destination, overwrite)
     steps = build(prepared)
-    # Missing parents are made last: a failed export leaves none behind.
-    nearest = next(parent for parent in destination.parents if parent.exists())
-    with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{destination.name}-") as scratch:
-        folder = Path(scratch) / "bundle"
-        folder.mkdir()
-        manifest = _write(prepared, steps, folder, log_capacity_bytes, pending_capacity)
-        _check_budget(manifest.ledger, ram_budget_bytes)
-        gates = verify(folder, manifest, prepared, steps)
-        _checked(destination, overwrite)  # the gates take time
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        old = Path(scratch) / "old"
-        if destination.exists():
-            destination.rename(old)
-        try:
-            folder.rename(destination)
-        except OSError:
-            if old.exists():
-                old.rename(destination)
-            raise
+    with _writing(destination):
+        # Missing parents are made last: a failed export leaves none behind.
+        nearest = next(parent for parent in destination.parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=SCRATCH) as scratch:
+            folder = Path(scratch) / "bundle"
+            folder.mkdir()
+            manifest = _write(prepared, steps, folder, log_capacity_bytes, pending_capacity)
+            _check_budget(manifest.ledger, ram_budget_bytes)
+            gates = verify(folder, manifest, prepared, steps)
+            _check_free(destination, overwrite)  # the gates take time
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            place(folder, destination)
     return Exported(destination, manifest, gates)
 
 
-def _checked(destination: Path, overwrite: bool) -> Path:
-    """The destination, when nothing is there, or a bundle and nothing else that may be replaced."""
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
+    """Name the destination in whatever the file system has against it."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{short(str(destination))} cannot be written ({error.strerror or error})"
+        raise InputError(f"path: {why}; choose another folder, or make room and mend its permissions") from error
+
+
+def _check_free(destination: Path, overwrite: bool) -> None:
+    """Check that nothing is there, or a bundle and nothing else that may be replaced."""
     if not destination.exists():
         if not next(parent for parent in destination.parents if parent.exists()).is_dir():
             raise InputError(f"path: {destination} lies behind a file; choose another folder")
-        return destination
+        return
     if not overwrite:
         raise InputError(f"path: {destination} exists; choose another folder or pass overwrite=True")
     if Path.cwd().is_relative_to(destination):
@@ -125,13 +138,12 @@ def _checked(destination: Path, overwrite: bool) -> Path:
     others = sorted({p.name for p in destination.iterdir()} - {MANIFEST, *manifest.files})
     if others:
         raise InputError(f"path: {destination} holds {others}, which are not the bundle's; move them, or choose another folder")
-    return destination
 
 
-def _at_least_one(name: str, value: Any) -> int:
+def _at_least(name: str, value: Any, least: int) -> int:
     number = as_int(name, value)
-    if number < 1:
-        raise InputError(f"{name}: must be at least 1, got {number}; leave it out for the default")
+    if number < least:
+        raise InputError(f"{name}: must be at least {least}, got {number}; leave it out for the default")
     return number
 
 

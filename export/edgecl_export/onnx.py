@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from edgecl.graph.step import Port, StepGraph, unsupported, value_of
 from edgecl.learner import dtype_name
 from edgecl_device.engines.onnx import STATE_IN, STATE_OUT
+from edgecl_device.manifest import DTYPES
 from edgecl_export.onnx_ops import TRANSLATIONS
 
 aten = torch.ops.aten
@@ -32,14 +33,7 @@ INLINE_BYTES = 128
 ALIGNMENT = 64
 """Start of a tensor in the weight file, in bytes: a cache line."""
 
-_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float64: ir.DataType.DOUBLE,
-    torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32,
-    torch.uint8: ir.DataType.UINT8,
-    torch.bool: ir.DataType.BOOL,
-}
+_TYPES = {getattr(torch, name): ir.DataType.from_numpy(np.dtype(name)) for name in DTYPES}
 
 
 class WeightFile:

@@ -20,6 +20,9 @@ ROUNDING = {"float32": 2.0**-23, "float64": 2.0**-52}
 """Two roundings of a stored value: a change cannot be known better than the numbers that it lies between. Only values that
 changed count."""
 
+TRAINED = ("param.", "average.", "momentum.", "adam_")
+"""Names of tensors that a gradient changes, and of nothing else: only their change may be a vanishing one."""
+
 CODES = 0.01
 """Share of a row's codes that may differ by one: values that lie on the edge between two codes."""
 
@@ -64,7 +67,7 @@ class Tally:
 
 def compare_step(
     step: str, state: Mapping[str, Array], inputs: Mapping[str, Array], eager: Any, target: Any, tally: Tally | None = None
-) -> None:
+) -> bool:
     """Run one step on two engines from the same state and compare outputs, new state and the change itself.
 
     Args:
@@ -75,6 +78,9 @@ def compare_step(
         target: The engine to check.
         tally: Collects what was found.
 
+    Returns:
+        Whether anything was compared: false when both engines refuse the step.
+
     Raises:
         ExportError: naming the tensor, the difference and the bar.
     """
@@ -84,7 +90,7 @@ def compare_step(
     outputs = eager.run(step, inputs)
     others = target.run(step, inputs)
     if _refuses(outputs) and _refuses(others):
-        return  # neither engine's loop keeps anything of this step
+        return False  # neither engine's loop keeps anything of this step
     # dividing by s < 1, as taking out a sample does, loses that factor of precision on either side
     lost = min(max(1.0, 1.0 / max(float(outputs.get("health.s", 1.0)), 1.0 / MOST_LOST)), MOST_LOST)
     compare_outputs(step, outputs, others, tally, lost)
@@ -102,8 +108,10 @@ def compare_step(
         got = _without_lost_signs(name, state, new, other)
         wide, old = reference.astype(np.float64), state[name].astype(np.float64)  # the norm of float32 overflows from 1e19 on
         size = _norm(wide)
+        # what little is left when the last sample leaves is a difference of large numbers: it is known relative to those
+        whole = size if name.startswith(TRAINED) else max(size, _norm(old))
         widest = max(lost * bar, CONDITIONED)
-        _judge(step, name, _ratio(_norm(wide - got), size), widest, kind, tally, _ratio(_norm(wide - other[name]), size) <= bar)
+        _judge(step, name, _ratio(_norm(wide - got), whole), widest, kind, tally, _ratio(_norm(wide - other[name]), size) <= bar)
         moved = (wide != old) | (got != old)
         floor = ROUNDING[str(reference.dtype)] * _norm(wide[moved])
         size = _norm(wide - old)
@@ -111,7 +119,9 @@ def compare_step(
             floor = 2 * ROUNDING[str(reference.dtype)] * _norm(wide)
         relative = _ratio(max(_norm(wide - got) - floor, 0.0), size)
         bare = _ratio(_norm(wide - other[name]), size) <= CHANGE
-        _judge(step, f"the change of {name}", relative, lost * CHANGE + vanishing, "change", tally, bare)
+        bar = lost * CHANGE + (vanishing if name.startswith(TRAINED) else 0.0)
+        _judge(step, f"the change of {name}", relative, bar, "change", tally, bare)
+    return True
 
 
 def _without_lost_signs(name: str, state: Mapping[str, Array], new: Mapping[str, Array], other: Mapping[str, Array]) -> Array:

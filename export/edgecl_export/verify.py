@@ -15,6 +15,7 @@ from edgecl.engine import EagerEngine
 from edgecl.graph.lowering import BuiltStep
 from edgecl.prepare import Prepared
 from edgecl.trees import flatten_tree
+from edgecl_device.checks import REVISIONS
 from edgecl_device.engines.onnx import STATE_IN, STATE_OUT, OnnxEngine
 from edgecl_device.errors import EdgeclError
 from edgecl_device.learner import Learner as DeviceLearner
@@ -24,6 +25,9 @@ from edgecl_export.parity import UNLESS, Tally, compare_outputs, compare_step
 
 STATES = 24
 """States of a real trajectory from which every step is compared."""
+
+LEAST = 8
+"""Fewest states from which a step that writes state must have been compared: a state that both engines refuse tells nothing."""
 
 DISTINCTIVE = 16
 """Elements from which on equal values are no coincidence."""
@@ -150,27 +154,60 @@ def _parity(case: _Case) -> str:
     """Outputs and new state equal eager's from many states, with zero gradients and a used arena among them."""
     eager = EagerEngine(case.prepared.trunk, case.prepared.learner)
     target = OnnxEngine(case.folder, case.manifest)
-    tally = Tally()
-    state = {name: t.detach().numpy().copy() for name, t in case.prepared.state.items()}
+    steps = [step for step in case.manifest.steps if step != "encode"]
+    tally, compared = Tally(), dict.fromkeys(case.manifest.steps, 0)
+    state: Mapping[str, Array] = {name: t.detach().numpy().copy() for name, t in case.prepared.state.items()}
+    inputs: Mapping[str, Array] = {}
     for state_index, inputs in zip(range(STATES), _inputs(case), strict=False):
-        for step in case.manifest.steps:
-            if step != "encode":
-                compare_step(step, state, inputs, eager, target, tally)
-        if "learn" in case.manifest.steps:
-            eager.load(state)
-            outputs = eager.run("learn", inputs)
-            if bool(outputs["finite"]) and bool(outputs.get("guard", True)):
-                eager.commit()
-                state = eager.state()
+        learned = _learned(case, eager, state, inputs)
+        for step in steps:
+            start = learned if step in REVISIONS else state  # only what was learned can be taken out
+            found = compare_step(step, start, inputs, eager, target, tally)
+            if step in REVISIONS and not found:  # the only sample of its direction or class: with another like it, it can go
+                found = compare_step(step, _learned(case, eager, learned, inputs), inputs, eager, target, tally)
+            compared[step] += found
         if state_index == 0:
             _check_clean_runs(case, state, inputs, target)
-    samples = [case.prepared.example]
-    if samples[0].dtype.kind == "f":  # integers may be indices into a table of the model
-        samples.append(_example_of(case.prepared.x, np.random.default_rng(0)))
-    for x in samples:
+        state = learned
+    blank = {name: np.zeros_like(a) if name.partition(".")[0] == "z" or name == "replay.weight" else a for name, a in inputs.items()}
+    for step in steps:
+        compared[step] += compare_step(step, state, blank, eager, target, tally)
+    for x in _samples(case, eager):
         compare_outputs("encode", eager.run("encode", {"x": x}), target.run("encode", {"x": x}), tally)
+        compared["encode"] += 1
     target.close()
-    return str(tally)
+    for step in steps:
+        if case.manifest.steps[step].state_out and compared[step] < LEAST:
+            why = f"step {step!r} could be compared from {compared[step]} states, must be from {LEAST}: both engines refuse the others"
+            raise refuse("parity", why, UNLESS)
+    return f"{tally}; states: {', '.join(f'{step} {count}' for step, count in compared.items())}"
+
+
+def _learned(case: _Case, eager: EagerEngine, state: Mapping[str, Array], inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    """The state after learning a sample, or the same state where there is no such step or it refuses."""
+    if "learn" not in case.manifest.steps:
+        return state
+    eager.load(state)
+    outputs = eager.run("learn", inputs)
+    if not (bool(outputs["finite"]) and bool(outputs.get("guard", True))):
+        return state
+    eager.commit()
+    return eager.state()
+
+
+def _samples(case: _Case, eager: EagerEngine) -> list[Array]:
+    """Raw samples [1, ...] for the trunk: those that ``fit`` has seen, and a random one where the model takes it."""
+    real = [case.prepared.samples[i : i + 1] for i in range(len(case.prepared.samples))]
+    spec, generator = case.prepared.x, np.random.default_rng(0)
+    if np.dtype(spec.dtype).kind == "f":
+        drawn = _example_of(spec, generator)
+    else:
+        drawn = generator.integers(0, 2 if spec.dtype == "bool" else 256, spec.shape).astype(spec.dtype)
+    try:
+        taken = all(np.isfinite(z).all() for z in eager.run("encode", {"x": drawn}).values())
+    except Exception:  # integers may be rows of a table in the user's code, which may raise anything for others
+        taken = False
+    return [*real, drawn] if taken else real
 
 
 def _loads(case: _Case) -> str:
@@ -207,7 +244,7 @@ def _check_clean_runs(case: _Case, state: Mapping[str, Array], inputs: Mapping[s
 
 
 def _inputs(case: _Case) -> Any:
-    """Inputs of real and of random samples, with learning rate zero and empty replay among them."""
+    """Inputs of real and of random samples, with learning rate zero and empty or partly filled replay among them."""
     generator = np.random.default_rng(0)
     prepared, learner = case.prepared, case.prepared.learner
     classes = learner.problem.max_classes

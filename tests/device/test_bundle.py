@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from edgecl_device import BundleError, InputError, Learner, SchemaError
-from edgecl_device.manifest import TensorSpec, read_manifest, to_json
+from edgecl_device.manifest import DTYPES, TensorSpec, read_manifest, to_json
 
 FILES = ["encode.onnx", "predict.onnx", "learn.onnx", "forget.onnx", "relabel.onnx", "state.safetensors"]
 
@@ -243,3 +243,9 @@ def test_the_manifest_survives_a_round_trip(means):
     manifest = read_manifest(means)
     assert to_json(manifest) == (means / "manifest.json").read_text()
     assert manifest.steps["encode"].inputs == (TensorSpec("x", (1, 4, 4), "uint8"),)
+
+
+def test_the_types_of_tensors_are_one_list_that_the_docstring_repeats():
+    assert DTYPES == ("float32", "float64", "int32", "int64", "uint8", "bool")
+    assert all(f"``{name}``" in TensorSpec.__doc__ for name in DTYPES)
+    assert all(TensorSpec("x", (2,), name).zeros().dtype == name for name in DTYPES)

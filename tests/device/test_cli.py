@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -96,6 +97,60 @@ def test_run_keeps_the_learner_in_the_store_and_counts_refusals(call, means, str
     assert found["refused"] == 1 and found["learned_in_all"] == 2 and found["bytes_written"] > 0
     found = json.loads(call(*arguments, "--limit", 1)[1])
     assert found["samples"] == 1 and found["learned_in_all"] == 3
+
+
+def test_the_bytes_that_run_tells_are_all_that_it_wrote(call, means, data, tmp_path):
+    def wrote():
+        return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["wchar"])
+
+    call("run", means, "--data", data, "--json")
+    before = wrote()
+    found = json.loads(call("run", means, "--data", data, "--store", tmp_path / "l.db", "--json")[1])
+    assert found["bytes_written"] == pytest.approx(wrote() - before, rel=0.1)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ctrl_c_is_one_line_and_what_was_learned_is_in_the_store(call, means, data, monkeypatch, tmp_path, terminal):
+    learn = Learner.learn
+
+    def pressed(self, x, y):
+        if self.report()["learned"] == 7:
+            signal.raise_signal(signal.SIGINT)
+        return learn(self, x, y)
+
+    monkeypatch.setattr(Learner, "learn", pressed)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    code, out, err = call("run", means, "--data", data, "--store", tmp_path / "l.db")
+    said = "edgecl-device: interrupted; with --store, what was learned is in the store\n"
+    assert (code, out) == (130, "") and err.endswith(said) and err.count("\n") == 1
+    assert err.startswith("\r\x1b[K") if terminal else err == said
+    with Learner.load(means, tmp_path / "l.db") as learner:
+        assert learner.report()["learned"] == 7
+
+
+def test_without_stderr_it_works_all_the_same(means, data, tmp_path):
+    def command(*arguments):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+        shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "edgecl_device.cli", *map(str, arguments)]
+        return subprocess.run(shell, text=True, env=environment, check=False, stdout=subprocess.PIPE)
+
+    done = command("run", means, "--data", data, "--store", tmp_path / "l.db", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["samples"] == 120
+    done = command("run", means, "--data", tmp_path / "none.npz")
+    assert (done.returncode, done.stdout) == (2, "")  # the message does not go to stdout instead
+
+
+@pytest.mark.parametrize(("field", "value"), [("inputs", []), ("outputs", [{"name": "z", "shape": [1, 8], "dtype": "foo"}])])
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_a_manifest_that_the_loop_cannot_serve_is_an_error_of_one_line(call, means, edit_manifest, command, field, value):
+    steps = json.loads((means / "manifest.json").read_text())["steps"]
+    steps["encode"][field] = value
+    edit_manifest(means, steps=steps)
+    code, out, err = call(command, means)
+    assert code == 2 and out == "" and err.startswith("edgecl-device: step 'encode': ") and err.count("\n") == 1
+    steps["encode"]["inputs"] = [{"name": "x", "shape": [4], "dtype": "foo"}]
+    edit_manifest(means, steps=steps)
+    assert call(command, means)[0] == 2
 
 
 def test_run_of_nothing(call, means, data):
@@ -213,7 +268,7 @@ def test_a_wrong_folder_and_a_wrong_limit(call, means, data, tmp_path):
     code, _, err = call("info", tmp_path / "none")
     assert code == 2 and "no manifest; pass the folder that edgecl export wrote" in err
     code, _, err = call("run", means, "--data", data, "--threads", 0)
-    assert code == 2 and "threads: must be at least 1, got 0" in err
+    assert code == 2 and "threads: must be at least 1 and at most 64, got 0" in err
     code, _, err = call("run", means, "--data", data, "--limit", -1)
     assert code == 2 and "--limit: must be at least 0, got -1" in err
 

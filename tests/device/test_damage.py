@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from edgecl_device import BundleError, EdgeclError, InputError, StoreError
+from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.event import Event
-from edgecl_device.manifest import sealed
+from edgecl_device.manifest import TensorSpec, read_manifest, sealed
 from edgecl_device.snapshot import Snapshot
 
 
@@ -58,7 +59,7 @@ def test_the_file_alone_holds_what_was_saved(means, load, stream, tmp_path):
 @pytest.mark.parametrize("size", [0, 1, 511])
 def test_a_file_cut_to_nothing_is_not_a_new_store(means, load, tmp_path, size):
     (tmp_path / "l.db").write_bytes(bytes(size))
-    with pytest.raises(StoreError, match=rf"l\.db: is damaged \(cut to {size} bytes, what it held is lost\); restore it"):
+    with pytest.raises(StoreError, match=rf"l\.db: is damaged \(cut to {size} bytes, what it held is lost\); delete the file \*-wal"):
         load(means, store=tmp_path / "l.db")
     assert (tmp_path / "l.db").read_bytes() == bytes(size)
 
@@ -72,7 +73,10 @@ def test_one_flipped_bit_in_a_snapshot_is_found(head, load, closed, name, messag
     blob[place] ^= 4
     sql(closed, "UPDATE snapshots SET blob = ? WHERE name = ?", bytes(blob), name)
     learner = load(head, store=closed) if name else None
-    with pytest.raises(StoreError, match=rf"is damaged \({message} differs from its CRC-32\); restore it from a copy"):
+    with pytest.raises(
+        StoreError,
+        match=rf"is damaged \({message} differs from its CRC-32\); delete the file \*-wal beside the store, .* restore the store from",
+    ):
         learner.rollback(name) if learner else load(head, store=closed)
     if learner:
         assert learner.report()["learned"] == 13
@@ -282,6 +286,38 @@ def test_a_manifest_of_absurd_values_is_refused_before_any_graph(means, load, mo
         load(means)
 
 
+def test_sizes_that_the_files_do_not_have_are_refused_before_anything_is_allocated(means, load, monkeypatch):
+    data = json.loads((means / "manifest.json").read_text())
+    data["state"][0]["shape"] = [1 << 39]
+    (means / "manifest.json").write_text(json.dumps(sealed(data)))
+    monkeypatch.setattr(OnnxEngine, "_allocate", lambda *args: 1 / 0)
+    with pytest.raises(BundleError, match=r"state: sum: shape must be \[549755813888\], got \[5, 8\]"):
+        load(means)
+    with pytest.raises(BundleError, match=r"encode\.onnx: input 'x' must be .*549755813888.*, got .*; export the bundle again"):
+        OnnxEngine(means, dataclasses.replace(read_manifest(means), steps=huge(read_manifest(means))))
+    monkeypatch.undo()
+    with pytest.raises(BundleError, match=r"input 'state\.sum' must be .*549755813888"):
+        OnnxEngine(means, read_manifest(means))
+
+
+def huge(manifest):
+    return {"encode": dataclasses.replace(manifest.steps["encode"], inputs=(TensorSpec("x", (1 << 39,), "uint8"),))}
+
+
+def test_a_machine_without_memory_for_a_tensor_is_a_typed_error(means, monkeypatch):
+    engine = OnnxEngine(means, read_manifest(means))
+
+    class NoMemory:
+        class OrtValue:
+            @staticmethod
+            def ortvalue_from_shape_and_type(shape, dtype):
+                raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(engine, "_ort", NoMemory)
+    with pytest.raises(BundleError, match="z: this machine has no memory for its 4096 bytes; use a smaller model"):
+        engine._allocate(TensorSpec("z", (1024,), "float32"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -291,7 +327,8 @@ def test_a_manifest_of_absurd_values_is_refused_before_any_graph(means, load, mo
         ({"counter": 1 << 65}, "replay: seen: .* counter below"),
         ({"counter": -1}, "replay: counter: must be in"),
         ({"seed": 1 << 64}, "replay: seed: must be in"),
-        ({"capacity_bytes": 10**30}, "replay: "),
+        ({"capacity_bytes": 10**15}, "replay: capacity_bytes: must be at most"),
+        ({"capacity_bytes": 10**30}, "replay: capacity_bytes: must be at most"),
         ({"rows_per_step": 10**30}, "sizes of|rows_per_step|cannot feed"),
     ],
 )

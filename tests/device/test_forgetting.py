@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from edgecl_device import ForgetRefusedError, InputError, StepMissingError, StoreError, UpdateRefusedError
+from edgecl_device import ForgetRefusedError, InputError, StepMissingError, StoreError, StoreFullError, UpdateRefusedError
 
 
 def learn(learner, stream, start, stop):
@@ -101,13 +101,11 @@ def test_what_the_log_dropped_cannot_be_forgotten(means, load, stream, facts, ed
     edit_manifest(means, log_capacity_bytes=96 * 10)
     learner = load(means, store=store and tmp_path / store)
     ids = learn(learner, stream, 0, 40)
-    learner.predict(stream[0][50])
     before = facts(learner)
     with pytest.raises(ForgetRefusedError, match=f"sample {ids[0]} is not in the log any more: its cap of 960 bytes dropped it"):
         learner.forget(ids[0])
     for wrong, message in (
-        (ids[-1] + 1, "was not learned"),
-        (ids[-1] + 2, "was never handed out"),
+        (ids[-1] + 1, "was never handed out"),
         (-1, "was never handed out"),
         (2**70, "was never handed out"),
     ):
@@ -168,6 +166,114 @@ def test_a_forgotten_samples_features_are_in_no_file(means, load, stream, tmp_pa
     learner.learn(waiting, 1)
     assert learner.forget(waiting) is True
     assert not on_disk(tmp_path, later)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_predict_then_learn_then_forget_leaves_no_features(means, load, stream, crash, tmp_path, saved):
+    learner = load(means, store=tmp_path / "l.db")
+    seen = learner.predict(stream[0][0])
+    again = learner.predict(stream[0][0])
+    other = learner.predict(stream[0][1])
+    features = learner._pending.pack(learner._pending.get(seen.sample_id))
+    if saved:
+        learner.save()
+        assert on_disk(tmp_path, features)
+    report = learner.learn(stream[0][0], int(stream[1][0]))
+    assert learner.forget(report.sample_id) is True
+    assert not on_disk(tmp_path, features)
+    assert list(learner._pending.samples) == [other.sample_id]
+    for waited in (seen, again):
+        with pytest.raises(InputError, match="does not wait"):
+            learner.learn(waited.sample_id, 1)
+        with pytest.raises(ForgetRefusedError, match=r"was not learned, .*; what a file may still hold of it goes with the next save"):
+            learner.forget(waited.sample_id)
+    crash(learner)
+    learner = load(means, store=tmp_path / "l.db")
+    assert list(learner._pending.samples) == [other.sample_id]
+    learner.learn(other.sample_id, 1)
+    learner.close()
+    assert not on_disk(tmp_path, features)
+
+
+@pytest.mark.parametrize("name", ["means", "head"])
+@pytest.mark.parametrize("store", [None, "l.db"])
+def test_a_sample_that_only_waits_is_discarded_whatever_the_method(request, name, store, load, stream, facts, crash, tmp_path):
+    bundle = request.getfixturevalue(name)
+    learner = load(bundle, store=store and tmp_path / store)
+    learn(learner, stream, 0, 3)
+    seen, _alike, other = (learner.predict(stream[0][i]) for i in (10, 10, 11))
+    learner.save()
+    features = learner._pending.pack(learner._pending.get(seen.sample_id))
+    before = core(facts(learner))
+    assert learner.forget(seen.sample_id) is True
+    assert core(facts(learner)) == before
+    assert list(learner._pending.samples) == [other.sample_id]
+    assert features not in learner._store.snapshot("")
+    if store:
+        assert not on_disk(tmp_path, features)
+        crash(learner)
+        learner = load(bundle, store=tmp_path / store)
+        assert core(facts(learner)) == before and list(learner._pending.samples) == [other.sample_id]
+
+
+def test_a_sample_that_waits_stays_when_its_discarding_fails(means, load, stream, facts, fill_disk, monkeypatch, tmp_path):
+    learner = load(means, store=tmp_path / "l.db")
+    ids = learn(learner, stream, 0, 3)
+    seen = learner.predict(stream[0][0])
+    learner.save()
+    before, pack = facts(learner), type(learner._core.capture()).pack
+    make_space = fill_disk(learner)
+    monkeypatch.setattr("edgecl_device.snapshot.Snapshot.pack", lambda self: pack(self) + bytes(100_000))
+    for sample_id in (seen.sample_id, ids[0]):
+        with pytest.raises(StoreFullError):
+            learner.forget(sample_id)
+        assert facts(learner) == before and learner.report()["log"]["erased"] is True
+    monkeypatch.undo()
+    make_space()
+    assert learner.forget(ids[0]) is True
+    assert not learner._pending.samples
+
+
+def test_what_was_rolled_back_is_in_no_file(means, load, stream, tmp_path):
+    learner = load(means, store=tmp_path / "l.db")
+    learn(learner, stream, 0, 3)
+    learner.save("three")
+    ids = learn(learner, stream, 3, 9)
+    learner.save("nine")
+    dropped = [learner._store.sample(i).features for i in ids]
+    assert all(on_disk(tmp_path, features) for features in dropped)
+    learner.rollback("three")
+    assert learner.report()["log"]["erased"] is True
+    assert not any(on_disk(tmp_path, features) for features in dropped)
+    with pytest.raises(ForgetRefusedError, match="or was rolled back: there is nothing to change"):
+        learner.forget(ids[0])
+
+
+def test_a_rollback_that_cannot_erase_says_so_until_it_can(means, load, stream, tmp_path):
+    learner = load(means, store=tmp_path / "l.db")
+    learner.save("empty")
+    features = learner._store.sample(learn(learner, stream, 0, 1)[0]).features
+    learner._store._db = failing = FoldsFail(learner._store._db, sqlite3.SQLITE_FULL)
+    learner.rollback("empty")
+    assert learner.report()["log"]["erased"] is False and on_disk(tmp_path, features)
+    failing.code = None
+    learn(learner, stream, 1, 2)
+    assert learner.report()["log"]["erased"] is True and not on_disk(tmp_path, features)
+
+
+def test_what_the_cap_dropped_leaves_the_files_with_the_next_save(means, load, stream, edit_manifest, tmp_path):
+    edit_manifest(means, log_capacity_bytes=96 * 9)
+    learner = load(means, store=tmp_path / "l.db")
+    ids = learn(learner, stream, 0, 1)
+    features = learner._store.sample(ids[0]).features
+    learn(learner, stream, 1, 40)
+    assert on_disk(tmp_path, features)
+    with pytest.raises(
+        ForgetRefusedError, match=r"its cap of 864 bytes dropped it .*, so that it stays learned; .* next save\(\)\. Export"
+    ):
+        learner.forget(ids[0])
+    learner.save()
+    assert not on_disk(tmp_path, features)
 
 
 def test_a_process_killed_after_forgetting_leaves_no_features_behind_the_next_start(means, load, stream, tmp_path):

@@ -162,6 +162,8 @@ BAD_CALLS = {
     "shape": (lambda a, x: a.learn(x[:3], 1), InputError, r"x: shape must be \[1, 4, 4\], got \[3, 4\]"),
     "two samples": (lambda a, x: a.learn(np.stack([x, x]), 1), InputError, r"x: shape must be \[1, 4, 4\], got \[2, 4, 4\]"),
     "dtype": (lambda a, x: a.learn(x.astype(np.float32), 1), InputError, "x: dtype must be uint8, got float32"),
+    "masked": (lambda a, x: a.predict(np.ma.array(x, mask=x > 9)), InputError, r"x: must not be a masked array, .* \.filled\(value\)"),
+    "masked to learn": (lambda a, x: a.learn(np.ma.array(x), 1), InputError, "x: must not be a masked array"),
     "list": (lambda a, x: a.predict(x.tolist()), InputError, "x: expected a numpy array, got list"),
     "list to learn": (lambda a, x: a.learn(x.tolist(), 1), InputError, "x: must be a numpy array, or a sample_id .*, got list; .*asarray"),
     "unknown id": (lambda a, x: a.learn(99, 1), InputError, "99 does not wait"),

@@ -58,6 +58,24 @@ def test_the_error_names_the_smallest_capacity():
     assert ReplayMemory(ReplaySpec(FIELDS, 4, smallest, "reservoir", 1), CLASSES).rows == 1
 
 
+@pytest.mark.parametrize("capacity", [10**12, 10**15, 10**30])
+def test_a_capacity_that_no_memory_has_is_refused_before_it_is_allocated(monkeypatch, capacity):
+    monkeypatch.setattr(ReplayMemory, "_allocate", lambda self: 1 / 0)
+    most = min(1 << 40, 4 * 19 + 4 * 7 + (1 << 31) * ROW - 1)
+    with pytest.raises(InputError, match=f"capacity_bytes: must be at most {most} for rows of {ROW} bytes, got {capacity}; lower it"):
+        ReplayMemory(ReplaySpec(FIELDS, 4, capacity, "reservoir", 1), CLASSES)
+    assert memory_layout(ReplaySpec(FIELDS, 4, most, "reservoir", 1), CLASSES)[0] == (1 << 31) - 1
+
+
+def test_a_machine_without_memory_for_the_rows_names_the_capacity(monkeypatch):
+    def no_memory(self):
+        raise MemoryError
+
+    monkeypatch.setattr(ReplayMemory, "_allocate", no_memory)
+    with pytest.raises(InputError, match="capacity_bytes: this machine has no memory for 997 bytes of rows; lower it"):
+        ReplayMemory(ReplaySpec(FIELDS, 4, 1000, "reservoir", 1), CLASSES)
+
+
 @pytest.mark.parametrize(("change", "name"), [({"policy": "fifo"}, "policy"), ({"rows_per_step": 0}, "rows_per_step")])
 def test_a_wrong_spec_is_refused(change, name):
     with pytest.raises(InputError, match=name):

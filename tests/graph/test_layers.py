@@ -76,7 +76,10 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
     ),
     "GroupNorm": (BOTH, [lambda: nn.GroupNorm(2, 4), lambda: nn.GroupNorm(1, 4), lambda: nn.GroupNorm(4, 4, affine=False)]),
     "ReLU, ReLU6, Hardtanh": (BOTH, [lambda: nn.ReLU(inplace=True), nn.ReLU6, lambda: nn.Hardtanh(-0.3, 0.4)]),
-    "LeakyReLU, PReLU": (BOTH, [lambda: nn.LeakyReLU(0.1, inplace=True), nn.PReLU, lambda: nn.PReLU(4)]),
+    "LeakyReLU, PReLU, RReLU (not in training)": (
+        BOTH,
+        [lambda: nn.LeakyReLU(0.1, inplace=True), nn.PReLU, lambda: nn.PReLU(4), nn.RReLU, lambda: nn.RReLU(0.2, 0.7, inplace=True)],
+    ),
     "ELU, CELU, SELU": (BOTH, [lambda: nn.ELU(0.7), lambda: nn.CELU(1.3), nn.SELU]),
     "Sigmoid, Tanh": (BOTH, [nn.Sigmoid, nn.Tanh]),
     "Hardsigmoid, Hardswish": (BOTH, [nn.Hardsigmoid, lambda: nn.Hardswish(inplace=True)]),

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import as_int
+from edgecl_device.checks import as_int, short
 from edgecl_device.errors import BundleError, EdgeclError, InputError
 from edgecl_device.manifest import Array, Manifest, StepSpec, TensorSpec
 
 STATE_IN = "state."
 STATE_OUT = "next."
+MOST_THREADS = 64
 _TYPES = {"float32": "tensor(float)", "float64": "tensor(double)"}  # the others are called as numpy calls them
 
 
@@ -29,24 +30,23 @@ class OnnxEngine:
     Args:
         bundle: The bundle's folder.
         manifest: Its manifest.
-        threads: Threads inside one operator, at least 1.
+        threads: Threads inside one operator, 1 to 64.
 
     Raises:
         InputError: when ``threads`` is no such number.
-        BundleError: when a graph cannot be loaded or does not have the manifest's inputs and outputs.
+        BundleError: when a graph cannot be loaded or does not have the manifest's inputs and outputs, or its tensors do not fit
+            into memory.
     """
 
     name = "onnx"
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1) -> None:
         threads = as_int("threads", threads)
-        if threads < 1:
-            raise InputError(f"threads: must be at least 1, got {threads}; 1 is the default")
+        if not 1 <= threads <= MOST_THREADS:
+            raise InputError(f"threads: must be at least 1 and at most {MOST_THREADS}, got {short(threads)}; 1 is the default")
         self._ort = _onnxruntime()
         self._specs = {spec.name: spec for spec in manifest.state}
         written = {name for step in manifest.steps.values() for name in step.state_out}
-        self._values = {s.name: [self._allocate(s) for _ in range(1 + (s.name in written))] for s in manifest.state}
-        self._views = {name: [value.numpy() for value in values] for name, values in self._values.items()}
         self._bits = {name: 1 << i for i, name in enumerate(self._specs)}
         self._current = 0
         self._written = 0
@@ -56,6 +56,9 @@ class OnnxEngine:
         options.use_deterministic_compute = True
         options.log_severity_level = 4  # not errors: they are raised
         self._steps = {name: _Step(self, Path(bundle) / step.file, step, options) for name, step in manifest.steps.items()}
+        # After the graphs were matched with the manifest: its sizes are then no mere claim.
+        self._values = {s.name: [self._allocate(s) for _ in range(1 + (s.name in written))] for s in manifest.state}
+        self._views = {name: [value.numpy() for value in values] for name, values in self._values.items()}
 
     def load(self, state: Mapping[str, Array]) -> None:
         """Copy every state tensor in; drops an uncommitted result.
@@ -109,7 +112,10 @@ class OnnxEngine:
         return int(self._current & self._bits[name] != 0)
 
     def _allocate(self, spec: TensorSpec) -> Any:
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape), np.dtype(spec.dtype).type)
+        try:
+            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape), np.dtype(spec.dtype).type)
+        except (MemoryError, RuntimeError) as error:
+            raise BundleError(f"{spec.name}: this machine has no memory for its {spec.nbytes} bytes; use a smaller model") from error
 
 
 class _Step:

@@ -1,0 +1,134 @@
+"""A store that is refused stays byte for byte as it was, its write-ahead log too; and the mend that the error names works."""
+
+import sqlite3
+
+import pytest
+
+from edgecl_device import BundleError, StoreError, StoreMismatchError
+
+
+def learn(learner, stream, start, stop):
+    for i in range(start, stop):
+        learner.learn(stream[0][i], int(stream[1][i]))
+
+
+def files(folder, name):
+    return {path.name: path.read_bytes() for path in folder.glob(f"{name}*")}
+
+
+@pytest.fixture
+def killed(means, load, stream, tmp_path):
+    """What a killed process leaves: 20 samples in the file, the last 10 in its write-ahead log. Before that `change` is made to it."""
+
+    def make(change=lambda learner: None):
+        learner = load(means, store=tmp_path / "live.db")
+        learn(learner, stream, 0, 20)
+        learner.save()
+        learn(learner, stream, 20, 30)
+        change(learner)
+        for name, content in files(tmp_path, "live.db").items():
+            (tmp_path / name.replace("live", "l")).write_bytes(content)
+        learner._store.close()
+        before = files(tmp_path, "l.db")
+        assert set(before) == {"l.db", "l.db-wal"} and len(before["l.db-wal"]) > 10_000
+        return before
+
+    return make
+
+
+def sql(statement):
+    return lambda learner: learner._store._db.execute(statement)
+
+
+REFUSALS = {
+    "other program": (sql("PRAGMA application_id = 1"), StoreError, "another program"),
+    "other schema": (sql("PRAGMA user_version = 9"), StoreError, "schema is 9"),
+    "no ids": (sql("DELETE FROM meta WHERE key = 'reserved_ids'"), StoreError, "reserved_ids is missing"),
+    "no snapshot": (sql("DELETE FROM snapshots"), StoreError, "automatic snapshot is missing"),
+    "snapshot": (sql("UPDATE snapshots SET crc = x'00000000'"), StoreError, "automatic snapshot differs"),
+    "event": (sql("UPDATE events SET label = label + 1 WHERE seq = 25"), StoreError, "event 25 differs"),
+    "gap": (sql("DELETE FROM events WHERE seq = 25"), StoreError, r"event 25 is missing\); delete the file \*-wal beside the store"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_damaged_store_stays_as_it_is(means, load, killed, tmp_path, case):
+    change, kind, message = REFUSALS[case]
+    before = killed(change)
+    for _ in range(2):
+        with pytest.raises(kind, match=message):
+            load(means, store=tmp_path / "l.db")
+        assert files(tmp_path, "l.db") == before
+
+
+def test_another_bundles_store_stays_as_it_is(means, head, load, killed, tmp_path):
+    before = killed()
+    with pytest.raises(StoreMismatchError, match="belongs to bundle"):
+        load(head, store=tmp_path / "l.db")
+    assert files(tmp_path, "l.db") == before
+    assert load(means, store=tmp_path / "l.db").report()["learned"] == 30
+
+
+@pytest.mark.parametrize("error", [BundleError, KeyboardInterrupt])
+def test_a_store_stays_as_it_is_when_the_rest_of_the_start_fails(means, load, killed, tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error("stopped")
+
+    before = killed()
+    monkeypatch.setattr("edgecl_device.learner.Core", fail)
+    with pytest.raises(error):
+        load(means, store=tmp_path / "l.db")
+    assert files(tmp_path, "l.db") == before
+
+
+def test_a_log_cap_that_is_too_small_leaves_the_store(means, load, killed, edit_manifest, tmp_path):
+    before = killed()
+    edit_manifest(means, log_capacity_bytes=95)
+    with pytest.raises(StoreError, match="log_capacity_bytes: must be at least 96"):
+        load(means, store=tmp_path / "l.db")
+    assert files(tmp_path, "l.db") == before
+
+
+def test_a_write_ahead_log_without_a_whole_frame_is_left_too(head, load, killed, tmp_path):
+    killed()
+    (tmp_path / "l.db-wal").write_bytes(b"garbage" * 1000)
+    before = files(tmp_path, "l.db")
+    with pytest.raises(StoreMismatchError):
+        load(head, store=tmp_path / "l.db")
+    assert files(tmp_path, "l.db") == before
+
+
+def test_a_copy_put_over_a_killed_sessions_store_is_refused_and_the_named_mend_restores_it(means, load, stream, tmp_path):
+    learner = load(means, store=tmp_path / "l.db")
+    learn(learner, stream, 0, 10)
+    learner.close()
+    good = (tmp_path / "l.db").read_bytes()
+    learner = load(means, store=tmp_path / "l.db")
+    learn(learner, stream, 10, 60)
+    learner.close()
+    learner = load(means, store=tmp_path / "l.db")
+    learn(learner, stream, 60, 70)
+    wal = (tmp_path / "l.db-wal").read_bytes()
+    learner._store.close()
+    (tmp_path / "l.db").write_bytes(good)
+    (tmp_path / "l.db-wal").write_bytes(wal)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"damaged.*; delete the file \*-wal beside the store, .* then restore the store from a copy"):
+            load(means, store=tmp_path / "l.db")
+        assert files(tmp_path, "l.db") == {"l.db": good, "l.db-wal": wal}
+    (tmp_path / "l.db-wal").unlink()
+    assert load(means, store=tmp_path / "l.db").report()["learned"] == 10
+
+
+def test_a_refused_store_is_free_for_the_right_bundle_at_once(means, head, load, killed, tmp_path):
+    killed()
+    with pytest.raises(StoreMismatchError):
+        load(head, store=tmp_path / "l.db")
+    learner = load(means, store=tmp_path / "l.db")
+    with pytest.raises(StoreError, match="another learner has it open"):
+        load(head, store=tmp_path / "l.db")
+    assert learner.report()["learned"] == 30
+    learner.close()
+    db = sqlite3.connect(tmp_path / "l.db")
+    assert db.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    db.close()
