@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import traceback
 
 from edgecl.fidelity import check_gradients, check_values
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.splitting import SplitError, check_backward, split
+from edgecl.splitting import check_backward, split
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import as_int, has_length
-from edgecl_device.errors import InputError
+from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import DTYPES, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory
 
@@ -38,7 +39,10 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Latents of ``x``."""
-        return self.model(x if self.preprocess is None else self.preprocess(x))
+        if self.preprocess is not None:
+            with traceback.annotate({"module": "preprocess"}):  # for the errors of capture
+                x = self.preprocess(x)
+        return self.model(x)
 
 
 class Prepared:
@@ -220,10 +224,10 @@ def prepare(
             # the model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
             output = check_values(model, parts, x)
             z = trunk(torch.tensor(example))
-    except SplitError:  # is a ValueError
+    except EdgeclError:
         raise
-    except (RuntimeError, TypeError, ValueError) as error:  # what torch raises for shapes and dtypes that do not fit
-        got = f"{example.dtype} {list(example.shape)} ({error})"
+    except Exception as error:  # the code of model and preprocess may raise anything for shapes and types that do not fit
+        got = f"{example.dtype} {list(example.shape)} ({type(error).__name__}: {error})"
         raise InputError(f"example: must suit preprocess and model, got {got}; pass a raw sample as the device will get it") from error
     for name, part in flatten_tree({"z": z}).items():
         if dtype_name(part.dtype) not in DTYPES:

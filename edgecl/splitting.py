@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from edgecl_device.errors import EdgeclError
 
@@ -144,6 +145,12 @@ def copied(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise SplitError(f"model: must be a torch.nn.Module, got {type(model).__name__}; pass a module, not a function")
+    tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, value in tensors if is_lazy(value)]
+    if lazy:
+        raise SplitError(f"model: {lazy[0]} has no values yet, must have them (a lazy module); run the model once on a sample before")
+    if hasattr(model, "_orig_mod"):
+        raise SplitError("model: is compiled, must be the plain module; pass model._orig_mod, or the module before torch.compile")
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:  # what torch and pickle raise for a tensor that was computed, a lock, a file
@@ -228,6 +235,8 @@ def _place(module: str) -> str:
 
 def _why_not(at: str, spans: dict[str, list[tuple[int, int]]], ends: dict[str, int], total: int) -> str:
     names = f"choose one of: {_listing(at, ends)}"
+    if not ends:
+        names = "give every call a module of its own, as a cut needs one that is called once and leaves something behind it"
     if at not in spans:
         return f"at: no module named {at!r} is called by the model; {names}"
     if len(spans[at]) > 1:

@@ -9,6 +9,7 @@ from edgecl import METHODS, ImageU8, SplitError, prepare
 from edgecl.engine import EagerEngine
 from edgecl.trees import flatten_tree
 from edgecl_device.errors import EdgeclError, InputError
+from edgecl_export import export
 
 torch.set_num_threads(1)
 
@@ -388,3 +389,54 @@ def test_fit_keeps_raw_samples_of_all_it_has_seen(toy):
     assert x.any(), "they are copies"
     ready.fit(x[:3], y[:3])
     assert np.array_equal(ready.samples, x[:3])
+
+
+class Raising(nn.Module):
+    """Preprocessing of the user's own."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [IndexError("no row 12"), KeyError("mode"), AssertionError("not uint8")])
+def test_whatever_the_users_code_raises_for_the_example_is_an_input_error(error):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    with pytest.raises(InputError, match=rf"^example: must suit preprocess and model, got float32 \[1, 4\] \({type(error).__name__}: "):
+        prepare(model, at="0", example=np.ones((1, 4), np.float32), classes=3, preprocess=Raising(error))
+
+
+@pytest.mark.parametrize("layer", [nn.Softmax(2), nn.Flatten(2)])
+def test_a_dimension_that_the_example_lacks_is_an_input_error(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3))
+    with pytest.raises(InputError, match=r"^example: must suit preprocess and model, .*IndexError: Dimension out of range"):
+        prepare(model, at="0", example=np.ones((1, 4), np.float32), classes=3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_lazy_and_compiled_models_are_named_for_what_they_are():
+    for model, message in (
+        (nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), r"model: 0\.weight has no values yet.*; run the model once on a sample before"),
+        (torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))), "model: is compiled, must be the plain module; pass model._orig"),
+    ):
+        with pytest.raises(SplitError, match=message):
+            prepare(model, at="0", example=np.ones((1, 4), np.float32), classes=3)
+
+
+def test_masks_must_be_a_mapping(toy):
+    with pytest.raises(InputError, match=r"^masks: must be a mapping of parameter names to bool tensors, got list; pass a dict"):
+        go(toy, method="finetune", masks=[1])
+
+
+def test_an_operator_of_the_preprocessing_is_named_there(tmp_path):
+    class Sort(nn.Module):
+        def forward(self, x):
+            return torch.sort(x)[0]
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    ready = prepare(model, at="0", example=np.ones((1, 4), np.float32), classes=3, preprocess=Sort())
+    with pytest.raises(EdgeclError, match=r"^step 'encode': operator aten\.sort\.default in preprocess is not supported"):
+        export(ready, tmp_path / "bundle")

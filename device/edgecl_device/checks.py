@@ -1,6 +1,7 @@
 """Checks of what callers and bundles hand to the loop."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, Tensor
 
 REVISIONS = ("forget", "relabel")
 MOST_ELEMENTS = 1 << 40
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -28,6 +30,10 @@ def check_manifest(manifest: Manifest) -> None:
             "manifest: target must be 'class', max_classes in [1, 2**24] and pending_capacity at least 0, "
             f"got {got}; export the bundle again"
         )
+    if not _SHA256.fullmatch(manifest.bundle_id):
+        raise BundleError(f"manifest: bundle_id must be a SHA-256 in hexadecimal, got {short(manifest.bundle_id)}; export the bundle again")
+    if manifest.forgets and "forget" not in manifest.steps:
+        raise BundleError("manifest: forgets must be false without a step 'forget', got true; export the bundle again")
     try:
         as_float32("learning_rate", manifest.learning_rate, positive=False)
     except InputError as error:
@@ -149,12 +155,12 @@ def as_int(name: str, value: Any) -> int:
 
 
 def as_name(value: Any) -> str:
-    """A string of 1 to 200 characters, all of which UTF-8 has."""
+    """A string of 1 to 200 characters, all of which UTF-8 has; of a subclass of str (NumPy's, an enumeration's) its characters."""
     if not isinstance(value, str) or not 0 < len(value) <= 200:
         raise InputError(f"name: must be a string of 1 to 200 characters, got {short(value)}; pass the name")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise InputError(f"name: must be valid Unicode, got {short(value)}; decode it with the right encoding")
-    return value
+    return "".join(value)
 
 
 def as_path(name: str, value: Any) -> Path:

@@ -15,6 +15,7 @@ from edgecl_device.errors import RESTORE, StoreError, StoreFullError, StoreMisma
 APPLICATION_ID = 0x6564676C  # "edgl"
 SCHEMA = 2
 _SMALLEST_FILE_BYTES = 512  # SQLite takes what is smaller for a new database
+_MAGIC = b"SQLite format 3\0"  # the start of every database, of a damaged one more often than not
 _PAGE_BYTES = 1024  # a transaction writes whole pages: with SQLite's usual 4096 a small sample costs three times the flash writes
 _WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _TABLES = (
@@ -39,6 +40,8 @@ def connect(path: Path | None, bundle_id: str, synchronous: str) -> sqlite3.Conn
         StoreMismatchError: when the file belongs to another bundle.
         StoreError: when it cannot be opened or made, is empty or damaged, is no store, or is in use.
     """
+    if path is not None and path.exists() and not path.is_file():
+        raise StoreError(f"{path}: must be a file, is a folder or a device; pass another path")
     if path is not None and path.is_file() and path.stat().st_size < _SMALLEST_FILE_BYTES:
         raise StoreError(f"{path}: is damaged (cut to {path.stat().st_size} bytes, what it held is lost); {RESTORE}")
     if path is not None and not path.exists():
@@ -136,11 +139,18 @@ def typed_errors(path: Path | None) -> Iterator[None]:
             raise StoreError(f"{where}: cannot be opened; check that its folder exists and can be written") from error
         if code == sqlite3.SQLITE_READONLY or (path is not None and not os.access(path.parent, os.W_OK)):
             raise StoreError(f"{where}: is read-only; make the file and its folder writable") from error
+        if code == sqlite3.SQLITE_NOTADB and path is not None and not _is_database(path):
+            raise StoreError(f"{where}: is no store, but a file of another kind; pass another path") from error
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             raise StoreError(f"{where}: is damaged or not a store ({error}); {RESTORE}") from error
         raise StoreError(f"{where}: SQLite failed ({error}); check the disk and try again") from error
     except UnicodeDecodeError as error:  # in a text column
         raise StoreError(f"{where}: is damaged ({error}); {RESTORE}") from error
+
+
+def _is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _open(path: str | Path, synchronous: str) -> sqlite3.Connection:

@@ -141,6 +141,7 @@ class Learner(OneAtATime):
         Raises:
             InputError: when shape, dtype or values do not fit.
             PredictionError: when a score is not finite.
+            StoreFullError: when the disk is full and the next 1,024 sample ids cannot be reserved.
         """
         z = self._encode(x)
         scores: Array = self._engine.run("predict", z)["scores"][0]
@@ -239,8 +240,8 @@ class Learner(OneAtATime):
         Raises:
             InputError: when the name is taken, or all of the bundle's classes are.
         """
-        names = self._core.names
-        if as_name(name) in names:
+        names, name = self._core.names, as_name(name)
+        if name in names:
             raise InputError(f"name: class {short(name)} exists at index {names.index(name)}; learn samples of it under that name")
         free = [i for i, known in enumerate(names) if known is None and not self._core.counts[i]]
         if not free:

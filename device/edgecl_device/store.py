@@ -12,6 +12,7 @@ controller keeps in worn ones are beyond it. One process at a time may have a st
 """
 
 import dataclasses
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -273,7 +274,7 @@ class Store:
         return database.wal_bytes(self.path)
 
     def fold(self, force: bool = False) -> None:
-        """Move the write-ahead log into the database and empty it, when that is due or it is over 4 MiB.
+        """Move the write-ahead log into the database and empty it, when that is due or it is over 4 MiB or half of the free space.
 
         Writes each page in it once more. Nothing is lost when that fails: the write-ahead log stays as it is, and the next call
         tries again. A full disk raises nothing.
@@ -286,7 +287,7 @@ class Store:
             StoreError: when SQLite fails for another reason, unless ``force``.
         """
         with suppress(StoreError if force else StoreFullError), self._typed_errors():
-            if force or self.erasure_due or self.wal_bytes() > _WAL_LIMIT_BYTES:
+            if force or self.erasure_due or self.wal_bytes() > self._wal_limit():
                 nbytes = database.checkpoint_bytes(self.path)
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 if not self.wal_bytes():
@@ -300,6 +301,10 @@ class Store:
     def leave(self) -> None:
         """Close the file and leave it and its write-ahead log as they are: for a store that is refused."""
         database.leave(self._db, self.path)
+
+    def _wal_limit(self) -> int:
+        """Half of the free space at most: the log repeats pages, and moving it into the database needs room for each of them once."""
+        return 0 if self.path is None else min(_WAL_LIMIT_BYTES, shutil.disk_usage(self.path.parent).free // 2)
 
     def _read(self) -> None:
         self._next_id = self._reserved = self._number("reserved_ids")

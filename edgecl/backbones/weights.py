@@ -47,7 +47,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         data = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes make an unpickler raise anything
-        cause = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {str(error).partition('.')[0][:120]}"  # torch goes on with advice on running code from files
         raise WeightsError(f"{path}: not a readable weight file ({cause}); it must hold tensors only, download it again") from error
     data = data.get("state_dict", data) if isinstance(data, dict) else data
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):

@@ -35,6 +35,8 @@ class SuffixLearner(Learner):
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(problem, config)
         self.suffix = copy.deepcopy(suffix).eval().requires_grad_(False)
+        if masks is not None and not isinstance(masks, Mapping):
+            raise InputError(f"masks: must be a mapping of parameter names to bool tensors, got {type(masks).__name__}; pass a dict")
         self.masks = dict(masks or {})
         scores = self.suffix(_zeros(problem.features))
         if tuple(scores.shape) != (1, problem.max_classes):

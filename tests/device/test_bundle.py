@@ -140,6 +140,10 @@ def broken(data, change):
         steps["forget"]["outputs"] = []
     elif change == "names":
         data["class_names"] = ["a", "b", "c", "d", "e", "f"]
+    elif change == "no forget":
+        del steps["forget"]
+    elif change == "bundle id":
+        data["bundle_id"] = "\ud800"
     elif change == "same names":
         data["class_names"] = ["a", "a"]
     return data
@@ -157,6 +161,8 @@ def broken(data, change):
         ("no loss", "step 'learn': output .*loss.* is missing"),
         ("no finite", "step 'forget': output .*finite.* is missing"),
         ("names", "class_names: must be at most 5 different names"),
+        ("no forget", "forgets must be false without a step 'forget'"),
+        ("bundle id", "bundle_id must be a SHA-256 in hexadecimal"),
         ("same names", "class_names: must be at most 5 different names"),
     ],
 )

@@ -110,7 +110,7 @@ def test_the_bytes_that_run_tells_are_all_that_it_wrote(call, means, data, tmp_p
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_ctrl_c_is_one_line_and_what_was_learned_is_in_the_store(call, means, data, monkeypatch, tmp_path, terminal):
+def test_ctrl_c_is_one_line_and_what_was_learned_is_in_the_store(request, call, means, data, monkeypatch, tmp_path, terminal):
     learn = Learner.learn
 
     def pressed(self, x, y):
@@ -120,6 +120,8 @@ def test_ctrl_c_is_one_line_and_what_was_learned_is_in_the_store(call, means, da
 
     monkeypatch.setattr(Learner, "learn", pressed)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background without one
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     code, out, err = call("run", means, "--data", data, "--store", tmp_path / "l.db")
     said = "edgecl-device: interrupted; with --store, what was learned is in the store\n"
     assert (code, out) == (130, "") and err.endswith(said) and err.count("\n") == 1

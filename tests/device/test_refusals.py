@@ -1,7 +1,12 @@
 """A store that is refused stays byte for byte as it was, its write-ahead log too; and the mend that the error names works."""
 
+import enum
+import os
+import shutil
 import sqlite3
+from collections import namedtuple
 
+import numpy as np
 import pytest
 
 from edgecl_device import BundleError, StoreError, StoreMismatchError
@@ -132,3 +137,54 @@ def test_a_refused_store_is_free_for_the_right_bundle_at_once(means, head, load,
     db = sqlite3.connect(tmp_path / "l.db")
     assert db.execute("PRAGMA quick_check").fetchone() == ("ok",)
     db.close()
+
+
+@pytest.mark.parametrize("content", [b"holiday photos" * 100, np.arange(900).tobytes()])
+def test_a_file_of_another_kind_is_not_called_a_damaged_store(means, load, tmp_path, content):
+    (tmp_path / "mine").write_bytes(content)
+    with pytest.raises(StoreError, match=r"mine: is no store, but a file of another kind; pass another path$"):
+        load(means, store=tmp_path / "mine")
+    assert (tmp_path / "mine").read_bytes() == content and files(tmp_path, "mine").keys() == {"mine"}
+
+
+@pytest.mark.parametrize("path", [os.devnull, "/"])
+def test_a_device_or_a_folder_is_no_store(means, load, path):
+    with pytest.raises(StoreError, match="must be a file, is a folder or a device; pass another path"):
+        load(means, store=path)
+
+
+class Label(enum.StrEnum):
+    MUG = "mug"
+
+
+@pytest.mark.parametrize("name", [np.array(["mug"])[0], Label.MUG])
+def test_a_name_of_a_subclass_of_str_is_its_characters(means, load, stream, crash, tmp_path, name):
+    learner = load(means, store=tmp_path / "l.db")
+    learn(learner, stream, 0, 5)
+    free = learner.add_class(name)
+    sample = learner.learn(stream[0][6], name).sample_id
+    learner.save(name)
+    crash(learner)
+    learner = load(means, store=tmp_path / "l.db")
+    assert learner._core.names[free] == "mug" and type(learner._core.names[free]) is str
+    assert learner.forget(sample) is True
+    learner.rollback("mug")
+    assert learner.report()["class_counts"].get("mug", 0) == 0
+
+
+def test_the_write_ahead_log_leaves_room_for_itself_on_a_small_disk(means, load, stream, tmp_path, monkeypatch):
+    """It repeats pages: a disk that it fills has no room left to move it into the database."""
+    disk = 400 << 10
+    usage = namedtuple("usage", "total used free")
+
+    def left(folder):
+        used = sum(len(content) for content in files(tmp_path, "l.db").values())
+        return usage(disk, used, disk - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", left)
+    learner = load(means, store=tmp_path / "l.db")
+    for _ in range(5):
+        for i in range(120):
+            learner.learn(stream[0][i], int(stream[1][i]))
+            assert learner._store.wal_bytes() <= left(tmp_path).free
+    assert learner.report()["learned"] == 600
