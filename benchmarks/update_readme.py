@@ -73,7 +73,8 @@ def filled(text: str) -> str:
 
 def _conditions(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"{versions}; {result['machine']}."
+    machine = result["machine"]
+    return f"{versions}; {machine if isinstance(machine, str) else ', '.join(machine.values())}."
 
 
 def _markdown(head: list[str], lines: list[list[str]]) -> str:
