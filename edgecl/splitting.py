@@ -236,7 +236,7 @@ def _place(module: str) -> str:
 def _why_not(at: str, spans: dict[str, list[tuple[int, int]]], ends: dict[str, int], total: int) -> str:
     names = f"choose one of: {_listing(at, ends)}"
     if not ends:
-        names = "give every call a module of its own, as a cut needs one that is called once and leaves something behind it"
+        names = "no module is called once and has something behind it; give every call, and what follows, a module of its own"
     if at not in spans:
         return f"at: no module named {at!r} is called by the model; {names}"
     if len(spans[at]) > 1:

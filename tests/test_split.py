@@ -262,7 +262,7 @@ def test_unknown_name_lists_valid_ones_close_first():
         (nn.Sequential(nn.Linear(2, 2), nn.Sequential(), nn.ReLU()), "1", "'1' computes nothing; choose one of: 0"),
         (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "", "no module named ''"),
         (Residual(), "relu", "'relu' is called 2 times"),
-        (nn.Linear(2, 2), "x", "give every call a module of its own"),
+        (nn.Linear(2, 2), "x", "no module is called once and has something behind it; give every call"),
     ],
 )
 def test_names_that_cannot_be_cut_at(model, at, words):
