@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{message}; see edgecl --help") if message else 2
     except (EdgeclError, OSError) as error:
         return _fail(str(error))
+    except SystemExit as error:  # not typer's, which returns a code
+        return _fail(f"MODEL: its code ended the process (SystemExit: {error.code}); mend the file")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch has no type of its own for it
             raise
@@ -198,12 +200,13 @@ def profile_(
 ) -> None:
     """Show what every step of a learner costs in MACs and bytes, or, without --at, where the model can be cut."""
     values = parse_config(method, config or ())
-    net = load_model(model, classes, weights, model_classes)
+    with redirect_stdout(sys.stderr):  # what the user's code prints is no result
+        net = load_model(model, classes, weights, model_classes)
     preprocess = preprocessing(preprocess_u8, mean, std)
     example = example_of(model, input, dtype, preprocess)
     title = f"{model}, input {'x'.join(map(str, example.shape))} {example.dtype}"
     if at is None:
-        with _progress(quiet=as_json) as step, torch.no_grad():
+        with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step, torch.no_grad():
             x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
             points = split_points(net, x, progress=lambda done, total: step("looking for places to cut", done, total))
         if as_json:
@@ -211,7 +214,7 @@ def profile_(
         else:
             _show(tables.split_table(points, f"Where {title} can be cut"))
         return
-    with _progress(quiet=as_json) as step:
+    with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step:
         step("capturing and counting every step", 0, 1)
         found = profile(prepare(net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess))
     if as_json:
@@ -265,7 +268,8 @@ def export(
     budget = parse_bytes("--ram-budget", ram_budget)
     values = parse_config(method, config or ())
     names = class_names.split(",") if class_names else ()
-    net = load_model(model, classes, weights, model_classes)
+    with redirect_stdout(sys.stderr):
+        net = load_model(model, classes, weights, model_classes)
     if model in BACKBONES and weights is None:
         print(f"note: {model} has random weights; pass --weights for trained ones", file=sys.stderr)
     preprocess = preprocessing(preprocess_u8, mean, std)
@@ -275,7 +279,7 @@ def export(
     if xs is None and getattr(values, "codec", "float32") != "float32":
         raise InputError(f"--data: is needed, {method} fits its {values.codec} codec to base samples; or pass --config codec=float32")
     example = example_of(model, input, dtype, preprocess) if xs is None else xs[:1]
-    with _progress(quiet=as_json) as step:
+    with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step:
         prepared = prepare(
             net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess, class_names=names
         )

@@ -12,7 +12,7 @@ from edgecl.fidelity import check_gradients, check_values
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.splitting import check_backward, split
+from edgecl.splitting import check_backward, copied, split
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import as_int, has_length
 from edgecl_device.errors import EdgeclError, InputError
@@ -193,7 +193,7 @@ def prepare(
         method: Name of a method (:data:`edgecl.methods.METHODS`).
         classes: Classes that the learner has room for, new ones included.
         config: The method's ``Config``, or None for its defaults.
-        preprocess: Runs before the model, on the device too; for instance :class:`edgecl.preprocess.ImageU8`.
+        preprocess: Runs before the model, on the device too; copied; for instance :class:`edgecl.preprocess.ImageU8`.
         class_names: Names of the first classes.
         masks: For methods that train the suffix: bool tensors by parameter name, of its shape; only where true is a weight
             updated. Names are the model's own, as in ``model.named_parameters()``.
@@ -217,27 +217,38 @@ def prepare(
     if example.shape[0] != 1:
         raise InputError(f"example: must have a batch dimension of 1, got {example.dtype} {list(example.shape)}; use x[:1]")
     parts = split(model, at)
+    preprocess = None if preprocess is None else copied(preprocess, "preprocess")
     trunk = Trunk(preprocess, parts.trunk).eval()
     try:
         with torch.no_grad():
             x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
-            # the model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
+            # The model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
             output = check_values(model, parts, x)
             z = trunk(torch.tensor(example))
     except EdgeclError:
         raise
-    except Exception as error:  # the code of model and preprocess may raise anything for shapes and types that do not fit
+    except (Exception, SystemExit) as error:  # the code of model and preprocess may raise anything for shapes and types that do not fit
         got = f"{example.dtype} {list(example.shape)} ({type(error).__name__}: {error})"
         raise InputError(f"example: must suit preprocess and model, got {got}; pass a raw sample as the device will get it") from error
+    for used in (parts.trunk, parts.suffix) if issubclass(kind, SuffixLearner) else (parts.trunk,):
+        _check_weights(used)
     for name, part in flatten_tree({"z": z}).items():
         if dtype_name(part.dtype) not in DTYPES:
             raise InputError(
                 f"at: the latent {name} behind {at!r} is {dtype_name(part.dtype)}, must be of {', '.join(DTYPES)}; cut elsewhere"
             )
+        if not part.dim() or part.shape[0] != 1:
+            raise InputError(
+                f"at: the latent {name} behind {at!r} must have the batch dimension of 1 in front, got {list(part.shape)}; keep it in "
+                "the model, or cut elsewhere"
+            )
+        if not bool(torch.isfinite(part).all()):
+            raise InputError(
+                f"at: the latent {name} behind {at!r} must be finite, has NaN or infinity for the example; mend the trunk, "
+                "preprocess or example"
+            )
         if not part.numel():
             raise InputError(f"at: the latent {name} behind {at!r} must hold a value, got {list(part.shape)}; cut elsewhere")
-    for used in (parts.trunk, parts.suffix) if issubclass(kind, SuffixLearner) else (parts.trunk,):
-        _check_weights(used)
     if issubclass(kind, SuffixLearner):
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = dtype_name(output.dtype) if isinstance(output, Tensor) else type(output).__name__

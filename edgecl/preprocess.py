@@ -36,6 +36,10 @@ class ImageU8(nn.Module):
         super().__init__()
         if layout not in {"HWC", "CHW", "HW"}:
             raise InputError(f"layout: must be 'HWC', 'CHW' or 'HW', got {layout!r}")
+        try:
+            mean, std = [float(value) for value in mean], [float(value) for value in std]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"mean, std: must be lists of numbers, one for each channel, got {mean!r} and {std!r}; pass [0.5]") from error
         if len(mean) != len(std) or not mean or (layout == "HW" and len(mean) != 1):
             raise InputError(f"mean, std: must have one value for each channel, got {len(mean)} and {len(std)} for layout {layout}")
         if not all(math.isfinite(value) for value in [*mean, *std]) or min(std) <= 0:

@@ -6,6 +6,7 @@ needs no change to the model's code. The user's model is never changed: both par
 
 import copy
 import difflib
+import keyword
 import operator
 import sys
 import traceback
@@ -71,6 +72,12 @@ def split(model: nn.Module, at: str) -> Split:
     if not isinstance(at, str):
         raise SplitError(f"at: must be the name of a module, got {at!r}; pass one of model.named_modules()")
     whole = copied(model).eval()
+    for path, _ in whole.named_modules():
+        odd = [part for part in path.split(".") if keyword.iskeyword(part) or not part.isprintable() or set(part) & set("'\"\\")]
+        if odd:
+            raise SplitError(
+                f"model: module {path!r} must have a plain name, which torch.fx can write into code, got {odd[0]!r}; rename it"
+            )
     for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise SplitError(f"model: {name} must be of a type that bundles have, got {tensor.dtype}; call model.float()")
@@ -137,25 +144,25 @@ def widen_head(model: nn.Module, name: str, classes: int) -> nn.Module:
     return wide
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of a model.
+def copied(model: nn.Module, what: str = "model") -> nn.Module:
+    """A deep copy of a module; ``what`` is the parameter that errors name.
 
     Raises:
         SplitError: when it is no module, or holds what cannot be copied.
     """
     if not isinstance(model, nn.Module):
-        raise SplitError(f"model: must be a torch.nn.Module, got {type(model).__name__}; pass a module, not a function")
+        raise SplitError(f"{what}: must be a torch.nn.Module, got {type(model).__name__}; pass a module, not a function")
     tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
     lazy = [name for name, value in tensors if is_lazy(value)]
     if lazy:
-        raise SplitError(f"model: {lazy[0]} has no values yet, must have them (a lazy module); run the model once on a sample before")
+        raise SplitError(f"{what}: {lazy[0]} has no values yet, must have them (a lazy module); run the model once on a sample before")
     if hasattr(model, "_orig_mod"):
-        raise SplitError("model: is compiled, must be the plain module; pass model._orig_mod, or the module before torch.compile")
+        raise SplitError(f"{what}: is compiled, must be the plain module; pass {what}._orig_mod, or the module before torch.compile")
     try:
         return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:  # what torch and pickle raise for a tensor that was computed, a lock, a file
+    except Exception as error:  # a tensor that was computed, a lock, a file: each raises what it likes
         raise SplitError(
-            f"model: cannot be copied ({str(error).partition(chr(10))[0].rstrip('.')}); let forward keep no result in the module, and "
+            f"{what}: cannot be copied ({str(error).partition(chr(10))[0].rstrip('.')}); let forward keep no result in the module, and "
             "call torch.nn.utils.remove_weight_norm on layers with the old weight_norm"
         ) from error
 

@@ -440,3 +440,64 @@ def test_an_operator_of_the_preprocessing_is_named_there(tmp_path):
     ready = prepare(model, at="0", example=np.ones((1, 4), np.float32), classes=3, preprocess=Sort())
     with pytest.raises(EdgeclError, match=r"^step 'encode': operator aten\.sort\.default in preprocess is not supported"):
         export(ready, tmp_path / "bundle")
+
+
+class Counting(nn.Module):
+    """Scales by how many inputs are not zero: a graph would keep the example's number."""
+
+    def forward(self, x):
+        return x * (1.0 + torch.nonzero(x).shape[0])
+
+
+class Largest(nn.Module):
+    """Reads a value out of a tensor."""
+
+    def forward(self, x):
+        return x * x.max().item()
+
+
+@pytest.mark.parametrize(("layer", "operator"), [(Counting(), "nonzero"), (Largest(), "_local_scalar_dense")])
+def test_numbers_and_shapes_made_of_values_are_refused_with_their_module(tmp_path, layer, operator):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), layer), nn.Linear(4, 3))
+    with pytest.raises(EdgeclError, match=rf"aten\.{operator}.* in 1\.1 makes a number or a shape"):
+        export(prepare(model, at="1", example=np.ones((1, 4), np.float32), classes=3), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Windows(nn.Module):
+    def forward(self, x):
+        return x.reshape(-1, 2)
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_a_latent_without_its_batch_dimension_is_refused(method):
+    model = nn.Sequential(nn.Linear(4, 4), Windows(), nn.Linear(2, 3))
+    with pytest.raises(
+        InputError, match=r"^at: the latent z behind '1' must have the batch dimension of 1 in front, got \[2, 2\]; keep it"
+    ):
+        prepare(model, at="1", example=np.ones((1, 4), np.float32), method=method, classes=3)
+
+
+def test_a_latent_that_is_not_finite_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    model[0].weight.data.fill_(3e38)
+    with pytest.raises(InputError, match=r"^at: the latent z behind '1' must be finite, has NaN or infinity for the example; mend"):
+        prepare(model, at="1", example=np.ones((1, 4), np.float32), classes=3)
+
+
+def test_the_preprocessing_is_copied():
+    preprocess = nn.Linear(4, 4).train()
+    x = np.ones((1, 4), np.float32)
+    ready = prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), at="0", example=x, classes=3, preprocess=preprocess)
+    before = ready.encode(x)[0].clone()
+    assert preprocess.training and all(p.requires_grad for p in preprocess.parameters())
+    preprocess.weight.data.zero_()
+    assert torch.equal(ready.encode(x)[0], before)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.5, 0.25), (None, None), ("a", [1.0]), ([[0.5]], [0.5])]
+)  # one value for the one channel must be a list, too
+def test_means_that_are_no_lists_of_numbers_are_refused(mean, std):
+    with pytest.raises(InputError, match=r"^mean, std: must be lists of numbers, one for each channel, got .*; pass \[0\.5\]"):
+        ImageU8(mean, std)

@@ -478,3 +478,29 @@ def test_image_u8_equals_the_formula(layout, axes):
 def test_image_u8_refuses(mean, std, layout, words):
     with pytest.raises(InputError, match=words):
         ImageU8(mean, std, layout)
+
+
+class Uncopied:
+    def __reduce_ex__(self, protocol):
+        raise AttributeError("no pickling here")
+
+
+def test_what_cannot_be_copied_for_any_reason_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.helper = Uncopied()
+    with pytest.raises(SplitError, match="model: cannot be copied"):
+        split(model, at="0")
+
+
+@pytest.mark.parametrize("name", ["class", "lambda", "q'q", "new\nline"])
+def test_module_names_that_code_cannot_have_are_named(name):
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.heads = nn.Linear(2, 2), nn.ModuleDict({name: nn.Linear(2, 3)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heads[name](self.first(x))
+
+    with pytest.raises(SplitError, match=r"model: module .* must have a plain name, which torch\.fx can write into code"):
+        split(Heads(), at="first")

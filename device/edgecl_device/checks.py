@@ -151,6 +151,8 @@ def as_int(name: str, value: Any) -> int:
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise InputError(f"{name}: must be an integer, got {short(value)} of type {type(value).__name__}; convert it with int()")
+    if not -(1 << 63) <= value < 1 << 63:
+        raise InputError(f"{name}: must fit into 64 bits, got {short(value)}; pass a smaller number")
     return int(value)
 
 
@@ -179,7 +181,10 @@ def short(value: Any) -> str:
     >>> short("a" * 200) == "'" + "a" * 96 + "..."
     True
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        text = f"a number of type {type(value).__name__} with very many digits"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

@@ -199,7 +199,11 @@ class Store:
         return self._event(row) if row else None
 
     def why_missing(self, sample_id: int) -> str:
-        """Why :meth:`sample` finds nothing."""
+        """Why :meth:`sample` finds nothing.
+
+        Raises:
+            StoreError: when the log is damaged, so that it may hold the sample under another id.
+        """
         if not self.handed_out(sample_id):
             return f"sample {sample_id} was never handed out; pass the sample_id of a learned sample"
         if sample_id < self.evicted_before:
@@ -208,6 +212,8 @@ class Store:
                 "learned at all), so that it stays learned; its features leave the files with the next save(). "
                 "Export with a larger log_capacity_bytes to forget further back"
             )
+        for _ in self.events_after(0):  # checks every one
+            pass
         return (
             f"sample {sample_id} was not learned, or is forgotten already, or was rolled back: there is nothing to change; "
             "what a file may still hold of it goes with the next save()"

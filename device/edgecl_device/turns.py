@@ -1,6 +1,7 @@
 """One call at a time: what a signal handler or a second thread asks of an object whose call is running is refused."""
 
 import functools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,11 @@ def verb(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], 
             running = self._running.setdefault("turn", turn)
             if running is not turn:
                 raise BusyError(_why_busy(running == turn))
+            if self._process != os.getpid():
+                raise ClosedError(
+                    f"learner: belongs to process {self._process}, this is {os.getpid()}, and a fork does not take its store's lock along; "
+                    "load the bundle in the process that uses it"
+                )
             if self._closed:
                 raise ClosedError(f"learner: {self._closed}; load the bundle, with its store, again")
             return method(self, *args, **kwargs)
@@ -51,11 +57,14 @@ class OneAtATime(ABC):
 
     def __init__(self) -> None:
         self._running: dict[str, list[int]] = {}  # the thread of the call that is running
+        self._process = os.getpid()
         self._to_close = False
         self._closed = ""
 
     def close(self) -> None:
         """Write the automatic snapshot if anything changed, and close store and engine; harmless when closed already.
+
+        In a process that was forked off it does nothing: store and lock are the first one's.
 
         In a signal handler that interrupts another call, it returns at once: the call goes on and returns its result, and
         closes at its end.
@@ -64,7 +73,7 @@ class OneAtATime(ABC):
             StoreFullError: when the snapshot does not fit; closed all the same, and only predictions that wait for a label are
                 lost. Not raised where a signal handler asked for it.
         """
-        if self._closed:
+        if self._closed or self._process != os.getpid():
             return
         if self._running.get("turn") == [get_ident()]:
             self._to_close = True

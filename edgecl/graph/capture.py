@@ -18,6 +18,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgecl.graph.canonical import CANONICAL
 from edgecl.graph.phases import module_paths, phase
@@ -87,7 +88,8 @@ def trace(
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         leaves = dict(zip(names, tensors, strict=True))
-        outputs, new_state = run({k: leaves[k] for k in state}, unflatten_like(dict(inputs), leaves))
+        with _FixedShapes(name):
+            outputs, new_state = run({k: leaves[k] for k in state}, unflatten_like(dict(inputs), leaves))
         found["data"], found["state"] = list(outputs), list(new_state)
         return [*outputs.values(), *new_state.values()]
 
@@ -147,6 +149,26 @@ class _Layers(TorchFunctionMode):
             if not training:
                 return F.leaky_relu(x, (lower + upper) / 2, inplace)
         return func(*args, **kwargs)
+
+
+class _FixedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what makes a number or a shape of values: the graph would keep those of the example, and dead code hides the operator."""
+
+    TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
+    def __init__(self, step: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.step = step
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masked = func is not torch.ops.aten.index.Tensor or any(i is not None and i.dtype == torch.bool for i in args[1])
+        if self.TAGS & set(func.tags) and masked:  # an index of integers gives a shape of their own
+            place = (traceback.current_meta.get("custom") or {}).get("module") or "the model's top level"
+            raise GraphError(
+                f"step {self.step!r}: operator {func} in {place} makes a number or a shape of a tensor's values, and those of a graph are "
+                "fixed; write it with operators on tensors, such as torch.where, sums and maxima"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _name_backward(module: torch.fx.GraphModule) -> None:

@@ -6,8 +6,10 @@ Change in Online Continual Learning".
 
 Deviations: the trunk is frozen and batch norm keeps its stored statistics (batch statistics mean nothing for single
 samples). ER-ACE's current loss runs over the classes of a recent window of samples, because over the one class of a
-single sample its gradient is zero. Learning and prediction both see the decoded latent. Predictions may come from a running average of
-the weights (Soutif-Cormerais et al. 2023, "Improving Online Continual Learning Performance and Stability with Temporal Ensembles").
+single sample its gradient is zero. While a whole window holds one class it is zero all the same: a class that comes in such a run is
+learned through its stored rows alone, late. Learning and prediction both see the decoded latent. Predictions may come from a running
+average of the weights (Soutif-Cormerais et al. 2023, "Improving Online Continual Learning Performance and Stability with Temporal
+Ensembles").
 """
 
 import math

@@ -9,7 +9,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from edgecl_device import BundleError, StoreError, StoreMismatchError
+from edgecl_device import BundleError, ClosedError, EdgeclError, StoreError, StoreMismatchError
 
 
 def learn(learner, stream, start, stop):
@@ -188,3 +188,46 @@ def test_the_write_ahead_log_leaves_room_for_itself_on_a_small_disk(means, load,
             learner.learn(stream[0][i], int(stream[1][i]))
             assert learner._store.wal_bytes() <= left(tmp_path).free
     assert learner.report()["learned"] == 600
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside threads
+def test_a_fork_leaves_the_store_to_the_first_process(means, load, stream, facts, tmp_path):
+    learner = load(means, store=tmp_path / "l.db")
+    learn(learner, stream, 0, 3)
+    before = facts(learner)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            learner.learn(stream[0][4], 1)
+        except ClosedError as error:
+            code = 0 if "a fork does not take its store's lock along" in str(error) else 2
+            learner.close()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert facts(learner) == before
+    learn(learner, stream, 3, 6)
+    learner.close()
+    assert load(means, store=tmp_path / "l.db").report()["learned"] == 6
+
+
+def test_an_event_whose_id_was_damaged_is_not_called_never_learned(means, load, stream, crash, tmp_path):
+    learner = load(means, store=tmp_path / "l.db")
+    learn(learner, stream, 0, 8)
+    learner.save()
+    learner._store._db.execute("UPDATE events SET sample_id = 69 WHERE sample_id = 5")
+    with pytest.raises(StoreError, match=r"is damaged \(event 6 differs from its CRC-32\)"):
+        learner.forget(5)
+
+
+def test_numbers_of_thousands_of_digits_are_refused(means, load, stream):
+    learner, x = load(means), stream[0][0]
+    for call in (
+        lambda n: learner.learn(x, n),
+        learner.forget,
+        learner.save,
+        lambda n: learner.learn(x, 1, weight=n),
+    ):
+        with pytest.raises(EdgeclError):
+            call(10**5000)
