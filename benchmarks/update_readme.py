@@ -1,6 +1,7 @@
 """Write the README's tables from the JSON that the commands wrote.
 
 edgecl demo --seeds 3 --out docs/figures
+edgecl demo --engine executorch --json > docs/figures/executorch.json
 python benchmarks/step_latency.py
 python benchmarks/update_readme.py
 """
@@ -14,6 +15,7 @@ from typing import Any
 from edgecl.tables import percent, si, size, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
+EXECUTORCH = ROOT / "docs/figures/executorch.json"
 SOURCES = {"demo": ROOT / "docs/figures/demo.json", "latency": ROOT / "benchmarks/results/step_latency.json"}
 
 
@@ -54,6 +56,7 @@ def demo_table(result: Mapping[str, Any]) -> str:
         "Targets: within 2 points of joint on the same features; 40 points above finetune; latent replay at 80 % or more "
         f"(by seed {', '.join(percent(a) for a in rows['latent replay suffix']['accuracy_by_seed'])} %).",
         *_above_joint(rows),
+        *_on_executorch(rows, json.loads(EXECUTORCH.read_text(encoding="utf-8"))),
         "",
         f"`edgecl demo --seeds {result['seeds']} --out docs/figures`: {result['seconds']:.0f} s. {_conditions(result)}",
     ]
@@ -64,6 +67,20 @@ def _above_joint(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence when a method ends above offline training of the same part."""
     above = [row["label"] for row in rows.values() if row["joint"] in rows and row["accuracy"] > rows[row["joint"]]["accuracy"]]
     return [f"Above offline training by gradient descent, which is no upper bound: {'; '.join(above)}."] if above else []
+
+
+def _on_executorch(rows: Mapping[str, Mapping[str, Any]], other: Mapping[str, Any]) -> list[str]:
+    """How far the same stream on ExecuTorch ends from ONNX Runtime, seed by seed."""
+    apart = [
+        abs(a - b)
+        for row in other["rows"]
+        if row["role"] != "offline"
+        for a, b in zip(row["accuracy_by_seed"], rows[row["label"]]["accuracy_by_seed"], strict=False)
+    ]
+    return [
+        f"On ExecuTorch ({other['versions']['executorch']}, `edgecl demo --engine executorch`, {other['seeds']} seed) every method "
+        f"ends within {percent(max(apart))} points of the same seed on ONNX Runtime."
+    ]
 
 
 def latency_table(result: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from torch import nn
 
 from edgecl import tables
 from edgecl.backbones import BACKBONES
+from edgecl.graph.rules import RULES
 from edgecl.learner import Problem
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
@@ -107,18 +108,24 @@ ModelClasses = Annotated[
 Layout = Annotated[str | None, typer.Option(metavar="LAYOUT", help="Take uint8 images, HWC, CHW or HW, and normalise them in the graph.")]
 Mean = Annotated[str | None, typer.Option(help="With --preprocess-u8: mean by channel on the scale 0 to 1, as 0.49,0.48,0.45.")]
 Std = Annotated[str | None, typer.Option(help="With --preprocess-u8: standard deviation by channel, as 0.25,0.24,0.26.")]
+Engine = Annotated[str, typer.Option(help=f"The runtime on the device: {' or '.join(RULES)}.")]
 Input = Annotated[str | None, typer.Option(metavar="SHAPE", help="Shape of one raw sample with a batch of 1, as 1,3,32,32.")]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Type of a raw sample: float32 or uint8.")]
 
 
-@app.command(epilog=_examples("edgecl demo", "edgecl demo --seeds 3 --out figures", "edgecl demo --json > demo.json"))
+@app.command(
+    epilog=_examples(
+        "edgecl demo", "edgecl demo --seeds 3 --out figures", "edgecl demo --engine executorch", "edgecl demo --json > demo.json"
+    )
+)
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Pretrainings and stream orders.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for demo.json, stream.png and cost.png.")] = Path("edgecl-demo"),
+    engine: Engine = "onnx",
     as_json: Json = False,
 ) -> None:
-    """Pretrain a small network on 6 classes, then learn 4 more, one sample at a time, on stock ONNX Runtime; compare all methods."""
-    show_demo(seeds, out, as_json)
+    """Pretrain a small network on 6 classes, then learn 4 more, one sample at a time, on a stock runtime; compare all methods."""
+    show_demo(seeds, out, as_json, engine=engine)
 
 
 def show_demo(seeds: int, out: Path, as_json: bool, **options: Any) -> None:
@@ -196,6 +203,7 @@ def profile_(
     mean: Mean = None,
     std: Std = None,
     config: Config = None,
+    engine: Engine = "onnx",
     as_json: Json = False,
 ) -> None:
     """Show what every step of a learner costs in MACs and bytes, or, without --at, where the model can be cut."""
@@ -216,7 +224,8 @@ def profile_(
         return
     with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step:
         step("capturing and counting every step", 0, 1)
-        found = profile(prepare(net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess))
+        prepared = prepare(net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess)
+        found = profile(prepared, engine)
     if as_json:
         print(json.dumps(profile_record(found), indent=1))
         return
@@ -254,6 +263,7 @@ def export(
     mean: Mean = None,
     std: Std = None,
     config: Config = None,
+    engine: Engine = "onnx",
     ram_budget: Annotated[
         str, typer.Option(metavar="BYTES", help="Refuse if state, its second buffers and replay take more: 64MiB, 500KB or a number.")
     ] = "128MiB",
@@ -286,7 +296,7 @@ def export(
         if xs is not None and ys is not None:
             prepared.fit(xs, ys, progress=lambda done, total: step("taking in base samples", done, total))
         step("writing the bundle and checking it", 0, 1)
-        found = write(prepared, out, overwrite=overwrite, ram_budget_bytes=budget)
+        found = write(prepared, out, engine=engine, overwrite=overwrite, ram_budget_bytes=budget)
     gates = [{"name": gate.name, "found": gate.found} for gate in found.gates]
     if as_json:
         print(json.dumps({"path": str(out), "gates": gates, "ledger": found.manifest.ledger}, indent=1))

@@ -1,7 +1,7 @@
 """The demo: a small network pretrained on six classes of clothing learns four more, one sample at a time.
 
-Every method is exported to a bundle and learns on stock ONNX Runtime through the device's own loop; the baselines run
-beside it. Data: the embedded Fashion-MNIST subset (2,000 training and 500 test images).
+Every method is exported to a bundle and learns on a stock runtime through the device's own loop; the baselines run beside
+it. Data: the embedded Fashion-MNIST subset (2,000 training and 500 test images).
 """
 
 import hashlib
@@ -62,6 +62,9 @@ MAP_HEAD = "map-head"
 
 FORGETTING = "max_before_last"
 """Variant of forgetting that is reported, see :func:`edgecl.metrics.forgetting`."""
+
+ENGINE_PACKAGES = {"onnx": "onnxruntime", "executorch": "executorch"}
+"""The package of each engine's runtime."""
 
 BASELINES = ("frozen", "finetune", "ncm")
 """Methods to compare with."""
@@ -144,14 +147,16 @@ def joint_of(setting: Setting, settings: Sequence[Setting]) -> str | None:
     return next((s.label for s in settings if s.method == "joint" and s.at == at), None)
 
 
-def run_setting(net: SmallCnn, setting: Setting, data: Dataset, stream: ClassIncremental, folder: Path, every: int = 50) -> dict[str, Any]:
-    """Prepare, export, load on ONNX Runtime and learn the stream; one row of the result."""
+def run_setting(
+    net: SmallCnn, setting: Setting, data: Dataset, stream: ClassIncremental, folder: Path, engine: str = "onnx", every: int = 50
+) -> dict[str, Any]:
+    """Prepare, export, load on the device's runtime and learn the stream; one row of the result."""
     if setting.method == "joint":
         return {"label": setting.label, "method": "joint", "accuracy": joint_accuracy(net, setting, data, stream)}
     from edgecl_export import export  # the command line and the demo drive the whole path; see pyproject.toml
 
     prepared = prepare_setting(net, setting, data, list(stream.base_classes)).fit(*stream.base)
-    exported = export(prepared, folder / setting.label.replace(" ", "_").replace(",", ""))
+    exported = export(prepared, folder / setting.label.replace(" ", "_").replace(",", ""), engine=engine)
     with Learner.load(exported.path, store=exported.path.with_suffix(".db")) as learner:
         found = run_stream(learner, stream, every=every, learns="learn" in exported.manifest.steps)
     return {"label": setting.label, "method": setting.method, **_figures(found), **_costs(exported.manifest)}
@@ -193,12 +198,18 @@ class LinearHead(nn.Module):
 
 
 def run_demo(
-    seeds: int = 1, *, settings: Sequence[Setting] = SETTINGS, folder: Path | None = None, notice: Notice = lambda text: None
+    seeds: int = 1,
+    *,
+    engine: str = "onnx",
+    settings: Sequence[Setting] = SETTINGS,
+    folder: Path | None = None,
+    notice: Notice = lambda text: None,
 ) -> dict[str, Any]:
     """The whole demo.
 
     Args:
         seeds: Pretrainings and stream orders.
+        engine: The runtime on the device.
         settings: Rows.
         folder: Where the bundles go; a temporary folder by default.
         notice: Called with the name of what comes next, ``seeds * (1 + len(settings))`` times.
@@ -207,8 +218,10 @@ def run_demo(
         What ``edgecl demo --json`` prints.
 
     Raises:
-        InputError: when there is no seed or no row.
+        InputError: when there is no seed, no row or no such engine.
     """
+    if engine not in tuple(ENGINE_PACKAGES):
+        raise InputError(f"engine: must be one of {', '.join(ENGINE_PACKAGES)}, got {str(engine)[:80]!r}; pass one of them")
     if seeds < 1 or not settings:
         raise InputError(f"seeds, settings: must be at least 1 seed and 1 row, got {seeds} and {len(settings)}")
     start = time.perf_counter()
@@ -224,9 +237,10 @@ def run_demo(
             for setting in settings:
                 notice(f"seed {seed}: {setting.label}")
                 place = (folder or Path(scratch)) / f"seed{seed}"
-                rows[setting.label].append(run_setting(net, setting, data, stream, place))
+                rows[setting.label].append(run_setting(net, setting, data, stream, place, engine))
     return {
         "what": "Fashion-MNIST subset: 6 base classes (1,200 images), then 4 more, one sample at a time (800)",
+        "engine": engine,
         "seeds": seeds,
         "seconds": time.perf_counter() - start,
         "forgetting": FORGETTING,
@@ -234,7 +248,7 @@ def run_demo(
         "rows": [{**summarise(rows[s.label]), "role": role_of(s), "joint": joint_of(s, settings)} for s in settings],
         "settings": [{**asdict(s), "config": None if s.config is None else asdict(s.config)} for s in settings],
         "pretrained_sha256": networks,
-        "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime", "numpy")},
+        "versions": {name: version(name) for name in ("edgecl", "torch", ENGINE_PACKAGES[engine], "numpy")},
         "machine": machine(),
     }
 

@@ -70,14 +70,16 @@ class Profile:
     ledger: dict[str, Any]
 
 
-def profile(prepared: Prepared) -> Profile:
+def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
     """Cost of every step and the memory ledger, counted on the graphs that an export would write.
 
     Args:
         prepared: A learner; it need not have seen base samples and is left as it is. A codec without a range gets a
             made-up one, which changes no count.
+        engine: The runtime on the device.
 
     Raises:
+        InputError: when there is no such engine.
         GraphError: when a step cannot be captured or lowered, with its place in the model.
 
     >>> import numpy as np
@@ -87,7 +89,7 @@ def profile(prepared: Prepared) -> Profile:
     >>> found.steps[0].step, found.steps[0].canonical, found.ledger["state"]
     ('encode', {'encode': 12}, 40)
     """
-    steps = build(_calibrated(prepared))
+    steps = build(_calibrated(prepared), engine)
     memory = prepared.memory
     found = ledger(
         steps,

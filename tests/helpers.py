@@ -94,18 +94,18 @@ class Toy:
         ready = prepare(Net(), at="stem", example=x[:1], method=method, classes=CLASSES, config=self.config(method, **changes))
         return ready.fit(x[y < 2], y[y < 2]) if fit else ready
 
-    def bundle(self, method: str, **changes: Any) -> tuple[Exported, Prepared]:
+    def bundle(self, method: str, engine: str = "onnx", **changes: Any) -> tuple[Exported, Prepared]:
         """Its bundle, which no test may change, and the learner that it was made from."""
-        key = json.dumps([method, dataclasses.asdict(self.config(method, **changes))], sort_keys=True)
+        key = json.dumps([method, engine, dataclasses.asdict(self.config(method, **changes))], sort_keys=True)
         if key not in self._bundles:
             ready = self.prepared(method, **changes)
-            self._bundles[key] = export(ready, self.folder / str(len(self._bundles))), ready
+            self._bundles[key] = export(ready, self.folder / str(len(self._bundles)), engine=engine), ready
         return self._bundles[key]
 
     def device(self, method: str, engine: str, store: Path | None = None, **changes: Any) -> Learner:
         """The device's learner on an engine, as the bundle starts it."""
-        exported, ready = self.bundle(method, **changes)
-        if engine == "onnx":
+        exported, ready = self.bundle(method, "onnx" if engine == "eager" else engine, **changes)
+        if engine != "eager":
             return Learner.load(exported.path, store)
         assert store is None
         return Learner(exported.manifest, EagerEngine(ready.trunk, ready.learner), arrays(ready.state), rows_of(ready))

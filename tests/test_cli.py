@@ -96,10 +96,11 @@ def test_examples_of_the_help_run(capsys, folder, command):
 
 def test_examples_of_the_demo_parse(capsys, folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "show_demo", lambda *values: calls.append(values))
+    monkeypatch.setattr(cli, "show_demo", lambda *values, engine: calls.append((*values, engine)))
     for text in examples(capsys, "demo"):
         good(capsys, *text.split(" > ")[0].split()[1:])
-    assert calls == [(1, Path("edgecl-demo"), False), (3, Path("figures"), False), (1, Path("edgecl-demo"), True)]
+    own, usual = Path("edgecl-demo"), "onnx"
+    assert calls == [(1, own, False, usual), (3, Path("figures"), False, usual), (1, own, False, "executorch"), (1, own, True, usual)]
 
 
 def test_methods(capsys, folder):
@@ -357,7 +358,7 @@ def test_the_next_command_can_be_pasted(capsys, folder, monkeypatch):
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
 def test_no_memory_is_one_line(capsys, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(cli, "show_demo", fail)
@@ -366,7 +367,7 @@ def test_no_memory_is_one_line(capsys, monkeypatch, error):
 
 
 def test_a_defect_is_not_called_a_lack_of_memory(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(cli, "show_demo", fail)

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 SHIPPED = [name for name, kind in METHODS.items() if not kind.host_only]  # joint trains offline: tests/test_suffix_methods.py
 LEARNING = [name for name in SHIPPED if hasattr(METHODS[name], "learn")]
-ENGINES = ("eager", "onnx")
+ENGINES = ("eager", "onnx", "executorch")
 
 shipped = pytest.mark.parametrize("method", SHIPPED)
 learning = pytest.mark.parametrize("method", LEARNING)

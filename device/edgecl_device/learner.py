@@ -4,7 +4,7 @@ The loop keeps what is not a fixed-shape tensor function out of the graphs: rand
 later, the log. Call one learner from one thread at a time; a call from a second one is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -27,6 +27,7 @@ from edgecl_device.checks import (
 )
 from edgecl_device.core import Core
 from edgecl_device.engines import Engine
+from edgecl_device.engines.executorch import ExecutorchEngine
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.errors import BundleError, InputError, StepMissingError
 from edgecl_device.event import EVENT_OVERHEAD, Event
@@ -37,7 +38,7 @@ from edgecl_device.reports import LearnReport, Prediction
 from edgecl_device.store import AUTOMATIC, Store
 from edgecl_device.turns import OneAtATime, verb
 
-ENGINES = {"onnx": OnnxEngine}
+ENGINES: dict[str, Callable[[Path, Manifest, int], Engine]] = {"onnx": OnnxEngine, "executorch": ExecutorchEngine}
 
 
 class Learner(OneAtATime):
@@ -85,7 +86,7 @@ class Learner(OneAtATime):
 
     @classmethod
     def load(
-        cls, bundle: str | Path, store: str | Path | None = None, engine: str = "onnx", durability: str = "normal", threads: int = 1
+        cls, bundle: str | Path, store: str | Path | None = None, engine: str | None = None, durability: str = "normal", threads: int = 1
     ) -> Self:
         """Load a bundle and, with a store, go on where it stopped.
 
@@ -93,7 +94,7 @@ class Learner(OneAtATime):
             bundle: The folder that ``edgecl export`` wrote.
             store: File of the store, outside of the bundle, made when there is none. None keeps nothing beyond this process:
                 log and snapshots then take memory, up to the manifest's ``log_capacity_bytes`` and one state with its rows a snapshot.
-            engine: ``onnx``.
+            engine: ``onnx`` or ``executorch``; None is the one that the bundle was exported for, and there is no other for it.
             durability: ``normal``: a power cut may lose the samples since the last ``save``; ``full``: each one is synced to the disk.
             threads: Threads inside one operator, 1 to 64; above 1 a resumed run may differ in the last bits.
 
@@ -110,12 +111,16 @@ class Learner(OneAtATime):
             report = learner.learn(seen.sample_id, "mug")
         """
         folder = as_path("bundle", bundle)
-        if engine not in tuple(ENGINES):
+        if engine is not None and engine not in tuple(ENGINES):
             raise InputError(f"engine: must be one of {', '.join(ENGINES)}, got {short(engine)}; pass one of them")
         if store is not None and as_path("store", store).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"store: must be outside of the bundle, whose files are checked, got {short(store)}; pass another path")
         manifest = read_manifest(folder)
-        if manifest.engine != engine:
+        if manifest.engine not in ENGINES:
+            raise BundleError(
+                f"{folder}: was exported for engine {short(manifest.engine)}, this package has {', '.join(ENGINES)}; update it"
+            )
+        if engine not in (None, manifest.engine):
             raise BundleError(f"{folder}: was exported for engine {manifest.engine!r}, not {engine!r}; pass engine={manifest.engine!r}")
         check_manifest(manifest)
         check_files(folder, manifest)
@@ -123,7 +128,7 @@ class Learner(OneAtATime):
         check_state(manifest, state)  # before the engine allocates what the manifest says
         rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
         with ExitStack() as opened:
-            runner = ENGINES[engine](folder, manifest, threads)
+            runner = ENGINES[manifest.engine](folder, manifest, threads)
             opened.callback(runner.close)
             log = Store(store, manifest.bundle_id, manifest.log_capacity_bytes, durability)
             opened.callback(log.leave)

@@ -82,12 +82,12 @@ class StepSpec:
     """One step of the learner: a pure function from state and inputs to outputs and new state.
 
     Attributes:
-        file: Path of its graph inside the bundle.
-        inputs: Named inputs besides the state, as the graph takes them.
+        file: Path of its graph inside the bundle; for ExecuTorch of the program that has the step as a method of its name.
+        inputs: Named inputs besides the state, as the graph takes them. A method takes ``state_in``, then these, in this order.
         state_in: Names of the state tensors that the graph reads.
         outputs: Named outputs besides the state. A ``bool []`` output called ``finite`` or ``guard`` says whether the
             new state may be kept; outputs called ``row.NAME`` are the replay row of this sample.
-        state_out: Names of the state tensors that the graph writes.
+        state_out: Names of the state tensors that the graph writes. A method gives ``outputs``, then these, in this order.
         canonical_macs: Multiply-accumulates of the step's mathematics.
         executed_macs: Multiply-accumulates of the graph in ``file``.
         macs_by_phase: Canonical count by phase (encode, forward, input_gradient, weight_gradient, update, replay_decode).
@@ -162,7 +162,7 @@ class Manifest:
         ledger: Memory in bytes by name (see ``docs/costs.md``).
         files: Size and hash of every other file.
         versions: Versions of what wrote the bundle.
-        engine: ``onnx``.
+        engine: ``onnx`` or ``executorch``: which runtime the graphs are for.
     """
 
     method: str

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from safetensors.numpy import save
 
 from edgecl.graph.lowering import BuiltStep, build
@@ -34,13 +33,12 @@ from edgecl_device.manifest import (
     sha256_file,
     to_json,
 )
-from edgecl_export.onnx import Emitter, WeightFile
 from edgecl_export.place import place
+from edgecl_export.targets import Target, target_of
 from edgecl_export.verify import Gate, verify
 
 STATE_FILE = "state.safetensors"
 REPLAY_FILE = "replay.safetensors"
-WEIGHT_FILE = "weights.bin"
 SCRATCH = ".edgecl-new-"
 """Start of the scratch folder's name; the destination's own name with more before it could be too long for the file system."""
 
@@ -64,6 +62,7 @@ def export(
     prepared: Prepared,
     path: str | Path,
     *,
+    engine: str = "onnx",
     overwrite: bool = False,
     log_capacity_bytes: int = DEFAULT_LOG_BYTES,
     pending_capacity: int = DEFAULT_PENDING,
@@ -74,6 +73,7 @@ def export(
     Args:
         prepared: What :func:`edgecl.prepare.prepare` returned, after ``fit``.
         path: Folder to make.
+        engine: ``onnx`` or ``executorch``, the runtime on the device.
         overwrite: Replace an existing bundle; a folder that holds anything else is refused.
         log_capacity_bytes: Cap of the device's sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that may wait for a delayed label.
@@ -91,18 +91,19 @@ def export(
     log_capacity_bytes = _at_least("log_capacity_bytes", log_capacity_bytes, 1)
     pending_capacity = _at_least("pending_capacity", pending_capacity, 1)
     ram_budget_bytes = _at_least("ram_budget_bytes", ram_budget_bytes, 0)
+    target = target_of(engine)
     if prepared.learner.host_only:
         raise InputError(f"method: {prepared.learner.name!r} trains offline and has no step for the device; export another method")
     with _writing(destination):
         _check_free(destination, overwrite)
-    steps = build(prepared)
+    steps = build(prepared, engine)
     with _writing(destination):
         # Missing parents are made last: a failed export leaves none behind.
         nearest = next(parent for parent in destination.parents if parent.exists())
         with tempfile.TemporaryDirectory(dir=nearest, prefix=SCRATCH) as scratch:
             folder = Path(scratch) / "bundle"
             folder.mkdir()
-            manifest = _write(prepared, steps, folder, log_capacity_bytes, pending_capacity)
+            manifest = _write(prepared, engine, target, steps, folder, log_capacity_bytes, pending_capacity)
             _check_budget(manifest.ledger, ram_budget_bytes)
             gates = verify(folder, manifest, prepared, steps)
             _check_free(destination, overwrite)  # the gates take time
@@ -157,27 +158,30 @@ def _check_budget(found: Mapping[str, Any], budget: int) -> None:
         )
 
 
-def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log_capacity_bytes: int, pending_capacity: int) -> Manifest:
+def _write(
+    prepared: Prepared,
+    engine: str,
+    target: Target,
+    steps: Mapping[str, BuiltStep],
+    folder: Path,
+    log_capacity_bytes: int,
+    pending_capacity: int,
+) -> Manifest:
     learner, memory = prepared.learner, prepared.memory
-    weights = WeightFile(folder / WEIGHT_FILE)
-    files = {}
-    for name, step in steps.items():
-        files[name] = f"{name}.onnx"
-        model = Emitter(step.graph, weights).emit()
-        (folder / files[name]).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-    weights.close()
+    written = target.write(steps, folder)
+    files = written.steps
+    all_bytes = sum(path.stat().st_size for path in folder.iterdir())
     (folder / STATE_FILE).write_bytes(save({name: tensor.detach().contiguous().numpy() for name, tensor in prepared.state.items()}))
     replay = None
     if memory is not None:
         (folder / REPLAY_FILE).write_bytes(save(memory.rows_by_name()))
         spec = memory.spec
         replay = dataclasses.replace(spec, counter=memory.generator.counter, seen=memory.seen)
-    graph_bytes = sum((folder / name).stat().st_size for name in files.values())
     memory_ledger = ledger(
         steps,
         prepared.state,
-        weight_bytes=(folder / WEIGHT_FILE).stat().st_size,
-        graph_bytes=graph_bytes,
+        weight_bytes=written.weight_bytes,
+        graph_bytes=all_bytes - written.weight_bytes,
         replay_bytes=memory.nbytes if memory is not None else 0,
         pending=pending_capacity,
     )
@@ -206,7 +210,8 @@ def _write(prepared: Prepared, steps: Mapping[str, BuiltStep], folder: Path, log
         forgets=learner.forgets_exactly,
         ledger=memory_ledger,
         files=contents,
-        versions={name: version(name) for name in ("edgecl", "torch", "onnx-ir", "onnxruntime")},
+        engine=engine,
+        versions={name: version(name) for name in ("edgecl", "torch", *target.packages)},
     )
     (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return manifest

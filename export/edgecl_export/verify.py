@@ -1,14 +1,13 @@
 """Gates: what a bundle must prove before it may ship. They run at every export, on the target runtime itself."""
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 from safetensors.numpy import load_file
 
 from edgecl.engine import EagerEngine
@@ -16,12 +15,13 @@ from edgecl.graph.lowering import BuiltStep
 from edgecl.prepare import Prepared
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import REVISIONS
-from edgecl_device.engines.onnx import STATE_IN, STATE_OUT, OnnxEngine
+from edgecl_device.engines import Engine
 from edgecl_device.errors import EdgeclError
 from edgecl_device.learner import Learner as DeviceLearner
 from edgecl_device.manifest import Array, Manifest, TensorSpec, check_files, read_manifest
 from edgecl_export.errors import refuse
 from edgecl_export.parity import UNLESS, Tally, compare_outputs, compare_step
+from edgecl_export.targets import Written, target_of
 
 STATES = 24
 """States of a real trajectory from which every step is compared."""
@@ -32,7 +32,8 @@ LEAST = 8
 DISTINCTIVE = 16
 """Elements from which on equal values are no coincidence."""
 
-RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
+RANDOM = re.compile("rand|bernoulli|multinomial|dropout", re.IGNORECASE)
+"""In the names of operators that draw random numbers, of every runtime."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _Case:
     manifest: Manifest
     prepared: Prepared
     steps: Mapping[str, BuiltStep]
-    models: Mapping[str, ir.Model]
+    written: Written
 
 
 def verify(folder: Path, manifest: Manifest, prepared: Prepared, steps: Mapping[str, BuiltStep]) -> tuple[Gate, ...]:
@@ -63,33 +64,25 @@ def verify(folder: Path, manifest: Manifest, prepared: Prepared, steps: Mapping[
     Raises:
         ExportError: naming the gate, the step and the tensor.
     """
-    models = {name: ir.load(folder / step.file) for name, step in manifest.steps.items()}
-    case = _Case(folder, manifest, prepared, steps, models)
+    case = _Case(folder, manifest, prepared, steps, target_of(manifest.engine).read(folder, manifest))
     return tuple(Gate(name, gate(case)) for name, gate in GATES.items())
 
 
 def _kernels(case: _Case) -> str:
-    """Every operator has a kernel in the runtime, at the opset that the graph declares."""
-    known: dict[str, list[tuple[int, int]]] = {}
-    for definition in onnxruntime.capi.onnxruntime_pybind11_state.get_all_opkernel_def():
-        if definition.provider == "CPUExecutionProvider" and definition.domain == "":
-            known.setdefault(definition.op_name, []).append(tuple(definition.version_range))
-    used = set()
-    for name, model in case.models.items():
-        opset = model.opset_imports[""]
-        for node in model.graph:
-            used.add(node.op_type)
-            if not any(low <= opset <= high for low, high in known.get(node.op_type, [])):
-                why = f"step {name!r} uses {node.op_type}, opset {opset}, which ONNX Runtime has no kernel for"
-                raise refuse("kernels", why, "add a rule for it")
+    """The runtime has a kernel for every operator."""
+    for name in case.manifest.steps:
+        lacking = case.written.lacking(name)
+        if lacking is not None:
+            raise refuse("kernels", f"step {name!r} uses {lacking} has no kernel for", "add a rule for it")
+    used = set().union(*map(case.written.operators, case.manifest.steps))
     return f"{len(used)} kinds of operators, all with kernels"
 
 
 def _no_random(case: _Case) -> str:
-    for name, model in case.models.items():
-        for node in model.graph:
-            if node.op_type in RANDOM:
-                raise refuse("no random operator", f"step {name!r} draws random numbers ({node.op_type})", "pass the numbers as an input")
+    for name in case.manifest.steps:
+        for kind in sorted(case.written.operators(name)):
+            if RANDOM.search(kind):
+                raise refuse("no random operator", f"step {name!r} draws random numbers ({kind})", "pass the numbers as an input")
     return "none"
 
 
@@ -99,28 +92,21 @@ def _state_is_input(case: _Case) -> str:
     state = {name: tensor.detach().numpy() for name, tensor in case.prepared.state.items()}
     baked = {_values(a): name for name, a in state.items() if a.size >= DISTINCTIVE and a.min() < a.max()}
     read: set[str] = set()
-    for name, model in case.models.items():
-        spec = case.manifest.steps[name]
-        inputs = {v.name for v in model.graph.inputs}
-        outputs = {v.name for v in model.graph.outputs}
-        lost = sorted({STATE_IN + s for s in spec.state_in} - inputs | {STATE_OUT + s for s in spec.state_out} - outputs)
-        if lost:
-            raise refuse("state is input", f"step {name!r}: {lost} must be inputs and outputs of the graph", "report this as a defect")
-        for tensor in _initializers(model) if name != "encode" else ():
-            if _values(tensor) in baked:
+    for name, step in case.steps.items():
+        misfit = case.written.misfit(name)
+        if misfit is not None:
+            raise refuse("state is input", f"step {name!r}: {misfit}", "report this as a defect")
+        for tensor in step.graph.constants().values() if name != "encode" else ():
+            if _values(tensor.numpy()) in baked:
                 raise refuse(
                     "state is input",
-                    f"step {name!r} holds the values of state {baked[_values(tensor)]!r} as a constant",
+                    f"step {name!r} holds the values of state {baked[_values(tensor.numpy())]!r} as a constant",
                     "read them from the state that the step is given",
                 )
-        read |= set(spec.state_in)
+        read |= set(case.manifest.steps[name].state_in)
     for name in sorted(names - read):
         raise refuse("state is input", f"no step reads state {name!r}", "drop it from init()")
     return f"{len(names)} state tensors"
-
-
-def _initializers(model: ir.Model) -> list[Array]:
-    return [value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value is not None]
 
 
 def _values(array: Array) -> bytes:
@@ -142,10 +128,9 @@ def _frozen(case: _Case) -> str:
     check_files(case.folder, case.manifest)
     count = 0
     for name, step in case.steps.items():
-        shipped = {array.tobytes() for array in _initializers(case.models[name])}
         for key, tensor in step.graph.constants().items():
             count += 1
-            if tensor.contiguous().numpy().tobytes() not in shipped:
+            if not case.written.holds(name, tensor.contiguous().numpy()):
                 raise refuse("frozen tensors", f"step {name!r}: {key} differs in the bundle", "report this as a defect")
     return f"{count} tensors, bit-identical"
 
@@ -153,7 +138,7 @@ def _frozen(case: _Case) -> str:
 def _parity(case: _Case) -> str:
     """Outputs and new state equal eager's from many states, with zero gradients and a used arena among them."""
     eager = EagerEngine(case.prepared.trunk, case.prepared.learner)
-    target = OnnxEngine(case.folder, case.manifest)
+    target = case.written.engine()
     steps = [step for step in case.manifest.steps if step != "encode"]
     tally, compared = Tally(), dict.fromkeys(case.manifest.steps, 0)
     state: Mapping[str, Array] = {name: t.detach().numpy().copy() for name, t in case.prepared.state.items()}
@@ -213,7 +198,7 @@ def _samples(case: _Case, eager: EagerEngine) -> list[Array]:
 def _loads(case: _Case) -> str:
     """The device's own loop loads the bundle, predicts, and learns."""
     try:
-        with DeviceLearner.load(case.folder) as learner:
+        with DeviceLearner.load(case.folder, engine=case.manifest.engine) as learner:
             seen = learner.predict(case.prepared.example)
             if "learn" in case.manifest.steps:
                 learner.learn(case.prepared.example, 0 if seen.label is None else seen.label)
@@ -222,7 +207,7 @@ def _loads(case: _Case) -> str:
     return "loaded, predicted" + (", learned" if "learn" in case.manifest.steps else "")
 
 
-def _check_clean_runs(case: _Case, state: Mapping[str, Array], inputs: Mapping[str, Array], target: OnnxEngine) -> None:
+def _check_clean_runs(case: _Case, state: Mapping[str, Array], inputs: Mapping[str, Array], target: Engine) -> None:
     """A run must not depend on what ran before: the same step from the same state, before and after other runs."""
     scale = {k: np.asarray(v * 100).astype(v.dtype) if v.dtype == np.float32 else v for k, v in inputs.items()}
     for step in case.manifest.steps:

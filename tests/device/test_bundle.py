@@ -228,10 +228,12 @@ def test_initial_rows_are_those_of_the_file(head, load):
 
 
 def test_engine_names_are_checked(means, load, edit_manifest):
-    with pytest.raises(InputError, match="engine: must be one of onnx, got 'tflite'"):
+    with pytest.raises(InputError, match="engine: must be one of onnx, executorch, got 'tflite'"):
         load(means, engine="tflite")
-    edit_manifest(means, engine="executorch")
-    with pytest.raises(BundleError, match="was exported for engine 'executorch', not 'onnx'"):
+    with pytest.raises(BundleError, match="was exported for engine 'onnx', not 'executorch'; pass engine='onnx'"):
+        load(means, engine="executorch")
+    edit_manifest(means, engine="tflite")
+    with pytest.raises(BundleError, match="was exported for engine 'tflite', this package has onnx, executorch; update it"):
         load(means)
 
 

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgecl.graph.rules import elementwise, pooling
+from edgecl.graph import cost
+from edgecl.graph.lowering import canonicalise, lower
+from edgecl.graph.rules import elementwise, pooling, products
 from edgecl.graph.rules.convolution import convolution_backward
 from edgecl.graph.step import UnsupportedOperatorError
 from edgecl.methods._suffix import cross_entropy
@@ -264,3 +266,51 @@ def test_cross_entropy_equals_torch_at_any_batch_size(batch: int, bench: Any, ge
         close(loss, reference.detach(), EXACT, "loss")
         close(got, gradient, EXACT, "gradient")
         bench.check(written_out, scores, target, weights)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_convolution_as_products_equals_autograd(batch: int, generator: torch.Generator) -> None:
+    for case in convolutions():
+        x, w, b = operands(case, batch, generator, torch.float64)
+        y, pullback = torch.func.vjp(convolve(case), x, w, b)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        rank = len(case["kernel"])
+        rest: Any = (*([case[k]] * rank for k in ("stride", "padding", "dilation")), False, [0] * rank, case["groups"])
+        close(products.convolution(x, w, b, *rest), y, EXACT, ("output", batch, case))
+        close(products.convolution(x, w, None, *rest), y - b.reshape(1, -1, *[1] * rank), EXACT, ("no bias", batch, case))
+        found = products.convolution_backward(cotangent, x, w, [8], *rest, [True] * 3)
+        for name, got, want in zip(("input", "weight", "bias"), found, pullback(cotangent), strict=True):
+            assert got is not None
+            close(got, want, EXACT, (name, batch, case))
+
+
+def test_convolution_as_products_is_written_for_changing_kernels_only(bench: Any, generator: torch.Generator) -> None:
+    x, w = torch.randn(2, 4, 6, 6, generator=generator), torch.randn(8, 4, 3, 3, generator=generator)
+    changing = lower(canonicalise(bench.trace(lambda a, b: F.conv2d(a, b), x, w)), "executorch")
+    frozen = lower(canonicalise(bench.trace(lambda a: F.conv2d(a, w), x)), "executorch")
+    kinds = [{n.target for n in graph.operators} for graph in (changing, frozen)]
+    assert aten.bmm.default in kinds[0] and aten.convolution.default not in kinds[0]
+    assert kinds[1] == {aten.convolution.default}
+    torch.testing.assert_close(changing.run(x, w)[0], F.conv2d(x, w), rtol=1e-5, atol=1e-5)
+    assert cost.count(changing).total_macs == cost.count(frozen).total_macs == 2 * 8 * 4 * 4 * 4 * 9
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("inner", [1, 3])
+def test_products_of_changing_matrices_equal_autograd(bench: Any, generator: torch.Generator, rows: int, inner: int) -> None:
+    a, b, c = (torch.randn(s, generator=generator) for s in ((rows, inner), (inner, 4), (rows, 4)))
+
+    def function(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return torch.mm(a, b), torch.addmm(c, a, b), torch.addmm(c, a, b, beta=0.5, alpha=2)
+
+    graph = lower(canonicalise(bench.trace(function, a, b, c)), "executorch")
+    for got, want in zip(graph.run(a, b, c), function(a, b, c), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transposed_convolution_with_a_changing_kernel_is_refused_by_name() -> None:
+    z = torch.zeros(1, 1, 3, 3)
+    with pytest.raises(UnsupportedOperatorError, match="transposed convolution with a trained kernel, which has no rule"):
+        products.convolution(z, z, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1)
+    with pytest.raises(UnsupportedOperatorError, match="gradient of a transposed convolution"):
+        products.convolution_backward(z, z, z, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1, [True] * 3)

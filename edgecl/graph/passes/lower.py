@@ -1,6 +1,6 @@
 """Apply a runtime's rules: canonical operators become operators that the runtime has."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,8 @@ from torch import fx
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgecl.graph.passes.base import Pass
+from edgecl.graph.passes.base import Pass, is_constant
+from edgecl.graph.rules import Changing, Rules
 from edgecl.graph.step import StepGraph, UnsupportedOperatorError, unsupported
 
 
@@ -17,19 +18,21 @@ class ApplyRules(Pass):
     """Rewrite by a table of rules, by tracing the graph again with the table as decompositions.
 
     Args:
-        rules: A PyTorch function for each operator that the runtime lacks or runs badly.
+        rules: PyTorch functions for the operators that the runtime lacks or runs badly.
     """
 
     breaks = frozenset({"no-dead-code", "constants-folded"})
 
-    def __init__(self, rules: Mapping[Any, Callable[..., Any]]) -> None:
-        self.rules = dict(rules)
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
 
     def rewrite(self, graph: StepGraph) -> StepGraph:
         """See the class."""
         examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
         with traceback.preserve_node_meta():
-            module = make_fx(lambda *tensors: _Retrace(graph).run(*tensors), decomposition_table=self.rules)(*examples)
+            module = make_fx(lambda *tensors: _Retrace(graph, self.rules.changing).run(*tensors), decomposition_table=self.rules.always)(
+                *examples
+            )
         for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
             node.meta.setdefault("val", value.to("meta"))
         return replace(graph, module=module)
@@ -38,13 +41,24 @@ class ApplyRules(Pass):
 class _Retrace(fx.Interpreter):
     """Runs a step's graph again; a rule's refusal names the step and its place in the model."""
 
-    def __init__(self, graph: StepGraph) -> None:
+    def __init__(self, graph: StepGraph, changing: Mapping[Any, Changing]) -> None:
         super().__init__(graph.module)
+        self.changing = changing
+        self.node: fx.Node
         self.step = graph.name
         self.extra_traceback = False  # no "While executing ..." behind an error's message
 
     def run_node(self, n: fx.Node) -> Any:
+        self.node = n
         try:
             return super().run_node(n)
         except UnsupportedOperatorError as error:
             raise unsupported(self.step, n, str(error)) from error
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        special = self.changing.get(target)
+        if special is not None and not any(is_constant(self.node.args[i]) for i in special.factors):  # type: ignore[arg-type]
+            result = special.rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return super().call_function(target, args, kwargs)

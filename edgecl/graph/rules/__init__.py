@@ -2,13 +2,18 @@
 
 A rule is a PyTorch function with the operator's own signature; it may return ``NotImplemented`` to keep the operator.
 Every rule is tested against autograd over a grid of shapes.
+
+A runtime packs a frozen kernel or matrix once, so that an operator may need another form where that operand changes: rules for that case
+are in a table of their own.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from edgecl.graph.rules import matrices, products
 from edgecl.graph.rules.convolution import convolution_backward
 from edgecl.graph.rules.elementwise import (
     hardtanh_backward,
@@ -22,9 +27,24 @@ from edgecl.graph.rules.pooling import avg_pool2d, avg_pool2d_backward, max_pool
 
 aten = torch.ops.aten
 
-Rules = dict[Any, Callable[..., Any]]
 
-ONNX: Rules = {
+@dataclass(frozen=True)
+class Changing:
+    """A rule that holds where the operands at ``factors`` (positions of arguments) are no constants."""
+
+    rule: Callable[..., Any]
+    factors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules of a runtime by operator: those that always hold, and those for factors that change, which go first."""
+
+    always: dict[Any, Callable[..., Any]]
+    changing: dict[Any, Changing] = field(default_factory=dict)
+
+
+_PLAIN: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
     aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
     aten.avg_pool2d.default: avg_pool2d,
@@ -36,7 +56,21 @@ ONNX: Rules = {
     aten.sigmoid_backward.default: sigmoid_backward,
     aten.tanh_backward.default: tanh_backward,
 }
+"""For runtimes without gradients of their own."""
+
+ONNX = Rules(_PLAIN)
 """Rules for stock ONNX Runtime."""
 
-RULES: dict[str, Rules] = {"onnx": ONNX}
-"""Rule tables by engine."""
+EXECUTORCH = Rules(
+    _PLAIN,
+    {
+        aten.convolution.default: Changing(products.convolution, (1,)),
+        aten.convolution_backward.default: Changing(products.convolution_backward, (2,)),
+        aten.mm.default: Changing(matrices.mm, (0, 1)),
+        aten.addmm.default: Changing(matrices.addmm, (1, 2)),
+    },
+)
+"""Rules for stock ExecuTorch: its portable convolution is naive, and XNNPACK's packs frozen kernels only."""
+
+RULES: dict[str, Rules] = {"onnx": ONNX, "executorch": EXECUTORCH}
+"""Rules by engine."""

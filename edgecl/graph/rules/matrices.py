@@ -1,0 +1,25 @@
+"""Matrix products of two tensors that change, in the forms that ExecuTorch runs fast.
+
+Measured with executorch 1.5.1 on one x86 thread: XNNPACK takes ``bmm`` of two operands that change, but not ``mm``, whose portable kernel
+is the slower one from two rows on ([320, 160] x [160, 144]: 0.08 and 0.31 ms). The portable ``addmm`` of a column and a row takes four
+times as long as their broadcast product in XNNPACK ([576, 576]: 1.1 and 0.26 ms).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def mm(left: Tensor, right: Tensor) -> Any:
+    """``bmm`` over a leading 1; a row vector times a matrix stays as it is."""
+    return NotImplemented if left.shape[0] == 1 else torch.bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)
+
+
+def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """A rank-one update as a product that broadcasts, another one as ``bmm`` over a leading 1."""
+    if beta != 1 or alpha != 1 or left.shape[0] == 1:
+        return NotImplemented
+    if left.shape[1] == 1:
+        return added + left * right
+    return added + torch.bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)

@@ -1,0 +1,153 @@
+"""Stock ExecuTorch: one program with every step as a method; what is static runs in XNNPACK, what learns outside of it or as operands.
+
+State goes in and comes out as tensors. So no delegate can take a trained tensor for a constant, no buffer loses its initial
+value, and nothing is shared between methods but constants.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgecl.graph.capture import example
+from edgecl.graph.lowering import BuiltStep
+from edgecl.graph.step import GraphError, StepGraph
+from edgecl_device.engines.executorch import ExecutorchEngine, registered
+from edgecl_device.errors import EdgeclError
+from edgecl_device.manifest import Array, Manifest
+from edgecl_export.targets import Files
+
+PROGRAM_FILE = "steps.pte"
+LEAST_ELEMENTS = 512
+"""A part of a graph whose tensors are all smaller stays with the portable kernels, convolutions apart: a delegate's call takes some
+microseconds."""
+
+KEPT_META = ("val",)
+"""What lowering needs of a node; all else would be copied by every one of its passes."""
+
+
+class ExecutorchTarget:
+    """See :class:`edgecl_export.targets.Target`."""
+
+    packages = ("executorch",)
+
+    def __init__(self) -> None:
+        with _quiet():
+            try:
+                import executorch.exir  # noqa: F401  # a clear error before any work
+            except ImportError as error:
+                raise EdgeclError("executorch is not installed; install it with: pip install 'edgecl[host,executorch]'") from error
+
+    def write(self, steps: Mapping[str, BuiltStep], folder: Path) -> Files:
+        """One ``steps.pte``."""
+        with _quiet():
+            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+            programs = {name: _exported(step.graph) for name, step in steps.items()}
+            edge = to_edge_transform_and_lower(
+                programs,
+                partitioner=[_partitioner()],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
+            (folder / PROGRAM_FILE).write_bytes(edge.to_executorch().buffer)
+        frozen = {
+            tensor.numpy().tobytes() for step in steps.values() for tensor in map(torch.Tensor.contiguous, step.graph.constants().values())
+        }
+        return Files(dict.fromkeys(steps, PROGRAM_FILE), sum(map(len, frozen)))
+
+    def read(self, folder: Path, manifest: Manifest) -> "ExecutorchFiles":
+        """Read it back."""
+        return ExecutorchFiles(folder, manifest)
+
+
+class ExecutorchFiles:
+    """See :class:`edgecl_export.targets.Written`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        with _quiet():
+            from executorch.exir._serialize._program import deserialize_pte_binary
+
+            self.folder = folder
+            self.manifest = manifest
+            self.content = (folder / PROGRAM_FILE).read_bytes()
+            self.program: Any = deserialize_pte_binary(self.content).program
+        self._plans = {plan.name: plan for plan in self.program.execution_plan}
+
+    def operators(self, step: str) -> Set[str]:
+        """Kernels that a method calls, ``aten::addmm.out`` for instance, and its delegates."""
+        plan = self._plans[step]
+        return {f"{o.name}.{o.overload}" if o.overload else o.name for o in plan.operators} | {d.id for d in plan.delegates}
+
+    def lacking(self, step: str) -> str | None:
+        """A kernel or delegate that the runtime does not have."""
+        missing = sorted(self.operators(step) - registered())
+        return f"{', '.join(missing)}, which ExecuTorch" if missing else None
+
+    def misfit(self, step: str) -> str | None:
+        """None: inputs and outputs have no names in a program; the engine compares number, shapes and types when it loads."""
+        return None
+
+    def holds(self, step: str, constant: Array) -> bool:
+        """Whether the program holds these bytes, in one of the layouts of a kernel or matrix."""
+        layouts = [constant]
+        if constant.ndim > 2:
+            last = tuple(range(2, constant.ndim))
+            layouts += [constant.transpose(0, *last, 1), constant.transpose(1, *last, 0)]
+        elif constant.ndim == 2:
+            layouts.append(constant.T)
+        return any(np.ascontiguousarray(layout).tobytes() in self.content for layout in layouts)
+
+    def engine(self) -> ExecutorchEngine:
+        """A new engine on the file."""
+        return ExecutorchEngine(self.folder, self.manifest)
+
+
+def _exported(graph: StepGraph) -> Any:
+    """A step as PyTorch's exported program."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(example(port.spec, generator) for port in graph.inputs)
+    try:
+        program = torch.export.export(graph.module, inputs, strict=False)
+    except Exception as error:
+        raise GraphError(
+            f"step {graph.name!r}: PyTorch cannot export it ({type(error).__name__}: {error}); report this as a defect"
+        ) from error
+    for node in program.graph.nodes:
+        for key in set(node.meta) - set(KEPT_META):
+            del node.meta[key]
+    return program
+
+
+def _partitioner() -> Any:
+    """XNNPACK for every part of a graph that is worth the call."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
+        def generate_partitions(self, ep: Any) -> Any:
+            return [p for p in super().generate_partitions(ep) if any(map(_worth_it, p.nodes))]
+
+    return Partitioner()
+
+
+def _worth_it(node: Any) -> bool:
+    """Whether a node alone is worth a delegate's call: a convolution, or a tensor of some size."""
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    return "convolution" in str(node.target) or any(isinstance(v, torch.Tensor) and v.numel() >= LEAST_ELEMENTS for v in values)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what ExecuTorch's packages say of themselves on import and of deprecations inside PyTorch from the user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
