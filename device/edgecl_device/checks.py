@@ -15,6 +15,7 @@ from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, Tensor
 
 REVISIONS = ("forget", "relabel")
 MOST_ELEMENTS = 1 << 40
+MOST_THREADS = 64
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -154,6 +155,27 @@ def as_int(name: str, value: Any) -> int:
     if not -(1 << 63) <= value < 1 << 63:
         raise InputError(f"{name}: must fit into 64 bits, got {short(value)}; pass a smaller number")
     return int(value)
+
+
+def thread_count(threads: Any) -> int:
+    """Threads of a runtime, 1 to 64."""
+    number = as_int("threads", threads)
+    if not 1 <= number <= MOST_THREADS:
+        raise InputError(f"threads: must be at least 1 and at most {MOST_THREADS}, got {short(threads)}; 1 is the default")
+    return number
+
+
+def check_whole(specs: Mapping[str, TensorSpec], state: Mapping[str, Array]) -> None:
+    """Check that a state has every tensor, each of its shape and dtype and finite.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    missing = sorted(set(specs) - set(state))
+    if missing:
+        raise InputError(f"state: {', '.join(missing)} missing; pass every tensor of the manifest's state")
+    for name, spec in specs.items():
+        spec.check(state[name])
 
 
 def as_name(value: Any) -> str:

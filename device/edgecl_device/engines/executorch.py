@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import as_int, short
+from edgecl_device.checks import check_whole, thread_count
 from edgecl_device.errors import BundleError, EdgeclError, InputError
 from edgecl_device.manifest import Array, Manifest, StepSpec, TensorSpec
-
-MOST_THREADS = 64
 
 
 class ExecutorchEngine:
@@ -40,9 +38,7 @@ class ExecutorchEngine:
     name = "executorch"
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1) -> None:
-        threads = as_int("threads", threads)
-        if not 1 <= threads <= MOST_THREADS:
-            raise InputError(f"threads: must be at least 1 and at most {MOST_THREADS}, got {short(threads)}; 1 is the default")
+        threads = thread_count(threads)
         self._torch, runtime, library = _executorch()
         if library._threadpool_get_thread_count() != threads:
             with _without_notes():
@@ -70,11 +66,7 @@ class ExecutorchEngine:
         Raises:
             InputError: when a tensor is missing or does not fit; the state is unchanged then.
         """
-        missing = sorted(set(self._specs) - set(state))
-        if missing:
-            raise InputError(f"state: {', '.join(missing)} missing; pass every tensor of the manifest's state")
-        for name, spec in self._specs.items():
-            spec.check(state[name])
+        check_whole(self._specs, state)
         self._state = {name: np.array(state[name], order="C") for name in self._specs}
         self._new = {}
 

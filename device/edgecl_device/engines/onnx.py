@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import as_int, short
+from edgecl_device.checks import check_whole, thread_count
 from edgecl_device.errors import BundleError, EdgeclError, InputError
 from edgecl_device.manifest import Array, Manifest, StepSpec, TensorSpec
 
 STATE_IN = "state."
 STATE_OUT = "next."
-MOST_THREADS = 64
 _TYPES = {"float32": "tensor(float)", "float64": "tensor(double)"}  # the others are called as numpy calls them
 
 
@@ -41,9 +40,7 @@ class OnnxEngine:
     name = "onnx"
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1) -> None:
-        threads = as_int("threads", threads)
-        if not 1 <= threads <= MOST_THREADS:
-            raise InputError(f"threads: must be at least 1 and at most {MOST_THREADS}, got {short(threads)}; 1 is the default")
+        threads = thread_count(threads)
         self._ort = _onnxruntime()
         self._specs = {spec.name: spec for spec in manifest.state}
         written = {name for step in manifest.steps.values() for name in step.state_out}
@@ -66,11 +63,7 @@ class OnnxEngine:
         Raises:
             InputError: when a tensor is missing or does not fit; the state is unchanged then.
         """
-        missing = sorted(set(self._specs) - set(state))
-        if missing:
-            raise InputError(f"state: {', '.join(missing)} missing; pass every tensor of the manifest's state")
-        for name, spec in self._specs.items():
-            spec.check(state[name])
+        check_whole(self._specs, state)
         for name, views in self._views.items():
             views[self._index(name)][...] = state[name]
         self._written = 0
