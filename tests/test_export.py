@@ -28,6 +28,7 @@ from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import MANIFEST, from_json, read_manifest, to_json
 from edgecl_export import ExportError, export, place
 from edgecl_export.onnx_ops import TRANSLATIONS
+from edgecl_export.targets import onnx as targets
 
 torch.set_num_threads(1)
 
@@ -50,7 +51,7 @@ def spoil(monkeypatch):
     """Changes every model between the emitter and the file."""
 
     def install(change):
-        real = bundle.Emitter
+        real = targets.Emitter
 
         class Spoiled(real):
             def emit(self):
@@ -58,7 +59,7 @@ def spoil(monkeypatch):
                 change(self.graph.name, model)
                 return model
 
-        monkeypatch.setattr(bundle, "Emitter", Spoiled)
+        monkeypatch.setattr(targets, "Emitter", Spoiled)
 
     return install
 
@@ -234,7 +235,7 @@ def test_gates_refuse_a_step_that_is_ten_percent_wrong(toy, spoil, tmp_path, tra
 @pytest.mark.parametrize("size", [1.0, 1e-4])
 def test_gates_refuse_an_altered_weight(toy, monkeypatch, tmp_path, size):
     """A large change is seen by parity, a small one by the comparison to the bit."""
-    real = bundle.WeightFile.place
+    real = targets.WeightFile.place
 
     def altered(self, array):
         array = np.array(array)
@@ -242,7 +243,7 @@ def test_gates_refuse_an_altered_weight(toy, monkeypatch, tmp_path, size):
             array.flat[0] *= 1 + np.float32(size)
         return real(self, array)
 
-    monkeypatch.setattr(bundle.WeightFile, "place", altered)
+    monkeypatch.setattr(targets.WeightFile, "place", altered)
     refused(toy, tmp_path, "frozen", "gate '(parity|frozen tensors)'")
 
 
