@@ -152,8 +152,8 @@ def as_int(name: str, value: Any) -> int:
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise InputError(f"{name}: must be an integer, got {short(value)} of type {type(value).__name__}; convert it with int()")
-    if not -(1 << 63) <= value < 1 << 63:
-        raise InputError(f"{name}: must fit into 64 bits, got {short(value)}; pass a smaller number")
+    if int(value).bit_length() > 4096:  # Python makes no text of much longer ones, which the errors behind this would need
+        raise InputError(f"{name}: must have at most 4,096 bits, got {short(value)}; pass a smaller number")
     return int(value)
 
 

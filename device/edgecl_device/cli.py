@@ -151,7 +151,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with named(i):
                 seen = learner.predict(xs[i])
                 try:
-                    learner.learn(seen.sample_id, label)
+                    if "learn" in manifest.steps:
+                        learner.learn(seen.sample_id, label)
                 except UpdateRefusedError:
                     refused += 1
             hit, seen_of_class = by_class.get(label, (0, 0))

@@ -155,6 +155,15 @@ def test_a_manifest_that_the_loop_cannot_serve_is_an_error_of_one_line(call, mea
     assert call(command, means)[0] == 2
 
 
+def test_run_of_a_method_that_does_not_learn_predicts(call, means, data, edit_manifest):
+    (means / "learn.onnx").unlink()
+    described = json.loads((means / "manifest.json").read_text())
+    del described["steps"]["learn"], described["files"]["learn.onnx"]
+    edit_manifest(means, steps=described["steps"], files=described["files"])
+    code, out, err = call("run", means, "--data", data, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["samples"] == 120 and json.loads(out)["learned_in_all"] == 0
+
+
 def test_run_of_nothing(call, means, data):
     code, out, _ = call("run", means, "--data", data, "--limit", 0)
     assert code == 0 and "prequential_accuracy  -" in out

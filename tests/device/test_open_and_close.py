@@ -56,7 +56,7 @@ def test_threads_may_be_numpys(means, load, stream):
     assert load(means, threads=np.int64(2)).predict(stream[0][0]).sample_id == 0
 
 
-WRONG = {"bundle": (None, 5, "a\0b", "x" * 5000), "store": (5, "a\0b", "x" * 5000), "engine": ([], 5, None), "durability": ([], None)}
+WRONG = {"bundle": (None, 5, "a\0b", "x" * 5000), "store": (5, "a\0b", "x" * 5000), "engine": ([], 5), "durability": ([], None)}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
