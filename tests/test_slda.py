@@ -239,3 +239,18 @@ def test_state_bytes_are_those_of_the_docstring(dtype: str, wide: int) -> None:
 def test_wrong_config_is_refused_by_name(config: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         StreamingLDA.Config(**config)  # type: ignore[arg-type]
+
+
+def test_features_that_would_cancel_the_precision_are_refused():
+    """In float32 the state would be lost by degrees, with no sign of it: s stays above 1."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(4, 16, generator=generator)
+    for length, kept in ((1.0, True), (1e4, False)):
+        learner = StreamingLDA(Problem(TensorSpec("z", (1, 16), "float32"), 4), StreamingLDA.Config(unit_norm=False))
+        state, guards = learner.init(), []
+        for i in range(12):
+            z = (patterns[i % 4] + 0.3 * torch.randn(16, generator=generator)).unsqueeze(0) * length
+            outputs, new = learner.learn(state, z, torch.tensor([i % 4]))
+            guards.append(bool(outputs["guard"]))
+            state |= new if guards[-1] else {}
+        assert all(guards) is kept

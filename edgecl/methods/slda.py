@@ -37,6 +37,9 @@ from edgecl.learner import Learner, Problem, State, StepResult, mask_unseen, one
 from edgecl.methods._features import check_types, dtype_of, require, vector
 from edgecl.methods.ridge import require_bytes
 
+LOST = 1e-2
+"""Share of the precision of P that one update may lose, as ridge's ``tau``."""
+
 
 class StreamingLDA(Learner):
     """Streaming linear discriminant analysis.
@@ -105,7 +108,8 @@ class StreamingLDA(Learner):
         """Add a sample.
 
         ``loss`` [] is n D.q, the squared Mahalanobis distance of the sample to its class's mean before the update (to zero
-        for a new class). ``health.s`` [] is s, at least 1 as long as P is positive; ``guard`` is false below 1/2.
+        for a new class). ``health.s`` [] is s, at least 1 as long as P is positive; ``guard`` is false below 1/2, and where
+        s is so large that the update would cancel P's digits (features far from unit length, beside g0).
         """
         with phase("forward"):
             x = self._vector(z)
@@ -126,7 +130,7 @@ class StreamingLDA(Learner):
         outputs = {
             "scores": scores,
             "loss": (distance * n).to(torch.float32).reshape(()),
-            "guard": (s > 0.5).reshape(()),
+            "guard": ((s > 0.5) & (s < LOST / torch.finfo(self._dtype).eps)).reshape(()),
             "health.s": s.to(torch.float32).reshape(()),
         }
         return outputs, {
