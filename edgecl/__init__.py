@@ -11,6 +11,7 @@ from edgecl.methods import METHODS
 from edgecl.prepare import Prepared, prepare
 from edgecl.preprocess import ImageU8
 from edgecl.splitting import Split, SplitError, split, widen_head
+from edgecl.taps import taps
 
 __all__ = [
     "METHODS",
@@ -25,5 +26,6 @@ __all__ = [
     "State",
     "prepare",
     "split",
+    "taps",
     "widen_head",
 ]

@@ -27,7 +27,7 @@ from edgecl.graph.rules import RULES
 from edgecl.learner import Problem
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.options import example_of, load_model, parse_bytes, parse_config, preprocessing
+from edgecl.options import example_of, load_model, parse_bytes, parse_config, place, preprocessing
 from edgecl.prepare import MOST_CLASSES, prepare
 from edgecl.profiling import Profile, profile, split_points
 from edgecl_device.cli import read_stream
@@ -192,7 +192,9 @@ def methods(as_json: Json = False) -> None:
 )
 def profile_(
     model: Model,
-    at: Annotated[str | None, typer.Option(metavar="NAME", help="Last module of the frozen trunk; without it, list the places.")] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Last module of the frozen trunk, or several, as a,b; without it, list the places.")
+    ] = None,
     method: Method = "ridge",
     classes: Classes = 10,
     input: Input = None,
@@ -224,7 +226,7 @@ def profile_(
         return
     with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step:
         step("capturing and counting every step", 0, 1)
-        prepared = prepare(net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess)
+        prepared = prepare(net, at=place(at), example=example, method=method, classes=classes, config=values, preprocess=preprocess)
         found = profile(prepared, engine)
     if as_json:
         print(json.dumps(profile_record(found), indent=1))
@@ -249,7 +251,10 @@ def profile_record(found: Profile) -> dict[str, Any]:
 )
 def export(
     model: Model,
-    at: Annotated[str, typer.Option(metavar="NAME", help="Last module of the frozen trunk; edgecl profile MODEL lists the places.")],
+    at: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Last module of the frozen trunk, or several, as a,b; edgecl profile MODEL lists the places."),
+    ],
     out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Folder to write.")],
     method: Method = "ridge",
     classes: Classes = 10,
@@ -291,7 +296,7 @@ def export(
     example = example_of(model, input, dtype, preprocess) if xs is None else xs[:1]
     with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step:
         prepared = prepare(
-            net, at=at, example=example, method=method, classes=classes, config=values, preprocess=preprocess, class_names=names
+            net, at=place(at), example=example, method=method, classes=classes, config=values, preprocess=preprocess, class_names=names
         )
         if xs is not None and ys is not None:
             prepared.fit(xs, ys, progress=lambda done, total: step("taking in base samples", done, total))

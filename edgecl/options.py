@@ -170,6 +170,16 @@ def parse_bytes(option: str, text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
+def place(at: str) -> str | tuple[str, ...]:
+    """Where to cut: one module's name, or names separated by commas.
+
+    >>> place("layer3"), place("layer2,layer3")
+    ('layer3', ('layer2', 'layer3'))
+    """
+    names = tuple(at.split(","))
+    return names[0] if len(names) == 1 else names
+
+
 def parse_config(method: str, pairs: Sequence[str]) -> Any:
     """A method's ``Config`` from ``key=value`` texts; tuples are separated by commas, ``none`` is None.
 

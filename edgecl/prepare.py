@@ -13,6 +13,7 @@ from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.splitting import check_backward, copied, split
+from edgecl.taps import tapped
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import as_int, has_length
 from edgecl_device.errors import EdgeclError, InputError
@@ -175,7 +176,7 @@ class Prepared:
 def prepare(
     model: nn.Module,
     *,
-    at: str,
+    at: str | Sequence[str],
     example: Array,
     method: str = "ridge",
     classes: int,
@@ -188,7 +189,8 @@ def prepare(
 
     Args:
         model: Any traceable module; copied.
-        at: Name of the last module of the frozen trunk.
+        at: Name of the last module of the frozen trunk; or names of several modules, whose pooled outputs become one feature vector
+            (:func:`edgecl.taps.taps`), with a linear layer from zero as the part that learns.
         example: One raw sample with a batch dimension of 1, as the device will get it.
         method: Name of a method (:data:`edgecl.methods.METHODS`).
         classes: Classes that the learner has room for, new ones included.
@@ -216,12 +218,14 @@ def prepare(
         raise InputError(f"example: must be of {', '.join(DTYPES)}, got {example.dtype}; convert it to float32 or uint8")
     if example.shape[0] != 1:
         raise InputError(f"example: must have a batch dimension of 1, got {example.dtype} {list(example.shape)}; use x[:1]")
-    parts = split(model, at)
     preprocess = None if preprocess is None else copied(preprocess, "preprocess")
-    trunk = Trunk(preprocess, parts.trunk).eval()
     try:
         with torch.no_grad():
             x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
+            if not isinstance(at, str):
+                model, at = tapped(model, at, x, classes), "taps"
+            parts = split(model, at)
+            trunk = Trunk(preprocess, parts.trunk).eval()
             # The model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
             output = check_values(model, parts, x)
             z = trunk(torch.tensor(example))

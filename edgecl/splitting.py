@@ -71,18 +71,7 @@ def split(model: nn.Module, at: str) -> Split:
     """
     if not isinstance(at, str):
         raise SplitError(f"at: must be the name of a module, got {at!r}; pass one of model.named_modules()")
-    whole = copied(model).eval()
-    for path, _ in whole.named_modules():
-        odd = [part for part in path.split(".") if keyword.iskeyword(part) or not part.isprintable() or set(part) & set("'\"\\")]
-        if odd:
-            raise SplitError(
-                f"model: module {path!r} must have a plain name, which torch.fx can write into code, got {odd[0]!r}; rename it"
-            )
-    for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            raise SplitError(f"model: {name} must be of a type that bundles have, got {tensor.dtype}; call model.float()")
-    tracer = _Tracer()
-    graph = _trace(tracer, whole)
+    whole, tracer, graph = traced(model)
     nodes = [node for node in graph.nodes if node.op != "output"]
     ends = {name: spans[0][1] for name, spans in tracer.spans.items() if len(spans) == 1 and spans[0][0] < spans[0][1] < len(nodes)}
     if at not in ends:
@@ -101,6 +90,26 @@ def split(model: nn.Module, at: str) -> Split:
     trunk = _trunk(whole, [node for node in nodes if node in front], crossing, keys)
     suffix = _suffix(copy.deepcopy(whole), back, crossing, keys)
     return Split(trunk, suffix, tuple(node.name for node in crossing))
+
+
+def traced(model: nn.Module) -> tuple[nn.Module, "_Tracer", fx.Graph]:
+    """A copy of ``model`` in eval mode, the tracer that went through it, and the graph of it.
+
+    Raises:
+        SplitError: when the model cannot be copied or traced, takes more than one input, or holds float16 or bfloat16.
+    """
+    whole = copied(model).eval()
+    for path, _ in whole.named_modules():
+        odd = [part for part in path.split(".") if keyword.iskeyword(part) or not part.isprintable() or set(part) & set("'\"\\")]
+        if odd:
+            raise SplitError(
+                f"model: module {path!r} must have a plain name, which torch.fx can write into code, got {odd[0]!r}; rename it"
+            )
+    for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            raise SplitError(f"model: {name} must be of a type that bundles have, got {tensor.dtype}; call model.float()")
+    tracer = _Tracer()
+    return whole, tracer, _trace(tracer, whole)
 
 
 def check_backward(parts: Split) -> None:
@@ -132,7 +141,7 @@ def widen_head(model: nn.Module, name: str, classes: int) -> nn.Module:
     wide = copied(model)
     linears = {key: module for key, module in wide.named_modules() if isinstance(module, nn.Linear) and key}
     if name not in linears:
-        raise SplitError(f"name: must be an nn.Linear of the model, got {name!r}; choose one of: {_listing(name, linears)}")
+        raise SplitError(f"name: must be an nn.Linear of the model, got {name!r}; choose one of: {listing(name, linears)}")
     head = linears[name]
     extra = classes - head.out_features
     if extra < 0:
@@ -191,11 +200,12 @@ _APPLY = torch.autograd.Function.apply.__code__
 
 
 class _Tracer(fx.Tracer):
-    """Records which nodes each module's call spans, which come from a custom autograd function, and where tracing stopped."""
+    """Records each module's nodes and result, which nodes come from a custom autograd function, and where tracing stopped."""
 
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
         self.spans: dict[str, list[tuple[int, int]]] = {}
+        self.results: dict[str, Any] = {}
         self.place = ""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -216,6 +226,7 @@ class _Tracer(fx.Tracer):
         result = super().call_module(m, forward, args, kwargs)
         self.place = caller
         self.spans.setdefault(name, []).append((start, len(self.graph.nodes)))
+        self.results[name] = result
         return result
 
 
@@ -241,7 +252,7 @@ def _place(module: str) -> str:
 
 
 def _why_not(at: str, spans: dict[str, list[tuple[int, int]]], ends: dict[str, int], total: int) -> str:
-    names = f"choose one of: {_listing(at, ends)}"
+    names = f"choose one of: {listing(at, ends)}"
     if not ends:
         names = "no module is called once and has something behind it; give every call, and what follows, a module of its own"
     if at not in spans:
@@ -254,7 +265,7 @@ def _why_not(at: str, spans: dict[str, list[tuple[int, int]]], ends: dict[str, i
     return f"at: nothing is left for the suffix after {at!r}; {names}"
 
 
-def _listing(name: str, valid: dict[str, Any]) -> str:
+def listing(name: str, valid: dict[str, Any]) -> str:
     """Valid names, close matches first."""
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     return ", ".join(close + [other for other in valid if other not in close]) or "(none)"
