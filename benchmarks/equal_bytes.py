@@ -1,0 +1,210 @@
+"""Methods at equal bytes: what each reaches with so many bytes beyond the trunk, on one frozen MobileNetV2 at 96 pixels.
+
+    python benchmarks/equal_bytes.py --data FOLDER --weights FILE [--sets cifar100 ...] [--seeds 3] [--jobs 2] [--out FILE]
+
+FOLDER holds the publishers' folders (``cifar-10-batches-bin``, ``cifar-100-binary``, ``FashionMNIST/raw``; ``edgecl.streams.fetch``
+gets them), FILE is MobileNetV2 1.0 with torchvision's key names. All classes come two (of 10) or ten (of 100) at a time, in another
+order for every seed, one sample at a time and each once, without a base set. The trunk's pooled features are computed once
+(``pooled_features.py``); each learner is exported, and learns from them on ONNX Runtime through the device's own loop.
+
+The bytes are the ledger's: state once and replay memory; a replay memory fills what the state leaves of the budget. Cuts and
+hyperparameters come from ``choose_equal_bytes.py``, which never sees a test image. Writes ``benchmarks/results/equal_bytes.json``.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one learner a core
+
+import numpy as np
+import torch
+from pooled_features import columns, pooled_features
+from rich.progress import track
+from torch import nn
+
+from edgecl import METHODS, Prepared, prepare
+from edgecl.evaluate import run_stream
+from edgecl.figures import machine
+from edgecl.metrics import average_incremental_accuracy, forgetting
+from edgecl.streams import ClassIncremental, Dataset
+from edgecl_device import Learner
+from edgecl_export import export
+
+KIB = 1024
+BUDGETS = {"0.25 MiB": 256 * KIB, "1 MiB": 1024 * KIB, "4 MiB": 4096 * KIB, "8 MiB": 8192 * KIB}
+TEST_IMAGES = 500
+"""Test images of each class at most, always the same."""
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One learner at one budget.
+
+    Attributes:
+        label: Its method and variant, as the tables have it.
+        method: Registered name.
+        budget: Of :data:`BUDGETS`.
+        cut: Modules whose pooled features it learns from.
+        config: Hyperparameters by name; ``capacity_bytes`` is what the state leaves of the budget.
+    """
+
+    label: str
+    method: str
+    budget: str
+    cut: tuple[str, ...]
+    config: dict[str, Any]
+
+
+class TooLarge(ValueError):
+    """A learner's state, or its first replay row, is beyond the budget."""
+
+
+def prepared_row(row: Row, classes: int, calibration: np.ndarray[Any, Any]) -> Prepared:
+    """The learner of a row, with the largest replay memory that its budget leaves room for.
+
+    Args:
+        row: Method, budget, cut and hyperparameters.
+        classes: Classes to make room for.
+        calibration: Features [N, d] of the cut, of other images than those to learn, for the ranges of replay codecs.
+
+    Raises:
+        TooLarge: when it does not fit.
+    """
+    kind, size = METHODS[row.method], calibration.shape[1]
+    model = nn.Sequential(OrderedDict(features=nn.Identity(), head=nn.Linear(size, classes)))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    config = kind.Config(**row.config)
+
+    def learner(config: Any) -> Prepared:
+        return prepare(model, at="features", example=calibration[:1], method=row.method, classes=classes, config=config)
+
+    prepared = learner(config)
+    room = BUDGETS[row.budget] - sum(t.numel() * t.element_size() for t in prepared.state.values())
+    if room < 0:
+        raise TooLarge(row.label)
+    if prepared.memory is not None:
+        if room < 16 * KIB:
+            raise TooLarge(row.label)
+        prepared = learner(replace(config, capacity_bytes=room))
+        prepared.learner.calibrate(torch.tensor(calibration))
+    return prepared
+
+
+def run_row(row: Row, data: Dataset, calibration: np.ndarray[Any, Any], seed: int) -> dict[str, Any]:
+    """Export the row's learner and let it learn the stream of one seed on ONNX Runtime."""
+    chosen = columns(row.cut)
+    classes = len(data.class_names)
+    data = Dataset(data.x[:, chosen], data.y, data.x_test[:, chosen], data.y_test, data.class_names)
+    step = 10 if classes == 100 else 2
+    order = np.random.default_rng(seed).permutation(classes).tolist()
+    stream = ClassIncremental(data, base_classes=[], steps=[order[i : i + step] for i in range(0, classes, step)], seed=seed)
+    prepared = prepared_row(row, classes, calibration[:, chosen])
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export(prepared, Path(folder) / "bundle")
+        with Learner.load(bundle.path) as learner:
+            found = run_stream(learner, stream, every=len(stream), per_task=TEST_IMAGES * step)
+    learn = bundle.manifest.steps["learn"]
+    return {
+        "accuracy": found.accuracy,
+        "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
+        "forgetting": forgetting(found.matrix),
+        "bytes": bundle.manifest.ledger["beyond_trunk"],
+        "second_buffer_bytes": bundle.manifest.ledger["state_second_buffers"],
+        "rows": prepared.memory.rows if prepared.memory is not None else None,
+        "learn_macs": learn.canonical_macs,
+        "update_ms": statistics.median(found.update_seconds) * 1e3,
+    }
+
+
+@lru_cache(maxsize=2)
+def load(name: str, data: Path, weights: Path, cache: Path) -> Dataset:
+    """A set's features, read once a process."""
+    return pooled_features(name, data, weights, cache)
+
+
+def other(name: str) -> str:
+    """The set on which replay codecs are calibrated."""
+    return "cifar10" if name == "cifar100" else "cifar100"
+
+
+def chosen_rows(name: str) -> list[Row]:
+    """The rows of a set, as ``choose_equal_bytes.py`` wrote them."""
+    found = json.loads((RESULTS / "equal_bytes_settings.json").read_text())
+    return [Row(**{**row, "cut": tuple(row["cut"])}) for row in found["sets"][name]["rows"]]
+
+
+def _job(job: tuple[str, Row, int, Path, Path, Path]) -> dict[str, Any]:
+    name, row, seed, data, weights, cache = job
+    torch.set_num_threads(1)
+    calibration = load(other(name), data, weights, cache).x[:2000]
+    try:
+        return run_row(row, load(name, data, weights, cache), calibration, seed)
+    except TooLarge:
+        return {}
+
+
+def run_all(jobs: Sequence[tuple[str, Row, int, Path, Path, Path]], workers: int) -> Iterable[dict[str, Any]]:
+    """The jobs' results in their order, so many at a time."""
+    with ProcessPoolExecutor(workers) as pool:
+        yield from track(pool.map(_job, jobs), "runs", total=len(jobs))
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, with the standard deviation and all values of the accuracies."""
+    if not found[0]:
+        return {"fits": False}
+    means = {key: statistics.fmean(f[key] for f in found) if isinstance(value, float) else value for key, value in found[0].items()}
+    values = {f"{key}_by_seed": [f[key] for f in found] for key in ("accuracy", "average_incremental_accuracy", "forgetting")}
+    return {"fits": True, **means, **values}
+
+
+def arguments(text: str, sets: Sequence[str]) -> argparse.Namespace:
+    """What both scripts take."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("features"))
+    parser.add_argument("--sets", nargs="+", default=list(sets), choices=list(sets))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--labels", nargs="+", help="only rows of these labels; the file's others stay")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every chosen row on every seed and write the result."""
+    args = arguments(__doc__, ("cifar100", "cifar10", "fashion_mnist"))
+    out = args.out or RESULTS / "equal_bytes.json"
+    result = json.loads(out.read_text()) if out.exists() else {"sets": {}}
+    for name in args.sets:
+        rows = [row for row in chosen_rows(name) if args.labels is None or row.label in args.labels]
+        load(name, args.data, args.weights, args.cache), load(other(name), args.data, args.weights, args.cache)
+        jobs = [(name, row, seed, args.data, args.weights, args.cache) for row in rows for seed in range(args.seeds)]
+        found = list(run_all(jobs, args.jobs))
+        entries = [{**asdict(row), **summary(found[i * args.seeds : (i + 1) * args.seeds])} for i, row in enumerate(rows)]
+        kept = [e for e in result["sets"].get(name, {"rows": []})["rows"] if args.labels is not None and e["label"] not in args.labels]
+        result["sets"][name] = {"seeds": args.seeds, "test_images_per_class": TEST_IMAGES, "rows": kept + entries}
+        result["machine"] = machine()
+        result["versions"] = {package: version(package) for package in ("edgecl", "torch", "onnxruntime", "numpy")}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        for entry in entries:
+            text = f"{100 * entry['accuracy']:.1f} % in {entry['bytes']:,} bytes" if entry["fits"] else "does not fit"
+            print(f"{name} {entry['budget']:>8} {entry['label']:<12} {text}  {'+'.join(entry['cut'])}")
+
+
+if __name__ == "__main__":
+    main()
