@@ -1,6 +1,6 @@
 """Run a device learner over a stream: predict, then learn, one sample at a time; test on one fixed set along the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +53,12 @@ def run_stream(
     if not len(stream):
         raise InputError("stream: must have at least one sample, got none")
     tests = [stream.test(task) for task in range(stream.tasks)]
-    rows = [_test(learner, tests)]
+    rows = [accuracies(learner, tests)]
     samples, curve = [0], [list(rows[0])]
     prequential, seconds, written, previous = Prequential(), [], [], 1
     for done, sample in enumerate(stream, start=1):
         if sample.task != previous:
-            rows.append(_test(learner, tests))
+            rows.append(accuracies(learner, tests))
             previous = sample.task
         if learns:
             report = learner.learn(sample.x, sample.y)
@@ -69,7 +69,7 @@ def run_stream(
             prequential.update(sample.y, learner.predict(sample.x).label)
         if done % every == 0 or done == len(stream):
             samples.append(done)
-            curve.append(_test(learner, tests))
+            curve.append(accuracies(learner, tests))
         if progress is not None:
             progress(done)
     rows.append(curve[-1])
@@ -85,6 +85,6 @@ def run_stream(
     )
 
 
-def _test(learner: Learner, tests: list[tuple[Any, Any]]) -> list[float]:
-    """Test accuracy on each task."""
+def accuracies(learner: Learner, tests: Sequence[tuple[Any, Any]]) -> list[float]:
+    """Test accuracy on each task, from its samples and labels."""
     return [float(np.mean([learner.predict(x).label == label for x, label in zip(xs, ys, strict=True)])) for xs, ys in tests]

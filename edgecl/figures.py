@@ -28,12 +28,12 @@ BASELINES = ("frozen", "finetune", "ncm")
 """Methods to compare with."""
 
 
-def figures(found: StreamResult, variant: str = FORGETTING) -> dict[str, Any]:
-    """What a run over a stream found, as plain values; ``variant`` is that of :func:`edgecl.metrics.forgetting`."""
+def figures(found: StreamResult) -> dict[str, Any]:
+    """What a run over a stream found, as plain values."""
     return {
         "accuracy": found.accuracy,
         "base_accuracy": found.matrix.values[-1][0],
-        "forgetting": forgetting(found.matrix, variant),
+        "forgetting": forgetting(found.matrix, FORGETTING),
         "backward_transfer": backward_transfer(found.matrix),
         "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
         "prequential": found.prequential,
