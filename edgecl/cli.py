@@ -1,4 +1,4 @@
-"""The command ``edgecl``: the demo, the methods, what a learner costs, and export.
+"""The command ``edgecl``: the demo, the methods, what a learner costs, export, runs and their report.
 
 Results go to stdout, progress and errors to stderr. An error is one line and exit code 2.
 """
@@ -20,6 +20,7 @@ from torch import nn
 
 from edgecl import tables
 from edgecl.backbones import BACKBONES
+from edgecl.commands import runs
 from edgecl.console import console, progress, show
 from edgecl.graph.rules import RULES
 from edgecl.learner import Problem
@@ -39,10 +40,6 @@ app = typer.Typer(
     help="Continual learning on the device: prepare a learner, see what it costs, export it to a stock runtime.",
     epilog="Start with: edgecl demo",
 )
-
-
-STOPPED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 
 def _examples(*commands: str) -> str:
@@ -68,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch has no type of its own for it
             raise
         return _fail("there is not enough memory for this; take fewer classes or a smaller model, or cut it further down")
-    if code == STOPPED:  # typer has taken the KeyboardInterrupt, without a word
+    if code == runs.STOPPED:  # typer has taken the KeyboardInterrupt, without a word
         _fail("stopped")
     return code if isinstance(code, int) else 0
 
@@ -298,6 +295,10 @@ def export(
         return
     show(tables.gates_table(gates), tables.ledger_table(found.manifest.ledger))
     print(f"\nWrote {out}. Look at it with: edgecl-device info {shlex.quote(str(out))}")
+
+
+app.command(epilog=_examples("edgecl run --init", "edgecl run run.toml", "edgecl run run.toml --out elsewhere --fresh"))(runs.run)
+app.command(epilog=_examples("edgecl report run.run", "edgecl report run.run other.run --out both.html"))(runs.report)
 
 
 if __name__ == "__main__":
