@@ -1,7 +1,30 @@
 """Data sets and the streams that a learner meets."""
 
+from edgecl.streams.blurry import Blurry
+from edgecl.streams.class_incremental import ClassIncremental, TaskIncremental
 from edgecl.streams.dataset import Dataset
+from edgecl.streams.domain_incremental import DomainIncremental
+from edgecl.streams.downloads import DownloadError, fetch
 from edgecl.streams.fashion_mnist import fashion_mnist_subset
-from edgecl.streams.scenarios import ClassIncremental, Sample, Stream
+from edgecl.streams.loaders import load_cifar10, load_cifar100, load_idx, load_wavs, load_windows
+from edgecl.streams.recurring import Recurring
+from edgecl.streams.stream import Sample, Stream
 
-__all__ = ["ClassIncremental", "Dataset", "Sample", "Stream", "fashion_mnist_subset"]
+__all__ = [
+    "Blurry",
+    "ClassIncremental",
+    "Dataset",
+    "DomainIncremental",
+    "DownloadError",
+    "Recurring",
+    "Sample",
+    "Stream",
+    "TaskIncremental",
+    "fashion_mnist_subset",
+    "fetch",
+    "load_cifar10",
+    "load_cifar100",
+    "load_idx",
+    "load_wavs",
+    "load_windows",
+]

@@ -1,4 +1,4 @@
-"""A labelled data set in memory."""
+"""A labelled data set in memory, its samples grouped where someone or some time stands behind them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,17 @@ class Dataset:
         x_test: Test samples [M, ...].
         y_test: Their class indices, int64 [M].
         class_names: Name of every class; labels index it.
+        group: Speaker, user, place or time slice of every training sample, an index into ``group_names``, int64 [N]; or None.
+        group_test: The same of every test sample, int64 [M].
+        group_names: Name of every group.
 
     Raises:
-        InputError: when lengths, dtypes or labels do not fit together.
+        InputError: when lengths, dtypes, labels or groups do not fit together.
+
+    >>> x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
+    >>> who = np.array([0, 0, 1, 1])
+    >>> Dataset(x, y, x[:2], y[:2], ("walk", "run"), group=who, group_test=who[:2], group_names=("ann", "bob")).group_names[1]
+    'bob'
     """
 
     x: NDArray[Any]
@@ -29,15 +37,30 @@ class Dataset:
     x_test: NDArray[Any]
     y_test: NDArray[np.int64]
     class_names: tuple[str, ...]
+    group: NDArray[np.int64] | None = None
+    group_test: NDArray[np.int64] | None = None
+    group_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, x, y in (("y", self.x, self.y), ("y_test", self.x_test, self.y_test)):
-            if y.dtype != np.int64 or y.shape != x.shape[:1]:
-                raise InputError(f"{name}: must be int64 [{len(x)}], one label for each sample, got {y.dtype} {list(y.shape)}")
-            if y.size and not 0 <= y.min() <= y.max() < len(self.class_names):
-                raise InputError(f"{name}: labels must be in 0..{len(self.class_names) - 1}, got {y.min()}..{y.max()}; add class names")
+            _check_indices(name, "label", y, len(x), self.class_names, "class names")
+        if (self.group is None) != (self.group_test is None) or (self.group is None) != (not self.group_names):
+            values = {"group": self.group, "group_test": self.group_test, "group_names": self.group_names or None}
+            given = [name for name, value in values.items() if value is not None]
+            raise InputError(f"group, group_test, group_names: must be given together, got {' and '.join(given)}; give all three")
+        for name, x, group in (("group", self.x, self.group), ("group_test", self.x_test, self.group_test)):
+            if group is not None:
+                _check_indices(name, "group", group, len(x), self.group_names, "group names")
         if self.x.shape[1:] != self.x_test.shape[1:] or self.x.dtype != self.x_test.dtype:
             raise InputError(
                 f"x_test: samples must be {self.x.dtype} {list(self.x.shape[1:])} as in x,"
                 f" got {self.x_test.dtype} {list(self.x_test.shape[1:])}"
             )
+
+
+def _check_indices(name: str, what: str, values: NDArray[Any], count: int, names: tuple[str, ...], mend: str) -> None:
+    """Refuse what is not one index into ``names`` for each of ``count`` samples."""
+    if values.dtype != np.int64 or values.shape != (count,):
+        raise InputError(f"{name}: must be int64 [{count}], one {what} for each sample, got {values.dtype} {list(values.shape)}")
+    if values.size and not 0 <= values.min() <= values.max() < len(names):
+        raise InputError(f"{name}: {what}s must be in 0..{len(names) - 1}, got {values.min()}..{values.max()}; add {mend}")

@@ -1,0 +1,11 @@
+"""Loaders for data sets as their publishers lay them out; each returns a :class:`edgecl.streams.Dataset`.
+
+``docs/streams.md`` describes every layout byte by byte and column by column.
+"""
+
+from edgecl.streams.loaders.cifar import load_cifar10, load_cifar100
+from edgecl.streams.loaders.idx import load_idx
+from edgecl.streams.loaders.wavs import load_wavs
+from edgecl.streams.loaders.windows import load_windows
+
+__all__ = ["load_cifar10", "load_cifar100", "load_idx", "load_wavs", "load_windows"]
