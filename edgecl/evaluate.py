@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgecl import metrics
 from edgecl.metrics import AccuracyMatrix, AccuracyTrace, Prequential
 from edgecl.streams import Stream
-from edgecl_device import Learner
+from edgecl_device import Learner, Prediction
 from edgecl_device.checks import best_class
 from edgecl_device.errors import InputError
 
@@ -257,7 +257,11 @@ def right_of(learner: Learner, stream: Stream, tests: Tests) -> NDArray[np.bool_
 
 def predict_among(learner: Learner, x: NDArray[Any], choices: Sequence[int] | None) -> int | None:
     """The class predicted, of those to choose from; None while none of them was learned."""
-    seen = learner.predict(x)
+    return among(learner.predict(x), choices)
+
+
+def among(seen: Prediction, choices: Sequence[int] | None) -> int | None:
+    """A prediction's class of those to choose from, all where that is None; None while none of them was learned."""
     if choices is None:
         return seen.label
     best = best_class(seen.scores[list(choices)])

@@ -33,8 +33,8 @@ def figures(found: StreamResult) -> dict[str, Any]:
     return {
         "accuracy": found.accuracy,
         "base_accuracy": found.matrix.values[-1][0],
-        "forgetting": forgetting(found.matrix, FORGETTING),
-        "backward_transfer": backward_transfer(found.matrix),
+        "forgetting": forgetting(found.matrix, FORGETTING) if found.matrix.tasks > 1 else None,
+        "backward_transfer": backward_transfer(found.matrix) if found.matrix.tasks > 1 else None,
         "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
         "prequential": found.prequential,
         "last_label": found.last_label,
@@ -62,7 +62,7 @@ def costs(manifest: Manifest) -> dict[str, Any]:
 
 
 def tasks_of(data: Dataset, stream: Stream) -> list[dict[str, Any]]:
-    """Name, classes, test images and first stream sample of every task; the base set is task 0.
+    """Name, classes, test images and first stream sample of every task, the base set's first where there is one.
 
     Args:
         data: For its class names.
@@ -71,13 +71,19 @@ def tasks_of(data: Dataset, stream: Stream) -> list[dict[str, Any]]:
     first: dict[int, int] = {0: 0}
     for done, sample in enumerate(stream):
         first.setdefault(sample.task, done)
+    labels = [stream.test(task)[1] for task in first]
+    classes = [sorted(set(y.tolist())) for y in labels]
+    alike = len(classes) > 1 and all(some == classes[0] for some in classes)
     tasks = []
-    for task, start in first.items():
-        labels = stream.test(task)[1]
-        classes = sorted(set(labels.tolist()))
-        names = [data.class_names[c] for c in classes]
-        name = names[0] if len(names) == 1 else f"{len(names)} base classes"
-        tasks.append({"name": name, "classes": names, "test_images": len(labels), "first_sample": start})
+    for (task, start), mine, y in zip(first.items(), classes, labels, strict=True):
+        names = [data.class_names[c] for c in mine]
+        base = task == 0 and len(stream.base[1]) > 0
+        name = f"{len(names)} base classes" if base else f"{len(names)} classes"
+        if alike:  # classes say nothing about a task
+            name = "base" if base else f"task {task}"
+        elif len(names) <= (1 if base else 2):
+            name = ", ".join(names)
+        tasks.append({"name": name, "classes": names, "test_images": len(y), "first_sample": start})
     return tasks
 
 

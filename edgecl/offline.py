@@ -20,11 +20,14 @@ def offline_accuracy(prepared: Prepared, learner: Any, stream: Stream) -> float:
     x = np.concatenate([stream.base[0], np.stack([s.x for s in stream])])
     y = np.concatenate([stream.base[1], np.array([s.y for s in stream])])
     state = learner.fit(_stacked(prepared.encode(x)), torch.tensor(y))
-    tests = [stream.test(task) for task in range(stream.tasks)]
+    right = []
     with torch.no_grad():
-        z = _stacked(prepared.encode(np.concatenate([t[0] for t in tests])))
-        predicted = learner.scores(learner.parameters(state), z).argmax(1).numpy()
-    return float(np.mean(predicted == np.concatenate([t[1] for t in tests])))
+        for task in range(stream.tasks):
+            (xs, ys), choices = stream.test(task), stream.choices(task)
+            scores = learner.scores(learner.parameters(state), _stacked(prepared.encode(xs)))
+            classes = torch.arange(scores.shape[1]) if choices is None else torch.tensor(list(choices))
+            right.append(classes[scores[:, classes].argmax(1)].numpy() == ys)
+    return float(np.concatenate(right).mean())
 
 
 def _stacked(latents: list[Any]) -> Any:

@@ -13,7 +13,7 @@ from edgecl.options import parse_bytes
 from edgecl.pretraining import Recipe
 from edgecl.runs.errors import checked, choice
 from edgecl.runs.methods import method_config
-from edgecl.runs.registry import DATASETS, SCENARIOS, check_options
+from edgecl.runs.registry import DATASETS, SCENARIOS, check_options, dataset_options
 from edgecl_device.errors import InputError
 
 MOST_SEEDS = 100
@@ -159,7 +159,7 @@ class RunConfig(Section):
 
     def dataset_options(self) -> dict[str, Any]:
         """Keyword arguments of the data set's loader."""
-        return check_options("data", DATASETS[self.data.name], self.data.model_extra or {}, self.folder)
+        return dataset_options(self.data.name, self.data.model_extra or {}, self.folder)
 
     def scenario_options(self) -> dict[str, Any]:
         """Keyword arguments of the scenario."""

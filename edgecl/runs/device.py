@@ -1,16 +1,14 @@
 """The device run: a bundle learns a stream on its runtime, and what a killed process left is gone on with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
-from edgecl.evaluate import StreamResult, accuracies
-from edgecl.metrics import AccuracyMatrix, Prequential
-from edgecl.runs.trail import LEARNED, PREDICTED, TESTED, Trail
+from edgecl.evaluate import StreamResult, Tests, among, result_of, right_of
+from edgecl.metrics import Prequential
+from edgecl.runs.trail import LEARNED, PREDICTED, TESTED, Trail, pack, unpack
 from edgecl.streams import Stream
 from edgecl_device import Learner
 from edgecl_device.errors import UpdateRefusedError
@@ -18,39 +16,26 @@ from edgecl_device.manifest import read_manifest
 
 TRAIL, STORE, BUNDLE = "trail.jsonl", "store.db", "bundle"
 
-Tests = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
-
 
 @dataclass(frozen=True)
 class Plan:
-    """When a stream is tested.
+    """When a stream is tested: before it, every so many samples, and after each task.
 
     Attributes:
-        samples: In the stream.
-        ends: Samples done at the end of each task, the base set's (0) first.
-        curve: Samples done at each test along the stream, both ends included.
+        points: Samples done at each test.
+        current: Task of the last of them; that before the stream's first at the start.
     """
 
-    samples: int
-    ends: tuple[int, ...]
-    curve: tuple[int, ...]
+    points: list[int]
+    current: list[int]
 
     @classmethod
     def of(cls, stream: Stream, every: int) -> "Plan":
-        """Test after each task, and every so many samples."""
+        """The tests of a stream."""
         tasks = [sample.task for sample in stream]
-        ends = [0, *(n for n in range(1, len(tasks)) if tasks[n] != tasks[n - 1]), len(tasks)]
-        return cls(len(tasks), tuple(ends), tuple(sorted({*ends, *range(0, len(tasks) + 1, every)})))
-
-
-def fixed_tests(stream: Stream, most: int | None) -> Tests:
-    """Test samples and labels of each task: all, or one fixed random subset of ``most``, the same for every seed."""
-    found: Tests = []
-    for task in range(stream.tasks):
-        x, y = stream.test(task)
-        rows = np.sort(np.random.default_rng(task).permutation(len(y))[:most])
-        found.append((x[rows], y[rows]))
-    return found
+        ends = [done for done in range(1, len(tasks)) if tasks[done] != tasks[done - 1]]
+        points = sorted({*range(0, len(tasks), every), *ends, len(tasks)})
+        return cls(points, [tasks[done - 1] if done else tasks[0] - 1 for done in points])
 
 
 def device_run(
@@ -61,7 +46,7 @@ def device_run(
     Args:
         folder: Holds the bundle; store and trail are kept there.
         stream: The scenario.
-        tests: As :func:`fixed_tests` gives them.
+        tests: As :func:`edgecl.evaluate.evaluation_set` gives them.
         every: Samples between two tests.
         store: Whether the learner has a store; without one it starts again.
         progress: Called with samples done and in all.
@@ -70,22 +55,26 @@ def device_run(
         What was found, and how many updates were refused. All but times and bytes written is that of a run without a break, to
         the bit.
     """
-    plan = Plan.of(stream, every)
-    learns = "learn" in read_manifest(folder / BUNDLE).steps
+    plan, learns = Plan.of(stream, every), "learn" in read_manifest(folder / BUNDLE).steps
     if not store or not _resumable(folder):
         _start_again(folder)
     with Trail(folder / TRAIL) as trail, Learner.load(folder / BUNDLE, folder / STORE if store else None) as learner:
+
+        def test(done: int) -> None:
+            if done in plan.points and done not in trail.tests:
+                trail.add({TESTED: done, "right": pack(right_of(learner, stream, tests))})
+
         for done, sample in enumerate(stream):
             if done < len(trail.predicted):
                 continue
-            _test(trail, learner, tests, plan, done)
-            progress(done, plan.samples)
+            test(done)
+            progress(done, len(stream))
             start = perf_counter()
             seen = learner.predict(sample.x)
-            trail.add({PREDICTED: seen.label, "before": learner.report()["learned"]})
+            trail.add({PREDICTED: among(seen, stream.choices(sample.task)), "before": learner.report()["learned"]})
             trail.add({LEARNED: done, **_update(learner, seen.sample_id, sample.y, learns, start)})
-        _test(trail, learner, tests, plan, plan.samples)
-    return _result(trail, plan, tests, [sample.y for sample in stream]), _refused(trail) if learns else 0
+        test(len(stream))
+    return _result(trail, plan, stream, tests), _refused(trail) if learns else 0
 
 
 def _resumable(folder: Path) -> bool:
@@ -111,28 +100,16 @@ def _update(learner: Learner, sample_id: int, label: int, learns: bool, start: f
     return {"kept": True, "seconds": perf_counter() - start, "bytes": report.bytes_written}
 
 
-def _test(trail: Trail, learner: Learner, tests: Tests, plan: Plan, done: int) -> None:
-    if done in plan.curve and done not in trail.tests:
-        trail.add({TESTED: done, "accuracy": accuracies(learner, tests)})
-
-
 def _refused(trail: Trail) -> int:
     return sum(not entry["kept"] for entry in trail.learned.values())
 
 
-def _result(trail: Trail, plan: Plan, tests: Tests, labels: Sequence[int]) -> StreamResult:
+def _result(trail: Trail, plan: Plan, stream: Stream, tests: Tests) -> StreamResult:
     prequential = Prequential()
-    for label, predicted in zip(labels, trail.predicted, strict=True):
-        prequential.update(label, predicted)
+    for sample, predicted in zip(stream, trail.predicted, strict=True):
+        prequential.update(sample.y, predicted)
     updates = [entry for entry in trail.learned.values() if entry["kept"]]
-    last, sizes = trail.tests[plan.samples], np.array([len(y) for _, y in tests])
-    curve = [trail.tests[done] for done in plan.curve]
-    return StreamResult(
-        AccuracyMatrix.from_rows([trail.tests[done] for done in plan.ends]),
-        float(np.dot(last, sizes) / sizes.sum()),
-        prequential.accuracy,
-        prequential.last_label,
-        {"samples": list(plan.curve), "tasks": [list(task) for task in zip(*curve, strict=True)]},
-        [entry["seconds"] for entry in updates],
-        [entry["bytes"] for entry in updates],
-    )
+    count = sum(len(y) for _, y in tests)
+    right = [unpack(trail.tests[done], count) for done in plan.points]
+    seconds, written = [entry["seconds"] for entry in updates], [entry["bytes"] for entry in updates]
+    return result_of(tests, plan.points, plan.current, right, prequential, seconds, written)

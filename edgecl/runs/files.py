@@ -67,9 +67,10 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_data(data: Dataset) -> str:
-    """SHA-256 over the arrays of a data set, their types and shapes, and its class names."""
-    digest = hashlib.sha256(json.dumps(data.class_names).encode())
-    for array in (data.x, data.y, data.x_test, data.y_test):
+    """SHA-256 over the arrays of a data set, their types and shapes, and its names."""
+    digest = hashlib.sha256(json.dumps([data.class_names, data.group_names]).encode())
+    arrays = (data.x, data.y, data.x_test, data.y_test, data.group, data.group_test)
+    for array in (array for array in arrays if array is not None):
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 
+from edgecl.evaluate import evaluation_set
+from edgecl.evaluate import figures as metrics
 from edgecl.figures import BASELINES, costs, figures, machine, one_thread, summarise, tasks_of, versions
 from edgecl.methods import METHODS
 from edgecl.offline import offline_accuracy
 from edgecl.runs.budget import check_budget, prepared_of
 from edgecl.runs.config import LearnerConfig, RunConfig
-from edgecl.runs.device import BUNDLE, Tests, device_run, fixed_tests
+from edgecl.runs.device import BUNDLE, device_run
 from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
 from edgecl.runs.model import build, load, ready, with_label
-from edgecl.runs.registry import DATASETS, SCENARIOS
+from edgecl.runs.registry import SCENARIOS
+from edgecl.runs.registry import load as load_data
 from edgecl.streams import Dataset, Stream
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import read_manifest
@@ -58,7 +61,7 @@ def run(
         if fresh:
             _clear(folder)
         progress("loading the data", 0, 1)
-        data = DATASETS[config.data.name](**config.dataset_options())
+        data = load_data(config.data.name, config.dataset_options())
         _begin(config, source, folder, data)
         if not (folder / RESULT).exists():
             _Run(config, folder, data, progress).all()
@@ -196,7 +199,7 @@ class _Run:
                     "profile": profiles.get(label),
                 }
             )
-        tests = fixed_tests(stream, config.device.test_samples)
+        tests = evaluation_set(stream, config.device.test_samples)
         tasks = [{**task, "test_samples": len(y)} for task, (_, y) in zip(tasks_of(self.data, stream), tests, strict=True)]
         return {
             "title": config.report.title,
@@ -237,7 +240,7 @@ class _OnDevice:
         config = self.whole.config
         folder = self.place / self.label
         gates = stage(folder / "bundle.json", lambda: self._bundle(folder))
-        tests: Tests = fixed_tests(self.stream, config.device.test_samples)
+        tests = evaluation_set(self.stream, config.device.test_samples)
         found, refused = device_run(
             folder,
             self.stream,
@@ -247,7 +250,7 @@ class _OnDevice:
             progress=lambda done, total: self.whole.progress(f"{self.title}: learning the stream", done, total),
         )
         manifest = read_manifest(folder / BUNDLE)
-        shown = {**figures(found), **costs(manifest), "refused": refused}
+        shown = {**metrics(found), **figures(found), **costs(manifest), "refused": refused}
         return {**shown, "ledger": manifest.ledger, **gates}
 
     def _bundle(self, folder: Path) -> dict[str, Any]:
@@ -258,7 +261,10 @@ class _OnDevice:
             shutil.rmtree(left)
         prepared = self.prepared()
         taking = f"{self.title}: taking in base samples"
-        prepared.fit(*self.stream.base, progress=lambda done, total: whole.progress(taking, done, total))
+        if len(self.stream.base[1]):
+            prepared.fit(*self.stream.base, progress=lambda done, total: whole.progress(taking, done, total))
+        elif getattr(prepared.learner.config, "codec", "float32") != "float32":
+            raise InputError("config.codec: must be 'float32' without a base set, to which other codecs are fitted; give one, or set it")
         whole.progress(f"{self.title}: writing the bundle and checking it", 0, 1)
         folder.mkdir(parents=True, exist_ok=True)
         exported = export(

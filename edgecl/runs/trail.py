@@ -10,7 +10,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 PREDICTED, LEARNED, TESTED = "predicted", "learned", "tested"
+
+Flags = NDArray[np.bool_]
+
+
+def pack(flags: Flags) -> str:
+    """Flags as text, four to a digit.
+
+    >>> pack(np.array([True, False, True]))
+    'a0'
+    """
+    return np.packbits(flags).tobytes().hex()
+
+
+def unpack(text: str, count: int) -> Flags:
+    """The first ``count`` flags that :func:`pack` made a text of.
+
+    >>> unpack("a0", 3).tolist()
+    [True, False, True]
+    """
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
 
 
 class Trail:
@@ -24,7 +47,7 @@ class Trail:
         before: Samples that the learner had learned before each prediction.
         learned: By number of the sample: whether its update was ``kept``, wall time, bytes written; a sample whose update the end
             of a process fell on has no entry.
-        tests: By samples done: accuracy on each task.
+        tests: By samples done: which test samples were right, packed (:func:`pack`).
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +55,7 @@ class Trail:
         self.predicted: list[int | None] = []
         self.before: list[int] = []
         self.learned: dict[int, dict[str, Any]] = {}
-        self.tests: dict[int, list[float]] = {}
+        self.tests: dict[int, str] = {}
         self._read()
         self._file = path.open("a", encoding="utf-8")
 
@@ -52,7 +75,7 @@ class Trail:
         elif LEARNED in entry:
             self.learned[entry[LEARNED]] = {key: value for key, value in entry.items() if key != LEARNED}
         else:
-            self.tests[entry[TESTED]] = entry["accuracy"]
+            self.tests[entry[TESTED]] = entry["right"]
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take in an entry and write it; whatever kills the process afterwards, it is there."""
@@ -93,7 +116,7 @@ class Trail:
             entries.append({PREDICTED: predicted, "before": before})
             if n in self.learned:
                 entries.append({LEARNED: n, **self.learned[n]})
-        entries += [{TESTED: n, "accuracy": row} for n, row in self.tests.items()]
+        entries += [{TESTED: n, "right": row} for n, row in self.tests.items()]
         new = self.path.with_name(f"{self.path.name}.new")
         new.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         self._file.close()
