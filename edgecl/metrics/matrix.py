@@ -1,8 +1,8 @@
 """The accuracy matrix and the figures drawn from it.
 
-``R[i, j]`` is the accuracy on task ``j`` after learning task ``i``, on one fixed test set for each task. Task 0 is the base
-set on which the model was prepared, so row 0 is the learner before its first sample on the device. Every task counts
-the same, whatever its size. Entries above the diagonal (tasks not met yet) may be NaN: not evaluated.
+``R[i, j]`` is the accuracy on task ``j`` after learning task ``i``, on one fixed test set for each task. Where the model
+was prepared on a base set, that is task 0, and row 0 is the learner before its first sample on the device. Every task
+counts the same, whatever its size. Entries above the diagonal (tasks not met yet) may be NaN: not evaluated.
 """
 
 from collections.abc import Callable, Sequence
