@@ -4,7 +4,7 @@
 
 Of each class's training images (500 at most) a fifth is the test set here and the rest the stream, with class orders other than
 the reported ones. Methods with a closed form are solved in batch at every cut that fits a budget; methods that descend a gradient
-learn the stream, first over a grid of hyperparameters at one cut, then at the best cuts of slda for the budget. Writes
+learn the stream, first over a grid of hyperparameters at one cut, then at slda's best cut for the budget and at a narrow one. Writes
 ``benchmarks/results/equal_bytes_settings.json``: every candidate tried, and the rows that are chosen.
 """
 
@@ -60,8 +60,8 @@ CLOSED: dict[str, tuple[str, Callable[[Dataset, float], float], list[float]]] = 
 
 GRADIENT: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "finetune": ("finetune", [{"lr": lr} for lr in (0.03, 0.1, 0.3, 1.0, 3.0)]),
-    "ER": ("latent_replay", [{"lr": lr, "average": a} for lr in (0.3, 1.0, 3.0) for a in (0.0, 0.99, 0.999)]),
-    "ER-ACE": ("latent_replay", [{"lr": lr, "average": a, "loss": "er-ace"} for lr in (0.3, 1.0, 3.0) for a in (0.0, 0.99, 0.999)]),
+    "ER": ("latent_replay", [{"lr": lr, "average": a} for lr in (0.3, 1.0, 3.0) for a in (0.0, 0.999)]),
+    "ER-ACE": ("latent_replay", [{"lr": lr, "average": a, "loss": "er-ace"} for lr in (0.3, 1.0, 3.0) for a in (0.0, 0.999)]),
 }
 """Label, method and grid of what descends a gradient."""
 
@@ -137,7 +137,7 @@ def main() -> None:
             rows += [
                 replace(row, label=f"{label}, last layer") for row in best_fitting([e for e in mine if e["cut"] == LAST], "8 MiB", data)
             ]
-        places = {budget: [r.cut for r in best_fitting([e for e in closed if e["label"] == "slda"], budget, data, 2)] for budget in BUDGETS}
+        places = {budget: [r.cut for r in best_fitting([e for e in closed if e["label"] == "slda"], budget, data)] for budget in BUDGETS}
         tried, descended = gradient_rows(name, data, places, args)
         joint = [{"config": asdict(c), "accuracy": logistic_regression(at(data, LAST), c)} for c in track(JOINT, "joint")]
         result["sets"][name] = {
@@ -159,7 +159,7 @@ def gradient_rows(name: str, data: Dataset, places: dict[str, list[tuple[str, ..
         Row(label, best[label]["method"], budget, cut, best[label]["config"])
         for label in GRADIENT
         for budget, cuts in places.items()
-        for cut in dict.fromkeys([*cuts, ("features.16",), ("features.13", "features.16")])
+        for cut in dict.fromkeys([*cuts, ("features.13", "features.16")])
     ]
     second = [row for row in second if fits(row, data)]
     found = evaluate(second, name, data, args)
