@@ -68,10 +68,6 @@ def ready(config: RunConfig, data: Dataset, stream: Stream, seed: int, path: Pat
     recipe = config.model.pretrain
     if recipe is not None:
         x, y = stream.base
-        if not len(y):
-            raise InputError(
-                "model.pretrain: must have a base set to train on, the scenario has none; leave the table out, or give weights"
-            )
         train(net, x, y, preprocess=preprocess_of(config), recipe=Recipe(**recipe.model_dump()), generator=generator)
     save_network(path, net.state_dict())
     return {"sha256": weight_hash(net), "pretrained": recipe is not None}

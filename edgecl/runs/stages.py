@@ -23,6 +23,7 @@ from edgecl.runs.budget import check_budget, prepared_of
 from edgecl.runs.config import LearnerConfig, RunConfig
 from edgecl.runs.device import BUNDLE, device_run
 from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
+from edgecl.runs.methods import method_config
 from edgecl.runs.model import build, load, ready, with_label
 from edgecl.runs.registry import SCENARIOS
 from edgecl.runs.registry import load as load_data
@@ -143,6 +144,7 @@ class _Run:
     def all(self) -> None:
         """Every stage that has no result yet, then ``run.json``."""
         start = time.perf_counter()
+        self._check_base(self.stream(self.config.device.seeds[0]))
         profiles = self._budget()
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in self.config.labels}
         networks = {}
@@ -163,6 +165,19 @@ class _Run:
         make = SCENARIOS[self.config.scenario.name]
         given = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
         return make(self.data, **self.config.scenario_options(), **given)
+
+    def _check_base(self, stream: Stream) -> None:
+        """Whether there is a base set for what needs one."""
+        if len(stream.base[1]):
+            return
+        if self.config.model.pretrain is not None:
+            raise InputError("model.pretrain: must have a base set to train on, the scenario has none; leave it out, or give weights")
+        for i, entry in enumerate(self.config.learner):
+            config = method_config(f"learner[{i}].config", entry.method, entry.config)
+            if getattr(config, "codec", "float32") != "float32":
+                raise InputError(
+                    f"learner[{i}].config.codec: must be 'float32' without a base set, to which it is fitted, got {config.codec!r}; set it"
+                )
 
     def _budget(self) -> dict[str, Any]:
         def make() -> dict[str, Any]:
@@ -263,8 +278,6 @@ class _OnDevice:
         taking = f"{self.title}: taking in base samples"
         if len(self.stream.base[1]):
             prepared.fit(*self.stream.base, progress=lambda done, total: whole.progress(taking, done, total))
-        elif getattr(prepared.learner.config, "codec", "float32") != "float32":
-            raise InputError("config.codec: must be 'float32' without a base set, to which other codecs are fitted; give one, or set it")
         whole.progress(f"{self.title}: writing the bundle and checking it", 0, 1)
         folder.mkdir(parents=True, exist_ok=True)
         exported = export(

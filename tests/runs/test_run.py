@@ -24,6 +24,8 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 
+import torch._dynamo  # once, and not in every child
+
 import edgecl.runs.device as device
 import edgecl.runs.model as model
 import edgecl.runs.stages as runs
@@ -261,7 +263,7 @@ def test_a_stream_from_nothing_with_offline_training_and_tasks_known(config):
     assert len(ncm["matrices"]) == 2 and ncm["accuracy_sd"] >= 0 and "forward_transfer" in ncm
     assert joint["role"] == "offline" and joint["accuracy"] > 0.7 and ncm["joint"] == "joint"
     values["learner"] = [{"method": "latent_replay", "at": "2"}]
-    with pytest.raises(InputError, match=r"learner 'latent_replay': config.codec: must be 'float32' without a base set"):
+    with pytest.raises(InputError, match=r"learner\[0\]\.config\.codec: must be 'float32' without a base set"):
         run(parse(values, config.parent), config, config.parent / "replay.run")
     values["model"]["pretrain"] = {}
     with pytest.raises(InputError, match=r"model\.pretrain: must have a base set"):
