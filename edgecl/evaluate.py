@@ -27,7 +27,9 @@ class StreamResult:
         right: Whether each test sample was right at each evaluation, bool [evaluations, test samples], task by task.
         samples: Stream samples learned before each evaluation.
         prequential: Share of stream samples predicted right before they were learned.
-        last_label: The same for a baseline that repeats the previous label.
+        prequential_windowed: The same over the last 100 samples.
+        last_label: The same over all samples for a baseline that repeats the previous label.
+        majority: The same for a baseline that repeats the most frequent of the last 100 labels.
         update_seconds: Wall time of each update, the trunk included.
         update_bytes: Bytes that each update wrote to the store; zeros without one.
         sizes: Test samples of every task.
@@ -38,7 +40,9 @@ class StreamResult:
     right: NDArray[np.bool_]
     samples: list[int]
     prequential: float
+    prequential_windowed: float
     last_label: float
+    majority: float
     update_seconds: list[float]
     update_bytes: list[int]
     sizes: list[int]
@@ -158,15 +162,17 @@ def result_of(
     values = np.stack([part.mean(1) for part in np.split(flags, np.cumsum(sizes)[:-1], axis=1)], axis=1)
     start = values[0].tolist() if current[0] < 0 and initial is None else initial
     return StreamResult(
-        AccuracyTrace(values, current),
-        flags,
-        samples,
-        prequential.accuracy,
-        prequential.last_label,
-        seconds,
-        written,
-        sizes,
-        None if start is None else list(start),
+        trace=AccuracyTrace(values, current),
+        right=flags,
+        samples=samples,
+        prequential=prequential.accuracy,
+        prequential_windowed=prequential.windowed,
+        last_label=prequential.last_label,
+        majority=prequential.majority,
+        update_seconds=seconds,
+        update_bytes=written,
+        sizes=sizes,
+        initial=None if start is None else list(start),
     )
 
 
@@ -207,7 +213,9 @@ def figures(result: StreamResult, *, offline: Sequence[float] | None = None, win
     found = {
         "accuracy": result.accuracy,
         "prequential": result.prequential,
+        "prequential_windowed": result.prequential_windowed,
         "last_label": result.last_label,
+        "majority": result.majority,
         "average_accuracy": metrics.average_accuracy(matrix),
         "average_incremental_accuracy": metrics.average_incremental_accuracy(matrix),
         "average_anytime_accuracy": metrics.average_anytime_accuracy(trace),

@@ -54,6 +54,12 @@ def test_a_trace_from_nothing_has_no_base_task():
     assert windowed_plasticity(trace) == pytest.approx(0.6)
 
 
+def test_a_task_is_followed_from_just_before_its_first_sample():
+    trace = AccuracyTrace([[0.5, 0.9], [0.5, 0.1], [0.5, 0.3]], [0, 0, 1])
+    assert windowed_forgetting(trace) == 0
+    assert windowed_plasticity(trace) == pytest.approx((0 + 0.2) / 2)
+
+
 def test_plasticity_sees_a_rise_after_a_fall():
     """Regression: a shortcut that holds for falls only makes 0 of it."""
     assert largest_rise([0.9, 0.1, 0.8], 10) == pytest.approx(0.7)

@@ -1,5 +1,8 @@
 """Runs over streams with a learner that is written out here, so that every figure can be worked by hand."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -64,7 +67,9 @@ def test_every_figure_of_a_hand_worked_run():
         {
             "accuracy": 0.25,
             "prequential": 0.75,
+            "prequential_windowed": 0.75,
             "last_label": 0.75,
+            "majority": 3 / 8,
             "average_accuracy": 1 / 3,
             "average_incremental_accuracy": (0.5 + 0.5 + 1 / 3) / 3,
             "average_anytime_accuracy": (0.5 + 0.5 + 0.5 + 1 / 3 + 1 / 3) / 5,
@@ -85,6 +90,12 @@ def test_every_figure_of_a_hand_worked_run():
         }
     )
     assert not {"learning_curve_area_10_a-gem", "omega_all"} & set(figures(result))
+
+
+def test_the_page_lists_every_figure():
+    result = run_stream(Greedy(2), ClassIncremental(tiny(10, 2), [], [[0], [1]]), every=1)
+    page = (Path(__file__).resolve().parents[1] / "docs/metrics.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w[\w-]*)` \|", page, re.MULTILINE)) == sorted(figures(result, offline=[1, 1]))
 
 
 def test_a_run_from_nothing_measures_its_initial_accuracies():

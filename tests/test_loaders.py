@@ -165,10 +165,14 @@ def test_windows_from_npz(tmp_path):
     [
         ({"x": None}, r"lacks \['x'\]"),
         ({"X": np.zeros(1)}, r"has \['X'\] beside"),
-        ({"x": ARRAYS["x"].astype(np.float64)}, "x_test: samples must be float64|float32 .*got float64"),
+        ({"x": ARRAYS["x"].astype(np.float64)}, r"x must be float32 \[windows, channels, steps\], got float64"),
         ({"x": np.zeros((2, 3), np.float32), "x_test": np.zeros((1, 3), np.float32)}, r"windows, channels, steps\], got float32 \[2, 3\]"),
         ({"x": np.where(ARRAYS["x"] == 4, np.nan, ARRAYS["x"])}, r"x must be finite, got nan at \[window, channel, step\] \[0, 1, 1\]"),
-        ({"y": np.array([1.0, 0.0])}, "y: must be int64"),
+        ({"x": np.float32(1)}, r"windows, channels, steps\], got float32 \[\]"),
+        ({"x": np.zeros((2, 0, 3), np.float32), "x_test": np.zeros((1, 0, 3), np.float32)}, r"got float32 \[2, 0, 3\]"),
+        ({"x_test": np.ones((1, 2, 4), np.float32)}, r"x_test: samples must be float32 \[2, 3\]"),
+        ({"y": np.array([1.0, np.nan])}, "bad.npz: y: must be int64"),
+        ({"y_test": np.array(["run"])}, "y_test: must be int64"),
         ({"group": np.array([0, 1])}, "must be given together, got group and group_names; give all"),
         ({**GROUPS, "group_test": np.array([2])}, r"group_test: groups must be in 0\.\.1, got 2\.\.2; add group names"),
         ({**GROUPS, "group": np.array([0])}, r"group: must be int64 \[2\], one group for each sample"),
@@ -229,7 +233,8 @@ def test_windows_from_csv(tmp_path):
         ("w0,6,9,train,-6,u1\n", "", "line 6: every window must have 2 rows as the first one, got 1 in 'w0'"),
         ("w0", "w1", "line 6: .*must follow each other, got 'w1' again"),
         ("test", "dev", "line 4: split must be train or test, got 'dev'"),
-        ("-3.5", "x", "line 4: ay must be a finite number, got 'x'"),
+        ("-3.5", "x", "line 4: ay must be a finite float32, got 'x'"),
+        ("-3.5", "-1e39", "got '-1e39'"),
         ("-3.5", "nan", "got 'nan'"),
         ("-3.5", "", "got ''"),
         ("w1,1", '"w1,1', "table with commas"),
@@ -239,6 +244,11 @@ def test_windows_from_csv(tmp_path):
 def test_bad_csv_is_refused(tmp_path, old, new, words):
     with refused(words):
         load_windows(table(tmp_path, TABLE.replace(old, new)))
+
+
+def test_a_table_without_a_channel_is_refused(tmp_path):
+    with refused("must name at least one channel"):
+        load_windows(table(tmp_path, "window,label,split\na,b,train\n"))
 
 
 def test_csv_in_another_encoding_is_refused(tmp_path):
@@ -335,10 +345,13 @@ def test_bad_wavs_are_refused(tmp_path):
 
 
 def test_log_mel_refuses_what_does_not_fit_the_rate():
-    with refused("seconds: must be at least 0.025"):
-        log_mel(np.zeros(100, np.int16), 8000, seconds=0.02)
-    with refused("mels: must fit a sample rate of 8000 Hz, got 100"):
-        log_mel(np.zeros(100, np.int16), 8000, mels=100)
+    for seconds in (0.02, float("nan"), float("inf")):
+        with refused(f"seconds: must be at least 0.025, one window, and finite, got {seconds}"):
+            log_mel(np.zeros(100, np.int16), 8000, seconds=seconds)
+    for mels in (100, 0, -1):
+        with refused(f"mels: must fit a sample rate of 8000 Hz, got {mels}"):
+            log_mel(np.zeros(100, np.int16), 8000, mels=mels)
+    assert log_mel(np.zeros(100, np.int16), 8000, seconds=0.025).shape == (1, 40)
 
 
 def test_an_absent_audio_library_names_the_install_command(monkeypatch):

@@ -145,6 +145,12 @@ def test_recurring(data):
         assert stream.test(task)[0].tolist() == (len(values) + np.flatnonzero(np.isin(values, part))).tolist()
 
 
+def test_the_shares_of_visits_are_drawn_at_random():
+    stream = Recurring(tiny([[100]]), [], [[0], [0]])
+    early = [int(s.x) for s in stream if s.task == 0]
+    assert len(early) == 50 and 10 < sum(i < 50 for i in early) < 40
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -19,9 +19,10 @@ class Blurry(PlannedStream):
     blurry classes a share is drawn at random, mixed, and dealt to the tasks in random numbers. Within a task the order is
     random. Each sample comes once. Test sets hold the task's home classes.
 
-    Deviations from the authors' code: every task has a home class, so that its accuracy is defined (theirs may have none); the
-    blurred samples are drawn from all blurry classes alike and their number is exact (theirs takes up to as many from a task
-    as the task gets back); no class is dropped where numbers do not divide.
+    Deviations from the authors' code: all classes are dealt in one go, and every task has a home class, so that its accuracy is
+    defined (theirs deals disjoint and blurry classes apart, and a task may have none); the blurred samples are drawn from all
+    blurry classes alike and their number is exact (theirs takes up to as many from a task as the task gets back); no class is
+    dropped where numbers do not divide.
 
     Attributes:
         dataset: Where the samples come from.

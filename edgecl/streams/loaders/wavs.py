@@ -1,5 +1,6 @@
 """A folder of recordings, one word each, as log-mel spectrograms."""
 
+import math
 import re
 import wave
 from pathlib import Path
@@ -92,8 +93,8 @@ def log_mel(samples: NDArray[np.int16], rate_hz: int, *, seconds: float = 1.0, m
         import kaldi_native_fbank as knf
     except ImportError as error:
         raise EdgeclError("kaldi-native-fbank is not installed; install it with: pip install 'edgecl[audio]'") from error
-    if not seconds >= 0.025:
-        raise InputError(f"seconds: must be at least 0.025, one window, got {seconds}; pass 1.0")
+    if not 0.025 <= seconds < math.inf:
+        raise InputError(f"seconds: must be at least 0.025, one window, and finite, got {seconds}; pass 1.0")
     options: Any = knf.FbankOptions()
     options.frame_opts.samp_freq = rate_hz
     options.frame_opts.dither = 0

@@ -23,6 +23,7 @@ OPTIONAL = ("class_names", "group", "group_test", "group_names")
 KEYS = ("window", "label", "split")
 """Columns that a table must have; ``group`` may be there, all others are channels."""
 SPLITS = ("train", "test")
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def load_windows(path: str | Path) -> Dataset:
@@ -57,14 +58,7 @@ def load_windows(path: str | Path) -> Dataset:
         raise InputError(f"path: must end in .npz or .csv, got {str(path)!r}; give such a file")
     if not place.is_file():
         raise InputError(f"{place}: must be there, got no such file; give the path of an .npz or .csv file")
-    data = _from_npz(place) if place.suffix == ".npz" else _from_csv(place)
-    for name, x in (("x", data.x), ("x_test", data.x_test)):
-        if x.dtype != np.float32 or x.ndim != 3 or 0 in x.shape[1:]:
-            raise InputError(f"{place}: {name} must be float32 [windows, channels, steps], got {x.dtype} {list(x.shape)}; convert it")
-        if (wrong := np.argwhere(~np.isfinite(x))).size:
-            at = wrong[0].tolist()
-            raise InputError(f"{place}: {name} must be finite, got {x[tuple(at)]} at [window, channel, step] {at}; fill or drop it")
-    return data
+    return _from_npz(place) if place.suffix == ".npz" else _from_csv(place)
 
 
 def _from_npz(path: Path) -> Dataset:
@@ -80,6 +74,13 @@ def _from_npz(path: Path) -> Dataset:
             f"{path}: must hold the arrays {', '.join(REQUIRED)} and, if wanted, {', '.join(OPTIONAL)}; it lacks {missing} and has"
             f" {unknown} beside; rename them"
         )
+    for name in ("x", "x_test"):
+        x = arrays[name]
+        if x.dtype != np.float32 or x.ndim != 3 or 0 in x.shape[1:]:
+            raise InputError(f"{path}: {name} must be float32 [windows, channels, steps], got {x.dtype} {list(x.shape)}; convert it")
+        if (wrong := np.argwhere(~np.isfinite(x))).size:
+            at = wrong[0].tolist()
+            raise InputError(f"{path}: {name} must be finite, got {x[tuple(at)]} at [window, channel, step] {at}; fill or drop it")
     groups = [arrays[name] for name in ("group", "group_test") if name in arrays]
     try:
         return Dataset(
@@ -94,10 +95,11 @@ def _from_npz(path: Path) -> Dataset:
 
 
 def _names(arrays: Arrays, name: str, indices: Sequence[NDArray[Any]]) -> tuple[str, ...]:
-    """Names from the archive, or the numbers that the indices use."""
+    """Names from the archive, or the numbers that the indices use; what is no index the data set refuses."""
     if name in arrays:
         return tuple(str(text) for text in arrays[name].reshape(-1))
-    return tuple(map(str, range(max((int(values.max()) for values in indices if values.size), default=-1) + 1)))
+    largest = max((int(values.max()) for values in indices if values.size and values.dtype == np.int64), default=-1)
+    return tuple(map(str, range(largest + 1)))
 
 
 @dataclass
@@ -144,6 +146,8 @@ def _windows(path: Path, file: TextIO) -> Iterator[_Window]:
         raise InputError(f"{path}: line 1: must name the columns {', '.join(KEYS)} and the channels, each once, got {header}; mend it")
     keys = [header.index(name) for name in (*KEYS, *(["group"] if "group" in header else []))]
     channels = [i for i in range(len(header)) if i not in keys]
+    if not channels:
+        raise InputError(f"{path}: line 1: must name at least one channel beside {header}, got none; add its column")
     seen: set[str] = set()
     window: _Window | None = None
     for row in reader:
@@ -172,6 +176,6 @@ def _number(place: str, column: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{place}: {column} must be a finite number, got {text!r}; fill or drop it")
+    if not abs(value) <= LARGEST:
+        raise InputError(f"{place}: {column} must be a finite float32, got {text!r}; fill or drop it")
     return value
