@@ -85,6 +85,8 @@ def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
         "rows": views.learner_rows(result),
         **{name: Markup(svg) for name, svg in drawn.items()},
         "tasks": [task["name"] for task in result["tasks"]],
+        "metrics": views.metrics(result),
+        "curves": views.curves(result),
         "matrices": views.matrices(result),
         "ledgers": views.ledgers(result),
         "layers": [

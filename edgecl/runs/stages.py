@@ -265,7 +265,8 @@ class _OnDevice:
             progress=lambda done, total: self.whole.progress(f"{self.title}: learning the stream", done, total),
         )
         manifest = read_manifest(folder / BUNDLE)
-        shown = {**metrics(found), **figures(found), **costs(manifest), "refused": refused}
+        known = metrics(found)
+        shown = {**known, **figures(found), **costs(manifest), "metrics": list(known), "refused": refused}
         return {**shown, "ledger": manifest.ledger, **gates}
 
     def _bundle(self, folder: Path) -> dict[str, Any]:
