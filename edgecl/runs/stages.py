@@ -6,6 +6,7 @@ stopped. What it finds is what a run without a break finds, to the bit, times an
 
 import dataclasses
 import inspect
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 
 from edgecl.evaluate import evaluation_set
 from edgecl.evaluate import figures as metrics
-from edgecl.figures import BASELINES, costs, figures, machine, one_thread, summarise, tasks_of, versions
+from edgecl.figures import BASELINES, costs, figures, machine, summarise, tasks_of, threads, versions
 from edgecl.methods import METHODS
 from edgecl.offline import offline_accuracy
 from edgecl.runs.budget import check_budget, prepared_of
@@ -32,6 +33,7 @@ from edgecl_device.errors import InputError
 from edgecl_device.manifest import read_manifest
 
 START, RESULT = "start.json", "run.json"
+WRITTEN = (START, "config.toml", "cost.json", RESULT, "report.html")
 SCRATCH = ".edgecl-new-*"
 """What an export that was killed leaves behind."""
 
@@ -58,7 +60,7 @@ def run(
             versions; when a learner exceeds the budget; or when a part does not fit.
     """
     _check_folder(folder, fresh)
-    with locked(folder), one_thread():
+    with locked(folder), threads(1):
         if fresh:
             _clear(folder)
         progress("loading the data", 0, 1)
@@ -83,10 +85,11 @@ def _check_folder(folder: Path, fresh: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
+    """Delete what a run writes, and nothing else."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink() and re.fullmatch(r"seed\d+", path.name):
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name.removesuffix(".new") in WRITTEN:
             path.unlink()
 
 

@@ -162,7 +162,9 @@ def test_a_title_may_change_and_fresh_starts_anew(config, whole):
     assert (folder / "seed0" / "ridge" / "result.json").stat().st_mtime_ns == before
     text = config.read_text()
     config.write_text(text[: text.index("[[learner]]\nlabel")] + "[device]\nevery = 20\nstore = false\n")
+    (folder / "notes.txt").write_text("mine")
     found = run(read_config(config), config, folder, fresh=True)
+    assert (folder / "notes.txt").read_text() == "mine"
     assert [row["label"] for row in found["learners"]] == ["ridge"] and not (folder / "seed0" / "replay").exists()
     assert not (folder / "seed0" / "ridge" / "store.db").exists()
 
