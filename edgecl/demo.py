@@ -24,9 +24,9 @@ from edgecl.figures import (
     costs,
     figures,
     machine,
-    one_thread,
     summarise,
     tasks_of,
+    threads,
     versions,
     weight_hash,
 )
@@ -208,7 +208,7 @@ def run_demo(
     data = fashion_mnist_subset()
     networks: list[str] = []
     rows: dict[str, list[dict[str, Any]]] = {s.label: [] for s in settings}
-    with one_thread(), tempfile.TemporaryDirectory() as scratch:
+    with threads(1), tempfile.TemporaryDirectory() as scratch:
         for seed in range(seeds):
             stream = ClassIncremental(data, base_classes=range(6), steps=[[6], [7], [8], [9]], seed=seed)
             notice(f"seed {seed}: pretraining on {len(stream.base[1]):,} images of 6 classes")

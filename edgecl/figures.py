@@ -121,11 +121,11 @@ def machine() -> str:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread in PyTorch: sums come out the same whatever the number of cores, and tensors this small gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """So many threads in PyTorch: with one, sums come out alike whatever the number of cores, and small tensors gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

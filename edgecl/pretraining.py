@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edgecl.methods._features import check_types, require
+from edgecl_device.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def train(
     preprocess: nn.Module | None,
     recipe: Recipe,
     generator: torch.Generator,
+    device: str = "cpu",
 ) -> None:
     """Train a classifier in place and leave it in eval mode; outputs of classes without a sample are masked.
 
@@ -52,12 +54,20 @@ def train(
         y: Classes int64 [N], in [0, K).
         preprocess: What the device will run before the network, or None.
         recipe: How.
-        generator: Of the order of the samples.
+        generator: Of the order of the samples, on the CPU.
+        device: PyTorch's device to train on; the network comes back to the CPU.
+
+    Raises:
+        InputError: when there is no such device.
     """
     samples, labels = torch.tensor(x), torch.tensor(y)
     if preprocess is not None:
         samples = preprocess(samples)
-    net.train()
+    try:
+        samples, labels = samples.to(device), labels.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by what it was built with
+        raise InputError(f"device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got {device!r} ({error})") from error
+    net.to(device).train()
     optimiser = torch.optim.AdamW(net.parameters(), recipe.lr / 4, weight_decay=recipe.weight_decay)
     batches = -(-len(x) // recipe.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=recipe.epochs * batches)
@@ -72,4 +82,4 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-    net.eval()
+    net.to("cpu").eval()

@@ -87,7 +87,7 @@ def test_an_import_against_the_arrow_is_found(tmp_path, importer, imported):
 
 def test_the_command_may_import_the_bundle_writer(tmp_path):
     root = copied(tmp_path)
-    for name in ("cli", "demo", "runs/run"):
+    for name in ("cli", "demo", "runs/stages"):
         (root / "edgecl" / f"{name}.py").write_text("def run():\n    import edgecl_export\n    import edgecl_export.example\n")
     (root / PACKAGES["edgecl_export"] / "example.py").write_text("")
     result = lint_imports(root)

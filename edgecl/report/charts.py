@@ -53,6 +53,16 @@ def met(result: Row, curve: Row) -> Any:
     return (values * weights).sum(0) / np.maximum(weights.sum(0), 1)
 
 
+def mean_curve(result: Row, row: Row) -> tuple[Any, Any]:
+    """Mean over seeds of :func:`met`, and its standard deviation, None for one seed.
+
+    Of several seeds those count that were tested at the same points as the first: where tasks have random sizes, it alone.
+    """
+    first = row["curves"][0]["samples"]
+    values = np.array([met(result, curve) for curve in row["curves"] if curve["samples"] == first])
+    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
+
+
 def accuracy_figure(result: Row) -> Figure:
     """Accuracy on what was met so far along the stream: a line a learner, its spread over seeds, and where tasks begin."""
     figure = Figure(figsize=(8.4, 4.2), layout="constrained")
@@ -68,14 +78,11 @@ def accuracy_figure(result: Row) -> Figure:
         if not row.get("curves"):
             ax.axhline(100 * row["accuracy"], color=INK, linestyle="--", linewidth=1.2, label=f"{row['label']} (offline, at the end)")
             continue
-        samples = row["curves"][0]["samples"]
-        same = [curve for curve in row["curves"] if curve["samples"] == samples]
-        values = 100 * np.array([met(result, curve) for curve in same])
+        samples, (mean, spread) = row["curves"][0]["samples"], mean_curve(result, row)
         colour, marker = GROUP_COLOURS[drawn % 6], GROUP_MARKERS[drawn % 6]
-        ax.plot(samples, values.mean(0), color=colour, marker=marker, markersize=4, linewidth=1.6, label=row["label"])
-        if len(same) > 1:
-            spread = values.std(0, ddof=1)
-            ax.fill_between(samples, values.mean(0) - spread, values.mean(0) + spread, color=colour, alpha=0.18, linewidth=0)
+        ax.plot(samples, 100 * mean, color=colour, marker=marker, markersize=4, linewidth=1.6, label=row["label"])
+        if spread is not None:
+            ax.fill_between(samples, 100 * (mean - spread), 100 * (mean + spread), color=colour, alpha=0.18, linewidth=0)
         drawn += 1
     ax.set_ylim(0, 100)
     ax.set_xlabel("samples learned, one at a time")

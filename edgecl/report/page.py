@@ -1,7 +1,6 @@
 """The page itself: what the template shows, and where it is written."""
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,6 @@ def _read(folder: Path) -> dict[str, Any]:
         raise InputError(f"RUN: must be the folder of a finished run, {folder} {why}")
     config = folder / "config.toml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    tomllib.loads(text)
     return {**read_json(folder / RESULT), "name": folder.name, "toml": text}
 
 
@@ -85,6 +83,8 @@ def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
         "rows": views.learner_rows(result),
         **{name: Markup(svg) for name, svg in drawn.items()},
         "tasks": [task["name"] for task in result["tasks"]],
+        "metrics": views.metrics(result),
+        "curves": views.curves(result),
         "matrices": views.matrices(result),
         "ledgers": views.ledgers(result),
         "layers": [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgecl import tables
-from edgecl.report.charts import PHASES, layers_of
+from edgecl.report.charts import PHASES, layers_of, mean_curve
 from edgecl.tables import LEDGER_WORDS, percent, si, size
 
 Row = Mapping[str, Any]
@@ -114,6 +114,27 @@ def learner_rows(result: Row) -> list[dict[str, Any]]:
     """The table of learners."""
     keys = ("label", "method", "at")
     return [{**{key: row[key] for key in keys}, "cells": [c.cell(row) for c in COLUMNS]} for row in result["learners"]]
+
+
+def metrics(result: Row) -> dict[str, Any]:
+    """Every metric of every learner, as docs/metrics.md names them."""
+    rows = [row for row in result["learners"] if row.get("metrics")]
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    return {
+        "labels": [row["label"] for row in rows],
+        "rows": [{"name": name.replace("_", " "), "cells": [_share(name)(row) for row in rows]} for name in names],
+    }
+
+
+def curves(result: Row) -> dict[str, Any]:
+    """Accuracy on what was met so far along the stream, mean over seeds."""
+    rows = [row for row in result["learners"] if row.get("curves")]
+    samples = rows[0]["curves"][0]["samples"] if rows else []
+    columns = [100 * mean_curve(result, row)[0] for row in rows]
+    return {
+        "labels": [row["label"] for row in rows],
+        "rows": [{"name": f"{n:,}", "cells": [f"{column[i]:.1f}" for column in columns]} for i, n in enumerate(samples)],
+    }
 
 
 def matrices(result: Row) -> list[dict[str, Any]]:

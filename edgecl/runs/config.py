@@ -76,6 +76,12 @@ class Pretrain(Section):
     batch: int = Field(default=Recipe.batch, ge=2, description="the number of samples a step")
     lr: float = Field(default=Recipe.lr, gt=0, lt=1e3, description="the highest learning rate of the one cycle")
     weight_decay: float = Field(default=Recipe.weight_decay, ge=0, lt=1e3, description="AdamW's decoupled weight decay")
+    device: str = Field(default="cpu", description="PyTorch's device to train on, as 'cuda'")
+    threads: int = Field(default=1, ge=1, le=256, description="the number of PyTorch's threads; the last bits depend on it")
+
+    def recipe(self) -> Recipe:
+        """How to train."""
+        return Recipe(self.epochs, self.batch, self.lr, self.weight_decay)
 
 
 class Model(Section):

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from edgecl.backbones import BACKBONES, load_weights
-from edgecl.figures import weight_hash
+from edgecl.figures import threads, weight_hash
 from edgecl.options import load_model
 from edgecl.preprocess import ImageU8
-from edgecl.pretraining import Recipe, train
+from edgecl.pretraining import train
 from edgecl.runs.config import RunConfig
 from edgecl.runs.files import save_network
 from edgecl.streams import Dataset, Stream
@@ -65,16 +65,13 @@ def ready(config: RunConfig, data: Dataset, stream: Stream, seed: int, path: Pat
     """Build, pretrain if that is wanted, and write the network's tensors to ``path``; returns what to remember of it."""
     generator = torch.Generator().manual_seed(seed)
     net = build(config, data, generator)
-    recipe = config.model.pretrain
-    if recipe is not None:
+    how = config.model.pretrain
+    if how is not None:
         x, y = stream.base
-        if not len(y):
-            raise InputError(
-                "model.pretrain: must have a base set to train on, the scenario has none; leave the table out, or give weights"
-            )
-        train(net, x, y, preprocess=preprocess_of(config), recipe=Recipe(**recipe.model_dump()), generator=generator)
+        with threads(how.threads):
+            train(net, x, y, preprocess=preprocess_of(config), recipe=how.recipe(), generator=generator, device=how.device)
     save_network(path, net.state_dict())
-    return {"sha256": weight_hash(net), "pretrained": recipe is not None}
+    return {"sha256": weight_hash(net), "pretrained": how is not None}
 
 
 def load(config: RunConfig, data: Dataset, seed: int, path: Path) -> nn.Module:

@@ -362,3 +362,22 @@ def test_executed_macs_equal_a_count_on_the_onnx_model(method: str, config: dict
         assert built.executed.total_macs >= built.canonical.total_macs
         assert set(built.executed.macs) == set(built.canonical.macs)
         assert built.executed.macs.get("forward") == built.canonical.macs.get("forward")
+
+
+def test_layers_have_their_macs_by_phase() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Flatten(), nn.Linear(16, 5))
+    learner = Finetune(Problem(TensorSpec("z", (1, 1, 6, 6), "float32"), 5), suffix=net.eval())
+    graph = canonicalise(capture(learner, "learn"))
+    first, second, last = 3 * 4 * 4 * 9, 4 * 2 * 2 * 3 * 9, 16 * 5  # outputs times taps
+    assert cost.count_by_module(graph) == {
+        "0": {"forward": first, "weight_gradient": first},  # nobody asks for the gradient of its input
+        "2.0": {"forward": second, "input_gradient": second, "weight_gradient": second},
+        "4": {"forward": last, "input_gradient": last, "weight_gradient": last},
+    }
+
+
+@pytest.mark.parametrize("method", ["ridge", "slda"])
+def test_a_methods_own_algebra_has_no_layer(method: str) -> None:
+    learner = METHODS[method](Problem(TensorSpec("z", (1, 6), "float32"), 3))
+    graph = canonicalise(capture(learner, "learn"))
+    assert cost.count_by_module(graph) == {"": cost.count(graph).macs}

@@ -6,6 +6,7 @@ stopped. What it finds is what a run without a break finds, to the bit, times an
 
 import dataclasses
 import inspect
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,13 +17,14 @@ import torch
 
 from edgecl.evaluate import evaluation_set
 from edgecl.evaluate import figures as metrics
-from edgecl.figures import BASELINES, costs, figures, machine, one_thread, summarise, tasks_of, versions
+from edgecl.figures import BASELINES, costs, figures, machine, summarise, tasks_of, threads, versions
 from edgecl.methods import METHODS
 from edgecl.offline import offline_accuracy
 from edgecl.runs.budget import check_budget, prepared_of
 from edgecl.runs.config import LearnerConfig, RunConfig
 from edgecl.runs.device import BUNDLE, device_run
 from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
+from edgecl.runs.methods import method_config
 from edgecl.runs.model import build, load, ready, with_label
 from edgecl.runs.registry import SCENARIOS
 from edgecl.runs.registry import load as load_data
@@ -31,6 +33,7 @@ from edgecl_device.errors import InputError
 from edgecl_device.manifest import read_manifest
 
 START, RESULT = "start.json", "run.json"
+WRITTEN = (START, "config.toml", "cost.json", RESULT, "report.html")
 SCRATCH = ".edgecl-new-*"
 """What an export that was killed leaves behind."""
 
@@ -57,7 +60,7 @@ def run(
             versions; when a learner exceeds the budget; or when a part does not fit.
     """
     _check_folder(folder, fresh)
-    with locked(folder), one_thread():
+    with locked(folder), threads(1):
         if fresh:
             _clear(folder)
         progress("loading the data", 0, 1)
@@ -82,10 +85,11 @@ def _check_folder(folder: Path, fresh: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
+    """Delete what a run writes, and nothing else."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink() and re.fullmatch(r"seed\d+", path.name):
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name.removesuffix(".new") in WRITTEN:
             path.unlink()
 
 
@@ -143,6 +147,7 @@ class _Run:
     def all(self) -> None:
         """Every stage that has no result yet, then ``run.json``."""
         start = time.perf_counter()
+        self._check_base(self.stream(self.config.device.seeds[0]))
         profiles = self._budget()
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in self.config.labels}
         networks = {}
@@ -163,6 +168,19 @@ class _Run:
         make = SCENARIOS[self.config.scenario.name]
         given = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
         return make(self.data, **self.config.scenario_options(), **given)
+
+    def _check_base(self, stream: Stream) -> None:
+        """Whether there is a base set for what needs one."""
+        if len(stream.base[1]):
+            return
+        if self.config.model.pretrain is not None:
+            raise InputError("model.pretrain: must have a base set to train on, the scenario has none; leave it out, or give weights")
+        for i, entry in enumerate(self.config.learner):
+            config = method_config(f"learner[{i}].config", entry.method, entry.config)
+            if getattr(config, "codec", "float32") != "float32":
+                raise InputError(
+                    f"learner[{i}].config.codec: must be 'float32' without a base set, to which it is fitted, got {config.codec!r}; set it"
+                )
 
     def _budget(self) -> dict[str, Any]:
         def make() -> dict[str, Any]:
@@ -250,7 +268,8 @@ class _OnDevice:
             progress=lambda done, total: self.whole.progress(f"{self.title}: learning the stream", done, total),
         )
         manifest = read_manifest(folder / BUNDLE)
-        shown = {**metrics(found), **figures(found), **costs(manifest), "refused": refused}
+        known = metrics(found)
+        shown = {**known, **figures(found), **costs(manifest), "metrics": list(known), "refused": refused}
         return {**shown, "ledger": manifest.ledger, **gates}
 
     def _bundle(self, folder: Path) -> dict[str, Any]:
@@ -263,8 +282,6 @@ class _OnDevice:
         taking = f"{self.title}: taking in base samples"
         if len(self.stream.base[1]):
             prepared.fit(*self.stream.base, progress=lambda done, total: whole.progress(taking, done, total))
-        elif getattr(prepared.learner.config, "codec", "float32") != "float32":
-            raise InputError("config.codec: must be 'float32' without a base set, to which other codecs are fitted; give one, or set it")
         whole.progress(f"{self.title}: writing the bundle and checking it", 0, 1)
         folder.mkdir(parents=True, exist_ok=True)
         exported = export(

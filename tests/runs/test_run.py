@@ -1,0 +1,272 @@
+"""A run is what the parts give, and goes on from wherever a process was killed to the same bits."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from edgecl import cli
+from edgecl.evaluate import run_stream
+from edgecl.runs import read_config, run
+from edgecl.runs.budget import check_budget
+from edgecl.runs.config import parse
+from edgecl.runs.files import locked
+from edgecl.runs.model import build
+from edgecl.streams import ClassIncremental, load_windows
+from edgecl_device import Learner
+from edgecl_device.errors import InputError, UpdateRefusedError
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+
+import torch._dynamo  # once, and not in every child
+
+import edgecl.runs.device as device
+import edgecl.runs.model as model
+import edgecl.runs.stages as runs
+import edgecl_export.bundle as bundle
+from edgecl.runs.config import read_config
+from edgecl.runs.trail import Trail
+from edgecl_device import Learner
+
+config, folder = Path(sys.argv[1]), Path(sys.argv[2])
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def tear(trail, entry):
+    trail._file.write('{"predi')
+    trail._file.flush()
+    die()
+
+def at(n, call, before=None, after=None):
+    '''The n-th call is led or followed by the end of the process.'''
+    count = iter(range(1, 1 << 30))
+    def wrapped(*arguments, **options):
+        hit = next(count) == n
+        if hit and before:
+            before(*arguments, **options)
+        result = call(*arguments, **options)
+        return die() if hit and after else result
+    return wrapped
+
+POINTS = [  # the first learner has 40 samples to learn
+    (model, "save_network", 1, None, die),
+    (bundle, "place", 1, die, None),
+    (Learner, "learn", 7, die, None),
+    (Learner, "learn", 5, None, die),
+    (Trail, "add", 4, tear, None),
+    (device, "right_of", 1, die, None),
+    (device, "result_of", 1, die, None),
+    (Learner, "learn", 15, None, die),
+    (runs, "summarise", 1, die, None),
+]
+for owner, name, n, before, after in POINTS:
+    child = os.fork()
+    if child == 0:
+        setattr(owner, name, at(n, getattr(owner, name), before, after))
+        runs.run(read_config(config), config, folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, (name, n)
+"""
+
+
+def states(folder):
+    """State and rows at the end of every learner's run, to the bit; sample ids apart, which never come again after a kill."""
+    found = {}
+    for store in sorted(folder.glob("seed*/*/store.db")):
+        with Learner.load(store.parent / "bundle", store) as learner:
+            for name, array in {**learner.state(), **learner.rows()}.items():
+                if name != "replay.sample_id":
+                    found[f"{store.parent.name}.{name}"] = (array.dtype.str, array.shape, array.tobytes())
+    return found
+
+
+def test_a_run_killed_at_nine_points_ends_in_the_same_bits(config, whole, small):
+    folder = config.with_suffix(".run")
+    done = subprocess.run([sys.executable, "-c", KILLER, config, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "run.json").exists()
+    found = run(read_config(config), config, folder)
+    assert small.counted(json.loads(json.dumps(found))) == small.counted(json.loads((whole / "run.json").read_text()))
+    copy = folder.parent / "copy.run"
+    shutil.copytree(whole, copy)  # a store that is opened is written to
+    assert states(folder) == states(copy)
+    assert not list(folder.rglob(".edgecl-new-*")) and not list(folder.rglob("*.new"))
+
+
+def test_figures_are_those_of_the_plain_loop(whole):
+    result = json.loads((whole / "run.json").read_text())
+    stream = ClassIncremental(load_windows(whole.parent / "windows.npz"), [0, 1, 2], [[3], [4]], seed=0)
+    for row in result["learners"]:
+        with Learner.load(whole / "seed0" / row["label"] / "bundle") as learner:
+            plain = run_stream(learner, stream, every=10)
+        assert row["matrix"] == plain.matrix.values.tolist() and row["curve"] == plain.curve
+        assert (row["accuracy"], row["prequential"]) == (plain.accuracy, plain.prequential)
+        assert row["refused"] == 0
+    assert result["learners"][0]["accuracy"] > 0.8
+    assert result["samples"] == {"base": 60, "stream": 40, "test": 30}
+    assert [(task["name"], task["first_sample"]) for task in result["tasks"]] == [("3 base classes", 0), ("climb", 0), ("fall", 20)]
+
+
+def test_costs_are_the_bundles(whole):
+    for row in json.loads((whole / "run.json").read_text())["learners"]:
+        manifest = json.loads((whole / "seed0" / row["label"] / "bundle" / "manifest.json").read_text())
+        assert row["ledger"] == manifest["ledger"] and row["bytes"] == manifest["ledger"]["beyond_trunk"]
+        steps = {step["step"]: step for step in row["profile"]["steps"]}
+        assert {name: sum(step["canonical"].values()) for name, step in steps.items()} == {
+            name: step["canonical_macs"] for name, step in manifest["steps"].items()
+        }
+        assert row["update_macs"] == sum(steps["learn"]["canonical"].values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("every = 10", "every = 5", "device.every was 10, is 5"),
+        ("lr = 0.05", "lr = 0.04", "learner[1].config.lr was 0.05, is 0.04"),
+        ("steps = [[3], [4]]", "steps = [[4], [3]]", "scenario.steps was [[3], [4]], is [[4], [3]]"),
+    ],
+)
+def test_another_configuration_is_refused(config, whole, old, new, said):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(InputError) as error:
+        run(read_config(config), config, folder)
+    assert said in str(error.value) and "--fresh" in str(error.value)
+
+
+def test_other_data_and_another_model_are_refused(config, whole, small):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    arrays = small.windows()
+    arrays["x"][0, 0, 0] += 1
+    np.savez(config.with_name("windows.npz"), **arrays)
+    config.with_name("net.py").write_text(small.NET + "\n")
+    with pytest.raises(InputError, match=r"data\.sha256 was .* files\.model\.name was "):
+        run(read_config(config), config, folder)
+
+
+def test_a_title_may_change_and_fresh_starts_anew(config, whole):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    config.write_text(config.read_text() + '\n[report]\ntitle = "Windows"\n')
+    before = (folder / "seed0" / "ridge" / "result.json").stat().st_mtime_ns
+    assert run(read_config(config), config, folder)["title"] == "Windows"
+    assert (folder / "seed0" / "ridge" / "result.json").stat().st_mtime_ns == before
+    text = config.read_text()
+    config.write_text(text[: text.index("[[learner]]\nlabel")] + "[device]\nevery = 20\nstore = false\n")
+    (folder / "notes.txt").write_text("mine")
+    found = run(read_config(config), config, folder, fresh=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [row["label"] for row in found["learners"]] == ["ridge"] and not (folder / "seed0" / "replay").exists()
+    assert not (folder / "seed0" / "ridge" / "store.db").exists()
+
+
+def test_a_folder_of_something_else_and_one_in_use_are_refused(config, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="holds no run; choose another folder"):
+            run(read_config(config), config, tmp_path / "other", fresh=fresh)
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "years of work"
+    with locked(tmp_path / "busy"), pytest.raises(InputError, match="another process works in"):
+        run(read_config(config), config, tmp_path / "busy")
+
+
+def budgeted(config, **budget):
+    """The error of a run under a budget, and what was trained meanwhile: nothing."""
+    folder = config.with_suffix(".run")
+    config.write_text(config.read_text() + "\n[budget]\n" + "".join(f"{key} = {value!r}\n" for key, value in budget.items()))
+    with pytest.raises(InputError) as error:
+        run(read_config(config), config, folder)
+    assert not list(folder.glob("seed*"))
+    return str(error.value)
+
+
+def test_a_budget_is_refused_before_anything_runs_and_its_mend_fits(config, whole):
+    ledger = {row["label"]: row["ledger"] for row in json.loads((whole / "run.json").read_text())["learners"]}
+    limit = ledger["replay"]["beyond_trunk"] - 500
+    message = budgeted(config, beyond_trunk=limit)
+    assert message.startswith(f"learner 'replay': budget.beyond_trunk: must be at least {limit + 500:,}, got {limit:,} (ledger: state ")
+    assert f"replay {ledger['replay']['replay']:,} bytes" in message
+    capacity = int(message.split("config.capacity_bytes = ")[1].split(",")[0])
+    assert capacity < 2048
+    config.write_text(config.read_text().replace("capacity_bytes = 2048", f"capacity_bytes = {capacity}"))
+    read = read_config(config)
+    data = load_windows(config.with_name("windows.npz"))
+    found = check_budget(read, read.learner[1], "replay", build(read, data, torch.Generator()), data)
+    assert limit - 100 < found.ledger["beyond_trunk"] <= limit
+
+
+def test_a_budget_names_a_cut_further_down(config):
+    config.write_text(config.read_text().replace('at = "2"', 'at = "0"', 1))  # 12 features instead of 10
+    message = budgeted(config, update_macs=350)
+    assert message.startswith("learner 'ridge': budget.update_macs: must be at least ") and "cut at '1' (" in message
+
+
+def undone(config, whole, label):
+    """A copy of the whole run, without the device run of one learner."""
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    for path in (folder / "run.json", *(folder / "seed0" / label / name for name in ("result.json", "trail.jsonl", "store.db"))):
+        path.unlink()
+    return folder
+
+
+def test_a_refused_update_is_counted_and_the_stream_goes_on(config, whole, monkeypatch):
+    folder = undone(config, whole, "ridge")
+    learn, count = Learner.learn, iter(range(1000))
+
+    def sometimes(self, *arguments):
+        if next(count) % 8 == 3:
+            raise UpdateRefusedError("learn: refused")
+        return learn(self, *arguments)
+
+    monkeypatch.setattr(Learner, "learn", sometimes)
+    assert run(read_config(config), config, folder)["learners"][0]["refused"] == 5
+    with Learner.load(folder / "seed0/ridge/bundle", folder / "seed0/ridge/store.db") as learner:
+        assert learner.report()["learned"] == 35
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(config, whole, capsys, monkeypatch, small):
+    folder = undone(config, whole, "replay")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgecl.runs.device.right_of", stop)
+        assert cli.main(["run", str(config)]) == 130
+    assert f"Go on with: edgecl run {config}" in capsys.readouterr().err
+    assert cli.main(["run", str(config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert small.counted(found) == small.counted(json.loads((whole / "run.json").read_text()))
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_a_stream_from_nothing_with_offline_training_and_tasks_known(config):
+    values = {
+        "data": {"name": "windows", "path": "windows.npz"},
+        "scenario": {"name": "task-incremental", "base_classes": [], "steps": [[0, 1], [2, 3, 4]]},
+        "model": {"name": "net.py:build"},
+        "learner": [{"method": "ncm", "at": "2"}, {"method": "joint", "at": "2", "config": {"epochs": 60, "lr": 0.03}}],
+        "device": {"every": 25, "test_samples": 5, "seeds": [3, 4]},
+    }
+    found = run(parse(values, config.parent), config, config.with_suffix(".run"))
+    ncm, joint = found["learners"]
+    assert [task["test_samples"] for task in found["tasks"]] == [5, 5] and found["samples"]["base"] == 0
+    assert len(ncm["matrices"]) == 2 and ncm["accuracy_sd"] >= 0 and "forward_transfer" in ncm
+    assert joint["role"] == "offline" and joint["accuracy"] > 0.7 and ncm["joint"] == "joint"
+    values["learner"] = [{"method": "latent_replay", "at": "2"}]
+    with pytest.raises(InputError, match=r"learner\[0\]\.config\.codec: must be 'float32' without a base set"):
+        run(parse(values, config.parent), config, config.parent / "replay.run")
+    values["model"]["pretrain"] = {}
+    with pytest.raises(InputError, match=r"model\.pretrain: must have a base set"):
+        run(parse(values, config.parent), config, config.parent / "pretrained.run")
