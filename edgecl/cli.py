@@ -299,7 +299,8 @@ def export(
         found = write(prepared, out, engine=engine, overwrite=overwrite, ram_budget_bytes=budget)
     gates = [{"name": gate.name, "found": gate.found} for gate in found.gates]
     if as_json:
-        print(json.dumps({"path": str(out), "gates": gates, "ledger": found.manifest.ledger}, indent=1))
+        replay = {} if prepared.memory is None else {"reconstruction": prepared.reconstruction}
+        print(json.dumps({"path": str(out), "gates": gates, "ledger": found.manifest.ledger, **replay}, indent=1))
         return
     _show(tables.gates_table(gates), tables.ledger_table(found.manifest.ledger))
     print(f"\nWrote {out}. Look at it with: edgecl-device info {shlex.quote(str(out))}")

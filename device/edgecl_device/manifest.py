@@ -90,7 +90,7 @@ class StepSpec:
         state_out: Names of the state tensors that the graph writes. A method gives ``outputs``, then these, in this order.
         canonical_macs: Multiply-accumulates of the step's mathematics.
         executed_macs: Multiply-accumulates of the graph in ``file``.
-        macs_by_phase: Canonical count by phase (encode, forward, input_gradient, weight_gradient, update, replay_decode).
+        macs_by_phase: Canonical count by phase (encode, replay_encode, replay_decode, forward, input_gradient, weight_gradient, update).
         elementwise: Elementwise operations of the graph in ``file``, counted apart from the MACs.
         activation_bytes: Planned peak of the graph's intermediate tensors.
     """
@@ -119,6 +119,7 @@ class ReplaySpec:
         seed: Key of the counter-based generator.
         counter: Words of the generator already drawn when the bundle was written.
         seen: Samples already offered to the memory when the bundle was written.
+        reconstruction: Squared error of the calibration latents as rows hold them, over their square.
     """
 
     fields: tuple[TensorSpec, ...]
@@ -128,6 +129,7 @@ class ReplaySpec:
     seed: int
     counter: int = 0
     seen: int = 0
+    reconstruction: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Latent replay: stored latents of old samples are mixed into every update of the suffix.
 
-Source: Pellegrini et al. 2020, "Latent Replay for Real-Time Continual Learning"; rows quantised to 8 bits as in Ravaglia
-et al. 2021 (QLR-CL); the asymmetric loss is ER-ACE, Caccia et al. 2022, "New Insights on Reducing Abrupt Representation
-Change in Online Continual Learning".
+Source: Pellegrini et al. 2020, "Latent Replay for Real-Time Continual Learning"; rows quantised as in Ravaglia et al. 2021
+(QLR-CL) or product-quantised as in Hayes et al. 2020 (REMIND); the asymmetric loss is ER-ACE, Caccia et al. 2022, "New Insights on
+Reducing Abrupt Representation Change in Online Continual Learning".
 
 Deviations: the trunk is frozen and batch norm keeps its stored statistics (batch statistics mean nothing for single
 samples). ER-ACE's current loss runs over the classes of a recent window of samples, because over the one class of a
-single sample its gradient is zero. While a whole window holds one class it is zero all the same: a class that comes in such a run is
-learned through its stored rows alone, late. Learning and prediction both see the decoded latent. Predictions may come from a running
-average of the weights (Soutif-Cormerais et al. 2023, "Improving Online Continual Learning Performance and Stability with Temporal
-Ensembles").
+single sample its gradient is zero; while the window holds fewer than two classes, over all seen ones. Learning and prediction both see
+the decoded latent. Predictions may come from a running average of the weights (Soutif-Cormerais et al. 2023, "Improving Online
+Continual Learning Performance and Stability with Temporal Ensembles").
 """
 
 import math
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
 from edgecl.learner import Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import require
+from edgecl.methods._features import SMALLEST_NORM, require
 from edgecl.methods._suffix import cross_entropy
 from edgecl.methods.finetune import Finetune
 from edgecl_device.manifest import ReplaySpec, TensorSpec
@@ -32,6 +31,9 @@ from edgecl_device.memory import POLICIES
 
 class LatentReplay(Finetune):
     """Experience replay on latents: ``loss = new_weight * CE(new sample) + mean of CE(r stored rows)``.
+
+    ``health.reconstruction`` is the squared error of this sample's decoded latent over its square, for codecs that lose something: far
+    above the figure in the manifest it says that the samples have drifted from those that the codec was fitted on.
 
     State: that of finetune, 4 K bytes for the window, and the trained weights again with ``average``; beside it the replay memory. MACs
     a sample: (1 + r) times the suffix's forward and backward pass.
@@ -47,7 +49,10 @@ class LatentReplay(Finetune):
         Attributes:
             rows_per_step: Stored rows mixed into one update (r).
             capacity_bytes: Budget of the replay memory.
-            codec: ``float32`` or ``uint8``.
+            codec: ``float32``, ``uint8``, ``packed`` or ``pq`` (:mod:`edgecl.codecs`).
+            bits: Of the ``packed`` codec, 1 to 8 a value.
+            subquantizers: Of the ``pq`` codec, bytes a position.
+            centroids: Of the ``pq`` codec, codewords a sub-quantiser.
             policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows).
             loss: ``er`` or ``er-ace``.
             new_weight: Weight of the new sample's loss beside the mean of the stored rows'; 1 is ER's. Below 1 a run of samples of
@@ -66,11 +71,16 @@ class LatentReplay(Finetune):
         average: float = 0.0
         window: int = 50
         seed: int = 0
+        bits: int = 4
+        subquantizers: int = 8
+        centroids: int = 64
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require(self.rows_per_step >= 1, "rows_per_step", "be at least 1", self.rows_per_step, "8 is a good start")
             require(self.codec in CODECS, "codec", f"be one of {', '.join(CODECS)}", self.codec, "use 'uint8'")
+            for codec in CODECS.values():
+                codec.of(self)  # checks what it takes of these values
             require(self.policy in POLICIES, "policy", f"be one of {', '.join(POLICIES)}", self.policy, "use 'largest-class'")
             require(self.loss in ("er", "er-ace"), "loss", "be 'er' or 'er-ace'", self.loss, "use 'er'")
             require(0 < self.new_weight < math.inf, "new_weight", "be finite and above 0", self.new_weight, "1 is ER's own")
@@ -83,7 +93,8 @@ class LatentReplay(Finetune):
         for spec in features.values():
             require(spec.dtype == "float32", spec.name, "be float32 features", spec.dtype, "convert the model with float()")
         self._names = list(features)
-        self.codecs = {name: CODECS[self.config.codec]() for name in self._names}
+        self.codecs = {name: CODECS[self.config.codec].of(self.config) for name in self._names}
+        self._rows = {name: self.codecs[name].row_spec(spec) for name, spec in features.items()}
 
     def init(self) -> State:
         """Finetune's state, and for each class the samples since it was last seen."""
@@ -96,13 +107,20 @@ class LatentReplay(Finetune):
         for name, part in self._parts(latents).items():
             self.codecs[name].fit(part)
 
+    def reconstruction(self, latents: Any) -> float:
+        """Squared error of decoded latents [N, ...] over their square."""
+        with torch.no_grad():
+            return float(self._error(latents, self._decode(self._encode(latents))))
+
+    @property
+    def codebooks(self) -> tuple[Tensor, ...]:
+        """Those of the codecs."""
+        return tuple(table for codec in self.codecs.values() for table in codec.constants())
+
     @property
     def replay(self) -> ReplaySpec:
         """Rows of codes, drawn and evicted by the device."""
-        features = self.problem.features
-        specs = {"": features} if isinstance(features, TensorSpec) else features
-        dtype = CODECS[self.config.codec].dtype
-        fields = tuple(TensorSpec(f"z.{name}" if name else "z", spec.shape[1:], dtype) for name, spec in specs.items())
+        fields = tuple(TensorSpec(f"z.{name}" if name else "z", row.shape, row.dtype) for name, row in self._rows.items())
         return ReplaySpec(fields, self.config.rows_per_step, self.config.capacity_bytes, self.config.policy, self.config.seed)
 
     def step_inputs(self) -> dict[str, Any]:
@@ -133,13 +151,11 @@ class LatentReplay(Finetune):
         count = state["count"] + fresh
         age = torch.where(fresh > 0, 0.0, state["age"] + 1.0)
         seen = (count > 0).unsqueeze(0)
-        current = seen if self.config.loss == "er" else (age < self.config.window).unsqueeze(0)
-        rows = self.config.rows_per_step
-        with phase("replay_decode"):
-            batch = self._join(self._decode(code), self._decode(replay["z"]))
+        rows, real = self.config.rows_per_step, replay["weight"]
+        decoded = self._decode(code)
+        batch = self._join(decoded, self._decode(self._filled(replay["z"], code, real)))
         targets = torch.cat([target, replay["target"]])
-        allowed = torch.cat([current, seen.expand(rows, -1)])
-        real = replay["weight"]
+        allowed = torch.cat([self._current(age, seen), seen.expand(rows, -1)])
         weights = torch.cat([weight * self.config.new_weight, real / real.sum().clamp_min(1.0)])
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -149,9 +165,34 @@ class LatentReplay(Finetune):
         value, scores, new = self.descend(state, loss, lr)
         if self.config.average:
             with phase("forward"):
-                scores = self.scores(self._predictors(state), self._decode(code))
+                scores = self.scores(self._predictors(state), decoded)
         outputs = {"scores": mask_unseen(scores[:1], state["count"]), "loss": value, **self._row(code)}
+        if not CODECS[self.config.codec].lossless:
+            outputs["health.reconstruction"] = self._error(z, decoded)
         return outputs, {**new, **self._average(state, new), "count": count, "age": age}
+
+    def _current(self, age: Tensor, seen: Tensor) -> Tensor:
+        """Classes that the new sample's softmax runs over, bool [1, K]."""
+        if self.config.loss == "er":
+            return seen
+        window = (age < self.config.window).unsqueeze(0)
+        return torch.where(window.to(torch.float32).sum() < 2, seen, window)
+
+    def _filled(self, rows: Any, code: Any, real: Tensor) -> Any:
+        """Rows with this sample's code in place of filler: of zeros a suffix may make NaN, which no weight of zero takes away."""
+        own = self._parts(code)
+        return self._whole(
+            {
+                name: torch.where((real > 0).reshape(-1, *[1] * (part.dim() - 1)), part, own[name])
+                for name, part in self._parts(rows).items()
+            }
+        )
+
+    def _error(self, z: Any, decoded: Any) -> Tensor:
+        """Squared error over squared length, float32 []."""
+        pairs = [(part, self._parts(decoded)[name]) for name, part in self._parts(z).items()]
+        error = torch.stack([((part - other) * (part - other)).sum() for part, other in pairs]).sum()
+        return error / torch.stack([(part * part).sum() for part, _ in pairs]).sum().clamp_min(SMALLEST_NORM)
 
     def _predictors(self, state: State) -> dict[str, Tensor]:
         """The weights that predict: the running average, where there is one."""
@@ -176,10 +217,12 @@ class LatentReplay(Finetune):
         return parts[""] if self._names == [""] else parts
 
     def _encode(self, z: Any) -> Any:
-        return self._whole({name: self.codecs[name].encode(part) for name, part in self._parts(z).items()})
+        with phase("replay_encode"):
+            return self._whole({name: self.codecs[name].encode(part) for name, part in self._parts(z).items()})
 
     def _decode(self, code: Any) -> Any:
-        return self._whole({name: self.codecs[name].decode(part) for name, part in self._parts(code).items()})
+        with phase("replay_decode"):
+            return self._whole({name: self.codecs[name].decode(part) for name, part in self._parts(code).items()})
 
     def _join(self, first: Any, rest: Any) -> Any:
         parts = self._parts(rest)

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.numpy import save
 
 from edgecl.graph.lowering import BuiltStep, build
-from edgecl.ledger import ledger, state_specs
+from edgecl.ledger import ledger, state_specs, table_bytes
 from edgecl.prepare import Prepared
 from edgecl_device.checks import as_int, as_path, short
 from edgecl_device.errors import BundleError, InputError
@@ -176,13 +176,14 @@ def _write(
     if memory is not None:
         (folder / REPLAY_FILE).write_bytes(save(memory.rows_by_name()))
         spec = memory.spec
-        replay = dataclasses.replace(spec, counter=memory.generator.counter, seen=memory.seen)
+        replay = dataclasses.replace(spec, counter=memory.generator.counter, seen=memory.seen, reconstruction=prepared.reconstruction)
     memory_ledger = ledger(
         steps,
         prepared.state,
         weight_bytes=written.weight_bytes,
         graph_bytes=all_bytes - written.weight_bytes,
         replay_bytes=memory.nbytes if memory is not None else 0,
+        codebook_bytes=table_bytes(learner.codebooks),
         pending=pending_capacity,
     )
     specs = state_specs(prepared.state)

@@ -126,6 +126,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("finetune", {"trainable": ("1.*", "5.*")}),
     ("latent_replay", {"rows_per_step": 2}),
     ("latent_replay", {"rows_per_step": 3, "average": 0.9}),
+    ("latent_replay", {"rows_per_step": 2, "codec": "packed", "bits": 3}),
+    ("latent_replay", {"rows_per_step": 2, "codec": "pq", "subquantizers": 2, "centroids": 16}),
 ]
 
 
@@ -171,6 +173,15 @@ def test_replay_multiplies_every_phase(tools: Any) -> None:
     one = cost.count(canonicalise(capture(tools.make_learner("finetune"), "learn"))).macs
     four = cost.count(canonicalise(capture(tools.make_learner("latent_replay", rows_per_step=3), "learn"))).macs
     assert {k: 4 * n for k, n in one.items()} == four
+
+
+def test_a_product_quantiser_costs_positions_times_channels_times_centroids(tools: Any) -> None:
+    """Encoding a map of 49 positions and 4 channels with 16 codewords; looking them up again is no multiplication."""
+    learner = tools.make_learner("latent_replay", rows_per_step=2, codec="pq", subquantizers=2, centroids=16)
+    for step in ("predict", "learn"):
+        found = cost.count(canonicalise(capture(learner, step))).macs
+        assert found["replay_encode"] == 49 * 4 * 16
+        assert "replay_decode" not in found
 
 
 CONVOLUTIONS = [
