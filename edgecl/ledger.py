@@ -21,7 +21,7 @@ def ledger(
     *,
     weight_bytes: int,
     graph_bytes: int,
-    replay_bytes: int,
+    replay_bytes: tuple[int, int],
     codebook_bytes: int,
     pending: int,
 ) -> dict[str, Any]:
@@ -32,15 +32,16 @@ def ledger(
         state: The learner's state.
         weight_bytes: Size of the file of frozen weights.
         graph_bytes: Size of all graph files.
-        replay_bytes: Size of the replay memory's arrays.
+        replay_bytes: Size of the replay memory's arrays, and of its file of rows, if it has one.
         codebook_bytes: Size of the replay codecs' tables.
         pending: Predictions kept for a delayed label.
 
     Returns:
         ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``,
-        ``inputs_outputs``, ``pending_features``: RAM but for ``graphs``; ``logged_features_per_update``: features of one sample as the
-        log holds them, to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once,
-        replay and codebooks; ``not_counted``.
+        ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for ``graphs`` and ``replay_file``;
+        ``logged_features_per_update``: features of one sample as the log holds them, to which the store adds its own
+        (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with its file, and codebooks;
+        ``not_counted``.
     """
     written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
     state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
@@ -53,11 +54,12 @@ def ledger(
         "state": sum(state_bytes.values()),
         "state_second_buffers": sum(size for name, size in state_bytes.items() if name in written),
         "activations_peak": max(step.plan.arena_bytes for step in steps.values()),
-        "replay": replay_bytes,
+        "replay": replay_bytes[0],
+        "replay_file": replay_bytes[1],
         "inputs_outputs": sum(ports),
         "pending_features": pending * features,
         "logged_features_per_update": features,
-        "beyond_trunk": sum(state_bytes.values()) + replay_bytes + codebook_bytes,
+        "beyond_trunk": sum(state_bytes.values()) + sum(replay_bytes) + codebook_bytes,
         "not_counted": NOT_COUNTED,
     }
 

@@ -101,7 +101,7 @@ def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
         prepared.state,
         weight_bytes=frozen_bytes(steps),
         graph_bytes=0,
-        replay_bytes=0 if memory is None else memory.nbytes,
+        replay_bytes=(0 if memory is None else memory.nbytes, 0),
         codebook_bytes=table_bytes(ready.learner.codebooks),
         pending=DEFAULT_PENDING,
     )

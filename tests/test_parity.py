@@ -29,6 +29,7 @@ CASES = [
     *(("latent_replay", {"optimizer": o, "loss": loss, "codec": codec, "lr": LR[o]}) for o, loss, codec in REPLAY),
     ("latent_replay", {"average": 0.98}),
     ("latent_replay", {"codec": "packed", "bits": 5}),
+    ("latent_replay", {"crop": True, "mixup": 0.1, "lr_decay": 0.9, "lr_decay_every": 10}),
     ("latent_replay", {"codec": "pq", "subquantizers": 4, "centroids": 32}),
     ("ridge", {"gamma": 1.0}),
     ("ridge", {"gamma": 1.0, "dtype": "float64"}),
