@@ -264,6 +264,9 @@ def export(
     ram_budget: Annotated[
         str, typer.Option(metavar="BYTES", help="Refuse if state, its second buffers and replay take more: 64MiB, 500KB or a number.")
     ] = "128MiB",
+    rows_in_file: Annotated[
+        bool, typer.Option("--rows-in-file", help="Keep replay rows in a file on the device, not in its RAM (edgecl-device run --rows).")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -293,10 +296,11 @@ def export(
         if xs is not None and ys is not None:
             prepared.fit(xs, ys, progress=lambda done, total: step("taking in base samples", done, total))
         step("writing the bundle and checking it", 0, 1)
-        found = write(prepared, out, engine=engine, overwrite=overwrite, ram_budget_bytes=budget)
+        found = write(prepared, out, engine=engine, overwrite=overwrite, ram_budget_bytes=budget, rows_in_file=rows_in_file)
     gates = [{"name": gate.name, "found": gate.found} for gate in found.gates]
     if as_json:
-        print(json.dumps({"path": str(out), "gates": gates, "ledger": found.manifest.ledger}, indent=1))
+        replay = {} if prepared.memory is None else {"reconstruction": prepared.reconstruction}
+        print(json.dumps({"path": str(out), "gates": gates, "ledger": found.manifest.ledger, **replay}, indent=1))
         return
     show(tables.gates_table(gates), tables.ledger_table(found.manifest.ledger))
     print(f"\nWrote {out}. Look at it with: edgecl-device info {shlex.quote(str(out))}")

@@ -106,6 +106,15 @@ class Learner(ABC):
     def calibrate(self, latents: Any) -> None:  # noqa: B027  # most methods have nothing to fit
         """Fit what is frozen, such as a codec's range, on latents [N, ...] of the first base samples, before they are taken in."""
 
+    def reconstruction(self, latents: Any) -> float:
+        """Squared error of latents [N, ...] as replay rows hold them, over their square; 0 for methods that store none or lose nothing."""
+        return 0.0
+
+    @property
+    def codebooks(self) -> tuple[Tensor, ...]:
+        """Frozen tables of the replay codecs, each once: part of the frozen weights, and a line of their own in the ledger."""
+        return ()
+
     @property
     def default_lr(self) -> float:
         """Learning rate that the device uses unless it is given another; 0 for methods without one."""

@@ -1,7 +1,9 @@
 """Memory of a learner in bytes, by what it is for. What cannot be known before a runtime loads is named, not guessed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from edgecl.graph.lowering import BuiltStep
 from edgecl.learner import State, dtype_name
@@ -14,7 +16,14 @@ NOT_COUNTED = (
 
 
 def ledger(
-    steps: Mapping[str, BuiltStep], state: State, *, weight_bytes: int, graph_bytes: int, replay_bytes: int, pending: int
+    steps: Mapping[str, BuiltStep],
+    state: State,
+    *,
+    weight_bytes: int,
+    graph_bytes: int,
+    replay_bytes: tuple[int, int],
+    codebook_bytes: int,
+    pending: int,
 ) -> dict[str, Any]:
     """Bytes by name.
 
@@ -23,14 +32,16 @@ def ledger(
         state: The learner's state.
         weight_bytes: Size of the file of frozen weights.
         graph_bytes: Size of all graph files.
-        replay_bytes: Size of the replay memory's arrays.
+        replay_bytes: Size of the replay memory's arrays, and of its file of rows, if it has one.
+        codebook_bytes: Size of the replay codecs' tables.
         pending: Predictions kept for a delayed label.
 
     Returns:
-        ``frozen_weights``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``, ``inputs_outputs``,
-        ``pending_features``: RAM but for ``graphs``; ``logged_features_per_update``: features of one sample as the log holds them,
-        to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once and
-        replay; ``not_counted``.
+        ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``,
+        ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for ``graphs`` and ``replay_file``;
+        ``logged_features_per_update``: features of one sample as the log holds them, to which the store adds its own
+        (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with its file, and codebooks;
+        ``not_counted``.
     """
     written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
     state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
@@ -38,15 +49,17 @@ def ledger(
     ports = [p.spec.nbytes for step in steps.values() for p in (*step.graph.inputs, *step.graph.outputs) if p.kind == "data"]
     return {
         "frozen_weights": weight_bytes,
+        "codebooks": codebook_bytes,
         "graphs": graph_bytes,
         "state": sum(state_bytes.values()),
         "state_second_buffers": sum(size for name, size in state_bytes.items() if name in written),
         "activations_peak": max(step.plan.arena_bytes for step in steps.values()),
-        "replay": replay_bytes,
+        "replay": replay_bytes[0],
+        "replay_file": replay_bytes[1],
         "inputs_outputs": sum(ports),
         "pending_features": pending * features,
         "logged_features_per_update": features,
-        "beyond_trunk": sum(state_bytes.values()) + replay_bytes,
+        "beyond_trunk": sum(state_bytes.values()) + sum(replay_bytes) + codebook_bytes,
         "not_counted": NOT_COUNTED,
     }
 
@@ -54,3 +67,8 @@ def ledger(
 def state_specs(state: State) -> tuple[TensorSpec, ...]:
     """Specs of every state tensor, in the state's order."""
     return tuple(TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in state.items())
+
+
+def table_bytes(tables: Iterable[Tensor]) -> int:
+    """Bytes of frozen tables."""
+    return sum(table.numel() * table.element_size() for table in tables)

@@ -59,6 +59,7 @@ class Prepared:
         memory: Its replay memory, or None.
         class_names: Names of the first classes.
         examples: Latents and classes of some base samples, which the checks at export start from.
+        reconstruction: Squared error of the first base samples' latents as replay rows hold them, over their square; 0 without loss.
     """
 
     def __init__(self, trunk: Trunk, example: Array, learner: Learner, class_names: Sequence[str] = ()) -> None:
@@ -71,6 +72,7 @@ class Prepared:
         self.class_names = tuple(class_names)
         self._known = len(class_names)
         self.examples: list[tuple[Any, int]] = []
+        self.reconstruction = 0.0
         self.memory: ReplayMemory | None = None
         if learner.replay is not None:
             self.memory = ReplayMemory(learner.replay, learner.problem.max_classes)
@@ -136,6 +138,7 @@ class Prepared:
             raise InputError("x: features must be finite, and so must their squares; check the model's weights and the preprocessing")
         if not self.examples:
             self.learner.calibrate(_stack(latents))
+            self.reconstruction = self.learner.reconstruction(_stack(latents))
         fields = self.memory.spec.fields if self.memory is not None else ()
         state, rows = self.state, []
         for i, (z, label) in enumerate(zip(latents, labels, strict=True)):
@@ -157,6 +160,19 @@ class Prepared:
             for row, label in zip(rows, labels, strict=True):
                 self.memory.offer(row, label, -1)
         return self
+
+    def reconstruction_of(self, x: Array, batch: int = 64) -> float:
+        """Squared error of other samples' latents as replay rows hold them, over their square: what the codec loses on held-out samples.
+
+        Args:
+            x: Raw samples [N, ...], not those that ``fit`` has seen.
+            batch: As in :meth:`encode`.
+
+        Raises:
+            InputError: as :meth:`encode`.
+            CodecError: before ``fit``, where there is a codec to fit.
+        """
+        return self.learner.reconstruction(_stack(self.encode(x, batch)))
 
     def _labels(self, y: Array, samples: int) -> list[int]:
         classes = self.learner.problem.max_classes

@@ -4,17 +4,19 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgecl.codecs.product import MOST_CENTROIDS
 from edgecl.graph.capture import capture_encode
 from edgecl.graph.cost import Work, work_by_node
 from edgecl.graph.lowering import BuiltStep, build
 from edgecl.graph.passes import Clean
 from edgecl.learner import dtype_name
-from edgecl.ledger import ledger
+from edgecl.ledger import ledger, table_bytes
 from edgecl.prepare import Prepared
 from edgecl.splitting import Split, SplitError, split
 from edgecl.trees import flatten_tree
@@ -63,6 +65,7 @@ class Profile:
         steps: ``encode`` first.
         ledger: Memory in bytes by name, as in the manifest. ``frozen_weights`` is the sum of the distinct frozen tensors:
             the bundle's weight file adds padding. Sizes of graph files are not in it.
+        reconstruction: Squared error of the first base samples' latents as replay rows hold them, over their square; None before ``fit``.
     """
 
     method: str
@@ -70,6 +73,7 @@ class Profile:
     features: dict[str, tuple[int, ...]]
     steps: tuple[StepProfile, ...]
     ledger: dict[str, Any]
+    reconstruction: float | None = None
 
 
 def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
@@ -91,14 +95,16 @@ def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
     >>> found.steps[0].step, found.steps[0].canonical, found.ledger["state"]
     ('encode', {'encode': 12}, 40)
     """
-    steps = build(_calibrated(prepared), engine)
+    ready = _calibrated(prepared)
+    steps = build(ready, engine)
     memory = prepared.memory
     found = ledger(
         steps,
         prepared.state,
         weight_bytes=frozen_bytes(steps),
         graph_bytes=0,
-        replay_bytes=0 if memory is None else memory.nbytes,
+        replay_bytes=(0 if memory is None else memory.nbytes, 0),
+        codebook_bytes=table_bytes(ready.learner.codebooks),
         pending=DEFAULT_PENDING,
     )
     del found["graphs"]
@@ -113,6 +119,7 @@ def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
             for name, step in steps.items()
         ),
         found,
+        prepared.reconstruction if prepared.examples else None,
     )
 
 
@@ -133,7 +140,8 @@ def _calibrated(prepared: Prepared) -> Prepared:
     ready.learner = learner = copy.deepcopy(prepared.learner)
     generator = torch.Generator().manual_seed(0)
     features = flatten_tree({"z": learner.problem.features})
-    made_up = {name.removeprefix("z."): torch.rand(spec.shape, generator=generator) for name, spec in features.items()}
+    count = max(-(-MOST_CENTROIDS // prod(spec.shape[2:])) for spec in features.values())  # a codec may want as many positions
+    made_up = {name.removeprefix("z."): torch.rand(count, *spec.shape[1:], generator=generator) for name, spec in features.items()}
     learner.calibrate(made_up["z"] if list(made_up) == ["z"] else made_up)
     return ready
 

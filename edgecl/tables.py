@@ -18,15 +18,17 @@ Row = Mapping[str, Any]
 
 LEDGER_WORDS = {
     "frozen_weights": "frozen tensors of all steps",
+    "codebooks": "tables of the replay codec, within frozen_weights",
     "graphs": "graph files (flash)",
     "state": "what learning changes, once",
     "state_second_buffers": "second buffer of every tensor that a step writes",
     "activations_peak": "intermediate tensors of the largest step",
     "replay": "replay memory, labels and bookkeeping included",
+    "replay_file": "replay rows in a file (flash)",
     "inputs_outputs": "bound inputs and outputs of all steps",
     "pending_features": "features that wait for a delayed label, at most",
     "logged_features_per_update": "features of one sample as the log holds them; the store adds its own bytes",
-    "beyond_trunk": "state once + replay",
+    "beyond_trunk": "state once + replay + codebooks",
 }
 WIDE = 104
 """Columns from which the demo's table shows everything."""

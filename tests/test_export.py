@@ -627,3 +627,21 @@ def test_costs_are_in_the_manifest(toy):
     assert steps["learn"].canonical_macs == 2 * size**2 + 2 * size * classes + size
     assert steps["encode"].canonical_macs == 6 * 9 * 64
     assert all(sum(s.macs_by_phase.values()) == s.canonical_macs <= s.executed_macs for s in steps.values())
+
+
+def test_rows_in_a_file_are_flash_in_the_ledger_and_in_the_budget(toy, tmp_path):
+    """A memory of 8 MB within a budget of 2 MB; the device's figures are the ledger's."""
+    ready = toy.prepared("latent_replay", capacity_bytes=8 << 20)
+    with pytest.raises(InputError, match=r"^ram_budget_bytes .* or keep its rows in a file"):
+        export(ready, tmp_path / "bundle", ram_budget_bytes=2 << 20)
+    exported = export(ready, tmp_path / "bundle", ram_budget_bytes=2 << 20, rows_in_file=True)
+    ledger = exported.manifest.ledger
+    with Learner.load(exported.path, store=tmp_path / "l.db", rows=tmp_path / "rows.bin") as learner:
+        learner.learn(toy.helpers.samples(1)[0][0], 0)
+        found = learner.report()["replay"]
+    assert (found["bytes"], found["file_bytes"]) == (ledger["replay"], ledger["replay_file"])
+    assert (tmp_path / "rows.bin").stat().st_size == ledger["replay_file"] > 7 * ledger["replay"] > 1 << 20
+    assert ledger["beyond_trunk"] == ledger["state"] + ledger["replay"] + ledger["replay_file"]
+    assert exported.manifest.bundle_id != toy.bundle("latent_replay", capacity_bytes=8 << 20)[0].manifest.bundle_id
+    with pytest.raises(InputError, match=r"^rows_in_file: must be False for ncm, which stores no rows"):
+        export(toy.prepared("ncm"), tmp_path / "other", rows_in_file=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgecl_device.generator import Generator
-from edgecl_device.manifest import ReplaySpec, TensorSpec
+from edgecl_device.manifest import DrawSpec, ReplaySpec, TensorSpec
 from edgecl_device.memory import ReplayMemory
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "generator.md"
@@ -14,11 +14,11 @@ VECTORS = json.loads(re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="u
 
 
 def kinds(vector):
-    return {"word", "below", "sample", "policy"} & set(vector)
+    return {"word", "below", "sample", "draws", "policy"} & set(vector)
 
 
 def test_the_page_has_vectors_of_every_kind_with_a_rejection_and_a_collision():
-    assert set().union(*map(kinds, VECTORS)) == {"word", "below", "sample", "policy"}
+    assert set().union(*map(kinds, VECTORS)) == {"word", "below", "sample", "draws", "policy"}
     assert any(int(v["counter_after"]) > len(v["result"]) for v in VECTORS if "below" in v)
     assert len(VECTORS) == sum(map(len, map(kinds, VECTORS)))
 
@@ -26,7 +26,14 @@ def test_the_page_has_vectors_of_every_kind_with_a_rejection_and_a_collision():
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda v: kinds(v).pop())
 def test_the_package_draws_what_the_page_says(vector):
     generator = Generator(int(vector["seed"]), int(vector["counter"]))
-    if "word" in vector:
+    if "draws" in vector:
+        draws = tuple(DrawSpec(name, tuple(shape), below) for name, shape, below in vector["draws"])
+        spec = ReplaySpec((TensorSpec("z", (), "uint8"),), 2, 1000, "reservoir", generator.seed, generator.counter, draws=draws)
+        memory = ReplayMemory(spec, 2)
+        found = memory.draw()
+        assert [found[f"draw.{draw.name}"].tolist() for draw in draws] == vector["result"]
+        assert str(memory.generator.counter) == vector["counter_after"]
+    elif "word" in vector:
         assert [f"{generator.word():08x}" for _ in vector["word"]] == vector["word"]
     elif "below" in vector:
         assert [generator.below(vector["below"]) for _ in vector["result"]] == vector["result"]

@@ -28,6 +28,9 @@ CASES = [
     *(("finetune", {"optimizer": o, "lr": LR[o]}) for o in LR),
     *(("latent_replay", {"optimizer": o, "loss": loss, "codec": codec, "lr": LR[o]}) for o, loss, codec in REPLAY),
     ("latent_replay", {"average": 0.98}),
+    ("latent_replay", {"codec": "packed", "bits": 5}),
+    ("latent_replay", {"crop": True, "mixup": 0.1, "lr_decay": 0.9, "lr_decay_every": 10}),
+    ("latent_replay", {"codec": "pq", "subquantizers": 4, "centroids": 32}),
     ("ridge", {"gamma": 1.0}),
     ("ridge", {"gamma": 1.0, "dtype": "float64"}),
     ("ridge", {"projection": 150}),
@@ -402,3 +405,31 @@ def test_codes_may_lie_on_an_edge_but_not_be_floored(toy):
     compare_step("learn", state, inputs, eager, Codes(toy.onnx("latent_replay"), 1))
     with pytest.raises(ExportError, match=r"codes row\.z differ"):
         compare_step("learn", state, inputs, eager, Codes(toy.onnx("latent_replay"), 20))
+
+
+def test_another_codeword_is_as_good_only_where_it_is_as_near(toy):
+    """One code of a product-quantised row is another one: allowed while the row loses as much, and no step is compared by it."""
+    codec = {"codec": "pq", "subquantizers": 3, "centroids": 8}
+    exported, ready = toy.bundle("latent_replay", **codec)
+    eager = EagerEngine(ready.trunk, ready.learner)
+    inputs = {spec.name: spec.zeros() for spec in exported.manifest.steps["learn"].inputs}
+    inputs |= {"z": ready.examples[3][0].numpy(), "weight": np.ones(1, np.float32)}
+    state = toy.helpers.arrays(ready.state)
+
+    class Codes(Spoiled):
+        loses = 1.0
+
+        def run(self, step, inputs):
+            outputs = self.inner.run(step, inputs)
+            row = outputs["row.z"].copy()
+            row[0, : self.spoil] ^= 4
+            return {**outputs, "row.z": row, "health.reconstruction": outputs["health.reconstruction"] * np.float32(self.loses)}
+
+    tally, other = Tally(), Codes(toy.onnx("latent_replay", **codec), 1)
+    assert not compare_step("learn", state, inputs, eager, other, tally)
+    assert tally.allowed == 1
+    with pytest.raises(ExportError, match=r"codes row\.z differ"):
+        compare_step("learn", state, inputs, eager, Codes(toy.onnx("latent_replay", **codec), 2))
+    other.loses = 1.1
+    with pytest.raises(ExportError, match=r"health\.reconstruction differs from eager"):
+        compare_step("learn", state, inputs, eager, other)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from edgecl import METHODS, prepare
 from edgecl.methods import Finetune, Frozen, LatentReplay
 from edgecl.methods._suffix import cross_entropy
+from edgecl.profiling import profile
 from edgecl_device import Learner
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import TensorSpec
@@ -100,6 +101,7 @@ def test_latent_replay_equals_torch(toy, optimizer, loss_name, real):
         seen.add(label)
         last[label] = i
         recent = {k for k, when in last.items() if i - when < 3}
+        recent = recent if len(recent) > 1 else seen
         rows, targets = stored[3 * i : 3 * i + ROWS].clone(), torch.tensor([i % 2, 1, 0, 2])[:ROWS]
         rows[real:], targets[real:] = 1e3, 4
         loss = (
@@ -160,21 +162,113 @@ def test_filler_rows_have_no_influence_to_the_bit(toy):
 
 
 def test_er_ace_mask_by_hand(toy):
-    """Three classes in a window of two samples: the current loss sees the window's classes, the rows see all."""
+    """Classes 0 and 1 are known; a window of two samples: the current loss sees its classes, all seen ones when it has one only."""
     ready = toy.prepared("latent_replay", loss="er-ace", window=2, codec="float32", lr=0.0)
     learner, state = ready.learner, ready.state
     z = ready.examples[0][0]
     empty = {"z": torch.zeros(ROWS, 6, 4, 4), "target": torch.zeros(ROWS, dtype=torch.int64), "weight": torch.zeros(ROWS)}
     scores = learner.suffix(z)[0]
-    for label, window in [(3, [3]), (0, [3, 0]), (2, [0, 2]), (2, [2]), (0, [2, 0])]:
+    for label, classes in [(3, [0, 1, 3]), (0, [3, 0]), (2, [0, 2]), (2, [0, 1, 2, 3]), (0, [2, 0])]:
         outputs, new = learner.learn(state, z, torch.tensor([label]), torch.ones(1), torch.tensor(0.0), empty)
         state = {**state, **new}
-        by_hand = -float(scores[label]) + float(torch.logsumexp(scores[window], 0))
+        by_hand = -float(scores[label]) + float(torch.logsumexp(scores[classes], 0))
         assert outputs["loss"].item() == pytest.approx(by_hand, rel=1e-5, abs=1e-6)
     row = {"z": z.expand(ROWS, -1, -1, -1), "target": torch.tensor([1] * ROWS), "weight": torch.ones(ROWS)}
-    outputs, _ = learner.learn(state, z, torch.tensor([0]), torch.ones(1), torch.tensor(0.0), row)
+    outputs, _ = learner.learn(state, z, torch.tensor([2]), torch.ones(1), torch.tensor(0.0), row)
+    new_part = -float(scores[2]) + float(torch.logsumexp(scores[[0, 2]], 0))
     rows_part = -float(scores[1]) + float(torch.logsumexp(scores[[0, 1, 2, 3]], 0))
-    assert outputs["loss"].item() == pytest.approx(rows_part, rel=1e-5), "class 2 has left the window, class 0 alone costs nothing"
+    assert outputs["loss"].item() == pytest.approx(new_part + rows_part, rel=1e-5), "the rows see all seen classes"
+
+
+def test_er_ace_learns_a_class_that_comes_in_one_long_run(toy):
+    """Without a second class in its window, and without a row: its own samples must teach it all the same."""
+    ready = toy.prepared("latent_replay", loss="er-ace", window=2, codec="float32", lr=0.1)
+    learner, state, z = ready.learner, ready.state, ready.examples[0][0]
+    empty = {"z": torch.zeros(ROWS, 6, 4, 4), "target": torch.zeros(ROWS, dtype=torch.int64), "weight": torch.zeros(ROWS)}
+    for _ in range(30):
+        _, new = learner.learn(state, z, torch.tensor([4]), torch.ones(1), torch.tensor(0.1), empty)
+        state = {**state, **new}
+    assert learner.predict(state, z)[0]["scores"].argmax().item() == 4
+
+
+class Directions(nn.Module):
+    """A head on the direction of its features: of zeros it makes 0 / 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        a = self.stem(x)
+        return self.fc(a / (a * a).sum(1, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize("codec", ["float32", "uint8"])
+def test_filler_cannot_poison_a_suffix_that_divides_by_a_norm(toy, codec):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 6)).astype(np.float32)
+    config = toy.config("latent_replay", codec=codec, lr=0.1)
+    ready = prepare(Directions(), at="stem", example=x[:1], method="latent_replay", classes=3, config=config).fit(x, np.arange(20) % 3)
+    spec = ready.learner.inputs_of("learn")["replay"]["z"]
+    rows = {"z": torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)), "target": torch.zeros(ROWS).long(), "weight": torch.zeros(ROWS)}
+    outputs, new = ready.learner.learn(ready.state, ready.examples[0][0], torch.tensor([1]), torch.ones(1), torch.tensor(0.1), rows)
+    assert outputs["loss"].isfinite()
+    assert all(tensor.isfinite().all() for tensor in new.values())
+    assert not torch.equal(new["param.fc.weight"], ready.state["param.fc.weight"])
+
+
+@pytest.mark.parametrize("codec", ["uint8", "packed", "pq"])
+def test_learning_and_prediction_see_the_decoded_latent(toy, codec):
+    """Nothing but the code reaches the suffix: another latent of the same code is the same sample, its own error apart."""
+    ready = toy.prepared("latent_replay", codec=codec, bits=2, subquantizers=2, centroids=4, average=0.5)
+    learner, z = ready.learner, ready.examples[0][0]
+    twin = learner.codecs[""].decode(learner.codecs[""].encode(z))
+    assert not torch.equal(twin, z)
+    assert torch.equal(learner.codecs[""].encode(twin), learner.codecs[""].encode(z))
+    rows = {name: torch.from_numpy(a[:ROWS]) for name, a in ready.memory.rows_by_name().items()}
+    replay = {"z": rows["replay.z"], "target": rows["replay.target"], "weight": torch.ones(ROWS)}
+    (first, state), (second, other) = (
+        learner.learn(ready.state, value, torch.tensor([2]), torch.ones(1), torch.tensor(0.1), replay) for value in (z, twin)
+    )
+    assert toy.helpers.same(toy.helpers.arrays(state), toy.helpers.arrays(other))
+    assert first["loss"] == second["loss"]
+    assert torch.equal(learner.predict(ready.state, z)[0]["scores"], learner.predict(ready.state, twin)[0]["scores"])
+    lost = ((z - twin).double() ** 2).sum() / (z.double() ** 2).sum()
+    assert first["health.reconstruction"].item() == pytest.approx(lost.item(), rel=1e-5)
+    assert second["health.reconstruction"].item() == 0.0
+
+
+def test_reconstruction_error_is_reported_and_shows_drift(toy):
+    x, y = toy.helpers.samples(60)
+    held_out, _ = toy.helpers.samples(40, seed=5)
+    exported, ready = toy.bundle("latent_replay", codec="packed", bits=4)
+    codec = ready.learner.codecs[""]
+
+    def by_hand(samples):
+        z = torch.cat(ready.encode(samples))
+        return float(((codec.decode(codec.encode(z)) - z).double() ** 2).sum() / (z.double() ** 2).sum())
+
+    assert ready.reconstruction == pytest.approx(by_hand(x[y < 2]), rel=1e-5)
+    assert exported.manifest.replay.reconstruction == ready.reconstruction == profile(ready).reconstruction
+    assert ready.reconstruction_of(held_out) == pytest.approx(by_hand(held_out), rel=1e-5)
+    with Learner.load(exported.path) as learner:
+        for sample in held_out[:5]:
+            assert learner.learn(sample, 0).health["reconstruction"] == pytest.approx(by_hand(sample[None]), rel=1e-4)
+        drifted = learner.learn(6 * held_out[0], 0).health["reconstruction"]
+    assert drifted > 10 * ready.reconstruction
+    assert profile(toy.prepared("latent_replay", fit=False, codec="pq", subquantizers=2)).reconstruction is None
+    assert toy.prepared("latent_replay", codec="float32").reconstruction == 0.0
+
+
+def test_codebooks_are_a_line_of_the_ledger(toy):
+    exported, ready = toy.bundle("latent_replay", codec="pq", subquantizers=2, centroids=8)
+    ledger = exported.manifest.ledger
+    assert ledger["codebooks"] == 8 * 6 * 4 + 2 * 8 * 4  # 8 codewords over 6 channels, and half a square of each of the 16
+    assert profile(ready).ledger["codebooks"] == ledger["codebooks"]
+    assert ledger["beyond_trunk"] == ledger["state"] + ledger["replay"] + ledger["codebooks"]
+    weights = (exported.path / "weights.bin").read_bytes()
+    assert weights.count(ready.learner.codecs[""].constants()[0].numpy().tobytes()) == 1, "encoding and decoding share it"
+    assert toy.bundle("latent_replay")[0].manifest.ledger["codebooks"] == 0
 
 
 @pytest.mark.parametrize("batch", [1, 7])

@@ -20,7 +20,7 @@ from edgecl_device.errors import (
 )
 from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
-from edgecl_device.manifest import Manifest, ReplaySpec, StepSpec, TensorSpec
+from edgecl_device.manifest import DrawSpec, Manifest, ReplaySpec, StepSpec, TensorSpec
 from edgecl_device.memory import ReplayMemory
 from edgecl_device.reports import LearnReport, Prediction
 
@@ -28,6 +28,7 @@ __all__ = [
     "BundleError",
     "BusyError",
     "ClosedError",
+    "DrawSpec",
     "EdgeclError",
     "ForgetRefusedError",
     "Generator",

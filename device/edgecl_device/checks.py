@@ -11,11 +11,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edgecl_device.errors import BundleError, InputError, PredictionError
+from edgecl_device.generator import WORD
 from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TensorSpec
 
 REVISIONS = ("forget", "relabel")
 MOST_ELEMENTS = 1 << 40
 MOST_THREADS = 64
+MOST_DRAWS = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -41,6 +43,14 @@ def check_manifest(manifest: Manifest) -> None:
         raise BundleError(f"manifest: {error}") from error
     _check_tensors("state", manifest.state)
     _check_tensors("replay", manifest.replay.fields if manifest.replay is not None else ())
+    draws = manifest.replay.draws if manifest.replay is not None else ()
+    _check_tensors("draws", [draw.tensor for draw in draws])
+    for draw in draws:
+        if not 1 <= draw.below <= WORD or math.prod(draw.shape) > MOST_DRAWS:
+            raise BundleError(
+                f"draws: {draw.name!r} must be at most {MOST_DRAWS:,} integers below a bound in [1, 2**32], got {short(draw.shape)} below "
+                f"{draw.below}; export the bundle again"
+            )
     known = {spec.name for spec in manifest.state}
     for name, step in manifest.steps.items():
         _check_tensors(f"step {name!r}", step.inputs)
@@ -95,6 +105,7 @@ def check_steps(manifest: Manifest) -> None:
         known |= {f"replay.{f.name}": TensorSpec(f"replay.{f.name}", (r, *f.shape), f.dtype) for f in replay.fields}
         known["replay.target"] = TensorSpec("replay.target", (r,), "int64")
         known["replay.weight"] = TensorSpec("replay.weight", (r,), "float32")
+        known |= {draw.tensor.name: draw.tensor for draw in replay.draws}
     needed = {
         "predict": [TensorSpec("scores", (1, classes), "float32")],
         "learn": [TensorSpec("scores", (1, classes), "float32"), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],

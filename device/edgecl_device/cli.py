@@ -62,6 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
         command.set_defaults(call=call)
     command.add_argument("--data", type=Path, required=True, help="npz file with x [n, ...] and y [n]")
     command.add_argument("--store", type=Path, help="store file, made when there is none; without it nothing is kept")
+    command.add_argument("--rows", type=Path, help="file of the replay rows, for a bundle that keeps them in one; goes with --store")
     command.add_argument("--limit", type=int, help="stop after so many samples")
     command.add_argument("--threads", type=int, default=1, help="threads inside one operator (default 1)")
     args = parser.parse_args(argv)
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_stream(xs[:n], ys[:n], manifest)
     hits, refused = 0, 0
     by_class: dict[int, tuple[int, int]] = {}
-    with Learner.load(args.bundle, args.store, threads=args.threads) as learner:
+    with Learner.load(args.bundle, args.store, threads=args.threads, rows=args.rows) as learner:
         start = time.perf_counter()
         for i in progress(n):
             label = int(ys[i])

@@ -1,7 +1,8 @@
 """What a learner knows at this moment: the engine's state, the replay memory, the classes; no store, no samples waiting."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from edgecl_device.checks import check_state, short
 from edgecl_device.engines import Engine
 from edgecl_device.errors import RESTORE, BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
 from edgecl_device.event import Event
-from edgecl_device.manifest import Array, Manifest
-from edgecl_device.memory import ReplayMemory
+from edgecl_device.manifest import Array, Manifest, ReplaySpec
+from edgecl_device.memory import ReplayMemory, memory_layout
+from edgecl_device.rows import RowFile
 from edgecl_device.snapshot import Snapshot
 
 
@@ -27,15 +29,24 @@ class Core:
         memory: The replay memory, if the method has one.
     """
 
-    def __init__(self, manifest: Manifest, engine: Engine, state: Mapping[str, Array], rows: Mapping[str, Array] | None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        state: Mapping[str, Array],
+        rows: Mapping[str, Array] | None,
+        row_file: Path | None = None,
+        new: bool = True,
+    ) -> None:
         check_state(manifest, state)
         self._manifest = manifest
         self._engine = engine
         self.memory = None
         try:
             if manifest.replay is not None:
-                self.memory = ReplayMemory(manifest.replay, manifest.max_classes)
-                self.memory.fill(rows or {"replay.target": np.empty(0, np.int64), **_empty_rows(manifest)})
+                self.memory = _memory(manifest.replay, manifest.max_classes, row_file, new)
+                if new or row_file is None:  # else the file has rows, and the store its own of everything beside them
+                    self.memory.fill(rows or {"replay.target": np.empty(0, np.int64), **_empty_rows(manifest)})
                 if not len(self.memory) <= manifest.replay.seen < 1 << 62 or manifest.replay.counter >= 1 << 62:
                     raise InputError(
                         f"seen: must be at least the {len(self.memory)} rows kept, and with counter below 2**62, "
@@ -43,6 +54,8 @@ class Core:
                     )
             elif rows is not None:
                 raise InputError("rows: the manifest has no replay memory; leave them out")
+        except StoreError:
+            raise
         except (ValueError, OverflowError, MemoryError) as error:  # InputErrors, and what numpy raises for absurd sizes
             raise BundleError(f"replay: {error}") from error
         unnamed = manifest.max_classes - len(manifest.class_names)
@@ -62,6 +75,18 @@ class Core:
     def counter(self, value: int) -> None:
         if self.memory is not None:
             self.memory.generator.counter = value
+
+    def settle(self) -> None:
+        """Call it when an automatic snapshot of the present is in the store for good: rows in a file go there."""
+        if self.memory is not None and self.memory.file is not None:
+            self.memory.file.settle()
+
+    def close(self) -> None:
+        """Release the engine and the row file."""
+        with ExitStack() as stack:
+            stack.callback(self._engine.close)
+            if self.memory is not None and self.memory.file is not None:
+                stack.callback(self.memory.file.close)
 
     def propose(self, event: Event, z: Mapping[str, Array]) -> dict[str, Array]:
         """Run a ``learn`` event and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.
@@ -176,6 +201,11 @@ def _scalars(event: Event) -> dict[str, Array]:
 
 def _health(outputs: Mapping[str, Array]) -> dict[str, float]:
     return {name.removeprefix("health."): float(value) for name, value in outputs.items() if name.startswith("health.")}
+
+
+def _memory(spec: ReplaySpec, classes: int, row_file: Path | None, new: bool) -> ReplayMemory:
+    file = None if row_file is None else RowFile(row_file, spec.fields, memory_layout(spec, classes)[0], new)
+    return ReplayMemory(spec, classes, file)
 
 
 def _empty_rows(manifest: Manifest) -> dict[str, Array]:

@@ -109,6 +109,7 @@ class Journal:
             else:
                 store.set_label(event, label)
             self._checkpoint()
+        core.settle()
         store.fold(force=True)  # the write-ahead log still holds what was erased
 
     def discard(self, sample_id: int) -> None:
@@ -119,6 +120,7 @@ class Journal:
             self._discard_alike(features)
             self._store.erasure_due = True
             self._checkpoint()
+        self._core.settle()
         self._store.fold(force=True)
 
     def save(self, name: str) -> None:
@@ -126,6 +128,8 @@ class Journal:
         self._store.fold()
         with self._store.transaction(sync=True):
             self._store.put_snapshot(name, self._store.seq, self._pack(name))
+        if name == AUTOMATIC:
+            self._core.settle()
         self._store.fold(force=True)
         self.changed = self.changed and name != AUTOMATIC
 
@@ -135,6 +139,7 @@ class Journal:
             self._core.restore(Snapshot.unpack(self._store.snapshot(name)))
             self._store.drop_after(self._store.snapshots()[name])
             self._checkpoint()
+        self._core.settle()
         self._store.fold(force=True)
 
     def _discard_alike(self, features: bytes) -> None:
@@ -166,6 +171,8 @@ class Journal:
             if renewed is not None:
                 self._store.put_snapshot(AUTOMATIC, self._store.seq, renewed)
             self._store.append(event)
+        if renewed is not None:
+            self._core.settle()
 
     def _checkpoint(self) -> None:
         """Renew the automatic snapshot inside a transaction; in memory only when there is one, as nothing is recovered from it."""

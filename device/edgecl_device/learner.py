@@ -55,6 +55,7 @@ class Learner(OneAtATime):
         rows: Initial replay rows, as :meth:`edgecl_device.memory.ReplayMemory.fill` takes them.
         store: The learner's own from now on; None is one in memory. A store with a snapshot wins over ``state`` and
             ``rows``: the learner goes on where it stopped.
+        row_file: File of the replay rows, where the manifest says that they lie in one; it goes with the store.
 
     Raises:
         BundleError: when the parts do not fit together.
@@ -68,12 +69,13 @@ class Learner(OneAtATime):
         state: Mapping[str, Array],
         rows: Mapping[str, Array] | None = None,
         store: Store | None = None,
+        row_file: Path | None = None,
     ) -> None:
         super().__init__()
         check_manifest(manifest)
         self.manifest = manifest
         self._engine = engine
-        self._core = Core(manifest, engine, state, rows)
+        self._core = Core(manifest, engine, state, rows, row_file, new=store is None or AUTOMATIC not in store.snapshots())
         self._x = manifest.steps["encode"].inputs[0]
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
         self._pending = Pending(manifest.steps["encode"].outputs, manifest.pending_capacity)
@@ -86,7 +88,13 @@ class Learner(OneAtATime):
 
     @classmethod
     def load(
-        cls, bundle: str | Path, store: str | Path | None = None, engine: str | None = None, durability: str = "normal", threads: int = 1
+        cls,
+        bundle: str | Path,
+        store: str | Path | None = None,
+        engine: str | None = None,
+        durability: str = "normal",
+        threads: int = 1,
+        rows: str | Path | None = None,
     ) -> Self:
         """Load a bundle and, with a store, go on where it stopped.
 
@@ -97,12 +105,14 @@ class Learner(OneAtATime):
             engine: ``onnx`` or ``executorch``; None is the one that the bundle was exported for, and there is no other for it.
             durability: ``normal``: a power cut may lose the samples since the last ``save``; ``full``: each one is synced to the disk.
             threads: Threads inside one operator, 1 to 64; above 1 a resumed run may differ in the last bits.
+            rows: File of the replay rows, for a bundle that keeps them in one (``export(..., rows_in_file=True)``), made with a new
+                store; it goes with the store from then on.
 
         Raises:
             InputError: for a wrong path, engine, durability or number of threads.
             BundleError: when a file is missing or altered, or the parts do not fit together.
-            StoreError: when the store is empty, damaged, in use, or (StoreMismatchError) of another bundle; its files are then
-                what they were.
+            StoreError: when the store or its file of rows is empty, damaged, in use, cannot be made, or (StoreMismatchError) is of
+                another bundle; their files are then what they were.
 
         Example::
 
@@ -123,16 +133,17 @@ class Learner(OneAtATime):
         if engine not in (None, manifest.engine):
             raise BundleError(f"{folder}: was exported for engine {manifest.engine!r}, not {engine!r}; pass engine={manifest.engine!r}")
         check_manifest(manifest)
+        row_file = _row_file(manifest, folder, store, rows)
         check_files(folder, manifest)
         state = read_tensors(folder / manifest.state_file)
         check_state(manifest, state)  # before the engine allocates what the manifest says
-        rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
+        first_rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
         with ExitStack() as opened:
             runner = ENGINES[manifest.engine](folder, manifest, threads)
             opened.callback(runner.close)
             log = Store(store, manifest.bundle_id, manifest.log_capacity_bytes, durability)
             opened.callback(log.leave)
-            learner = cls(manifest, runner, state, rows, log)
+            learner = cls(manifest, runner, state, first_rows, log, row_file)
             opened.pop_all()
         return learner
 
@@ -261,8 +272,14 @@ class Learner(OneAtATime):
         The store's file then holds everything by itself. A copy made later needs the file ``*-wal``, too, until :meth:`close`.
 
         Raises:
+            InputError: for a named one of a learner whose replay rows lie in a file.
             StoreFullError: when it does not fit; an older one of that name stays.
         """
+        if name is not None and self._core.memory is not None and self._core.memory.file is not None:
+            raise InputError(
+                f"name: must be left out where replay rows lie in a file, which holds one version of them, got {short(name)}; "
+                "save() without one, or copy store and file together while the learner is closed"
+            )
         self._journal.save(AUTOMATIC if name is None else as_name(name))
 
     @verb
@@ -312,7 +329,7 @@ class Learner(OneAtATime):
             "class_counts": {self._called(i): int(n) for i, n in enumerate(core.counts) if n},
             "pending": len(self._pending.samples),
             "log": store.report(),
-            "replay": None if memory is None else {"rows": len(memory), "row_capacity": memory.rows, "bytes": memory.nbytes},
+            "replay": None if memory is None else memory.report(),
             "snapshots": store.snapshots(),
             "state_bytes": sum(spec.nbytes for spec in self.manifest.state),
             "health": dict(core.health),
@@ -333,7 +350,7 @@ class Learner(OneAtATime):
     def _shut(self, why: str) -> None:
         self._closed = why
         with ExitStack() as stack:
-            stack.callback(self._engine.close)
+            stack.callback(self._core.close)
             stack.callback(self._store.close)
 
     def _encode(self, x: Array) -> dict[str, Array]:
@@ -375,3 +392,20 @@ class Learner(OneAtATime):
 
     def _macs(self, *steps: str) -> int:
         return sum(self.manifest.steps[step].canonical_macs for step in steps)
+
+
+def _row_file(manifest: Manifest, bundle: Path, store: str | Path | None, rows: str | Path | None) -> Path | None:
+    """The file of the replay rows, checked against what the bundle and the store ask for."""
+    in_file = manifest.replay is not None and manifest.replay.in_file
+    if rows is None:
+        if in_file:
+            raise InputError("rows: is needed, this bundle keeps its replay rows in a file beside the store; pass rows='rows.bin'")
+        return None
+    path = as_path("rows", rows).resolve()
+    if not in_file:
+        raise InputError(f"rows: this bundle keeps no replay rows in a file, got {short(rows)}; leave it out, or export with rows_in_file")
+    if store is None:
+        raise InputError(f"rows: a file of rows goes with a store, got {short(rows)} without one; pass store='learner.db', too")
+    if path.is_relative_to(bundle.resolve()) or path == as_path("store", store).resolve() or path.is_dir():
+        raise InputError(f"rows: must be a file of its own, outside of the bundle, got {short(rows)}; pass another path")
+    return path

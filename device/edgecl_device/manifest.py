@@ -90,7 +90,8 @@ class StepSpec:
         state_out: Names of the state tensors that the graph writes. A method gives ``outputs``, then these, in this order.
         canonical_macs: Multiply-accumulates of the step's mathematics.
         executed_macs: Multiply-accumulates of the graph in ``file``.
-        macs_by_phase: Canonical count by phase (encode, forward, input_gradient, weight_gradient, update, replay_decode).
+        macs_by_phase: Canonical count by phase (encode, replay_encode, replay_decode, augment, forward,
+            input_gradient, weight_gradient, update).
         elementwise: Elementwise operations of the graph in ``file``, counted apart from the MACs.
         activation_bytes: Planned peak of the graph's intermediate tensors.
     """
@@ -108,6 +109,26 @@ class StepSpec:
 
 
 @dataclass(frozen=True)
+class DrawSpec:
+    """Random integers that ``learn`` takes, drawn anew for every update from the replay memory's generator.
+
+    Attributes:
+        name: The input is ``draw.NAME``, int64.
+        shape: Its shape; integers are drawn in row-major order.
+        below: Each is in [0, below), with 1 <= below <= 2**32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    below: int
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """Spec of the input."""
+        return TensorSpec(f"draw.{self.name}", self.shape, "int64")
+
+
+@dataclass(frozen=True)
 class ReplaySpec:
     """Replay memory: what one row holds, how many fit, and which row goes when it is full.
 
@@ -119,6 +140,9 @@ class ReplaySpec:
         seed: Key of the counter-based generator.
         counter: Words of the generator already drawn when the bundle was written.
         seen: Samples already offered to the memory when the bundle was written.
+        reconstruction: Squared error of the calibration latents as rows hold them, over their square.
+        draws: Random integers that ``learn`` takes beside the rows, in the order in which they are drawn.
+        in_file: Whether the rows lie in a file beside the store, not in memory.
     """
 
     fields: tuple[TensorSpec, ...]
@@ -128,6 +152,9 @@ class ReplaySpec:
     seed: int
     counter: int = 0
     seen: int = 0
+    reconstruction: float = 0.0
+    draws: tuple[DrawSpec, ...] = ()
+    in_file: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Replay memory: pre-allocated rows, a budget in bytes, two eviction policies.
+"""Replay memory: pre-allocated rows in memory or in a file, a budget in bytes, two eviction policies.
 
 The rows of one class form a segment of ``slots``, a permutation of all slots; free slots are the segment behind the
 last class. Moving a slot from one class to another shifts one slot of every class between them, which is one
@@ -16,6 +16,7 @@ import numpy as np
 from edgecl_device.errors import InputError
 from edgecl_device.generator import WORD, Generator
 from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
+from edgecl_device.rows import HEADER_BYTES, RowFile, Rows
 
 POLICIES = ("reservoir", "largest-class")
 _ROW_OVERHEAD = 8 + 4  # sample id int64 and slot int32
@@ -41,7 +42,8 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
     if spec.rows_per_step < 1:
         raise InputError(f"rows_per_step: must be at least 1, got {spec.rows_per_step}; export the bundle again")
     field_bytes = sum(field.nbytes for field in spec.fields)
-    fixed = spec.rows_per_step * (field_bytes + 8 + 4) + 4 * (classes + 2)
+    drawn = sum(draw.tensor.nbytes for draw in spec.draws)
+    fixed = spec.rows_per_step * (field_bytes + 8 + 4) + 4 * (classes + 2) + drawn
     row = field_bytes + _ROW_OVERHEAD
     rows = (spec.capacity_bytes - fixed) // row
     if rows < 1:
@@ -57,12 +59,27 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
     return rows, fixed + rows * row
 
 
+def memory_bytes(spec: ReplaySpec, classes: int) -> tuple[int, int]:
+    """Bytes that a memory takes: in memory, and in its file, where it has one.
+
+    >>> spec = ReplaySpec((TensorSpec("z", (4,), "uint8"),), rows_per_step=2, capacity_bytes=1000, policy="reservoir", seed=0, in_file=True)
+    >>> memory_bytes(spec, classes=10)  # 57 rows of 4 bytes behind a header of 64
+    (764, 292)
+    """
+    rows, nbytes = memory_layout(spec, classes)
+    if not spec.in_file:
+        return nbytes, 0
+    in_rows = rows * sum(field.nbytes for field in spec.fields)
+    return nbytes - in_rows, HEADER_BYTES + in_rows
+
+
 class ReplayMemory:
     """Rows of past samples with their labels, drawn without replacement.
 
     Args:
         spec: Fields, budget, policy, seed and counter.
         classes: Classes that a label may name.
+        file: Where the rows lie; None is memory. What is drawn and evicted does not depend on it.
 
     Raises:
         InputError: when not one row fits, or this machine has no memory for all of them.
@@ -73,12 +90,14 @@ class ReplayMemory:
     them, so that it may be the one that goes; of equally large classes, the one of the lowest index.
     """
 
-    def __init__(self, spec: ReplaySpec, classes: int) -> None:
+    def __init__(self, spec: ReplaySpec, classes: int, file: RowFile | None = None) -> None:
         self.spec = spec
         self.classes = classes
         self.rows, nbytes = memory_layout(spec, classes)
         self.generator = Generator(spec.seed, spec.counter)
+        self.file = file
         try:
+            self._rows = file or Rows(spec.fields, self.rows)
             self._allocate()
         except MemoryError as error:
             raise InputError(f"capacity_bytes: this machine has no memory for {nbytes} bytes of rows; lower it") from error
@@ -88,7 +107,6 @@ class ReplayMemory:
 
     def _allocate(self) -> None:
         spec, classes = self.spec, self.classes
-        self._fields = {field.name: np.zeros((self.rows, *field.shape), field.dtype) for field in spec.fields}
         self._ids = np.full(self.rows, -1, np.int64)
         self._slots = np.arange(self.rows, dtype=np.int32)
         self._starts = np.zeros(classes + 2, np.int32)
@@ -97,15 +115,21 @@ class ReplayMemory:
         self._batch = {f"replay.{field.name}": np.zeros((r, *field.shape), field.dtype) for field in spec.fields}
         self._target = np.zeros(r, np.int64)
         self._weight = np.zeros(r, np.float32)
+        self._draws = {draw.tensor.name: draw.tensor.zeros() for draw in spec.draws}
 
     def __len__(self) -> int:
         return int(self._starts[self.classes])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every array that the memory holds; never above ``spec.capacity_bytes``."""
-        arrays = [*self._fields.values(), *self._batch.values(), self._ids, self._slots, self._starts, self._target, self._weight]
-        return sum(array.nbytes for array in arrays)
+        """Bytes of every array that the memory holds, those of rows in a file not among them; never above ``spec.capacity_bytes``."""
+        arrays = [*self._batch.values(), self._ids, self._slots, self._starts, self._target, self._weight, *self._draws.values()]
+        return self._rows.nbytes + sum(array.nbytes for array in arrays)
+
+    def report(self) -> dict[str, int]:
+        """Rows kept and their room, bytes of memory; of a file its bytes, and the rows that wait for the next snapshot to be written."""
+        file = {} if self.file is None else {"file_bytes": self.file.file_bytes, "rows_waiting": self.file.waiting}
+        return {"rows": len(self), "row_capacity": self.rows, "bytes": self.nbytes, **file}
 
     @property
     def seen(self) -> int:
@@ -129,13 +153,12 @@ class ReplayMemory:
         if place is None:
             return None
         slot = self._move(place, label)
-        for name, array in self._fields.items():
-            array[slot] = row[name]
+        self._rows.write(slot, row)
         self._ids[slot] = sample_id
         return slot
 
     def draw(self) -> dict[str, Array]:
-        """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r], ``replay.weight`` float32 [r].
+        """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r], ``replay.weight`` float32 [r]; each ``draw.NAME``.
 
         The arrays are the memory's own and are filled anew by the next draw. With fewer rows than r the rest is filled
         with zeros at weight zero. Only the generator's counter changes: set it back to undo a draw.
@@ -144,15 +167,17 @@ class ReplayMemory:
         k = min(self.spec.rows_per_step, count)
         places = np.array(self.generator.sample(count, k), np.int64)
         slots = self._slots[places]
-        for name, array in self._fields.items():
+        for name, values in self._rows.read(slots).items():
             batch = self._batch[f"replay.{name}"]
-            batch[:k] = array[slots]
+            batch[:k] = values
             batch[k:] = 0
         self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
         self._target[k:] = 0
         self._weight[:k] = 1
         self._weight[k:] = 0
-        return {**self._batch, "replay.target": self._target, "replay.weight": self._weight}
+        for draw, array in zip(self.spec.draws, self._draws.values(), strict=True):
+            array.reshape(-1)[:] = [self.generator.below(draw.below) for _ in range(array.size)]
+        return {**self._batch, "replay.target": self._target, "replay.weight": self._weight, **self._draws}
 
     def remove(self, sample_id: int) -> bool:
         """Erase an offered sample; returns whether it was still kept. Searches all rows: O(rows)."""
@@ -163,8 +188,7 @@ class ReplayMemory:
             return False
         self._gone_inside += 1
         slot = self._move(place, self.classes)
-        for array in self._fields.values():
-            array[slot] = 0
+        self._rows.write(slot, {field.name: field.zeros() for field in self.spec.fields})
         self._ids[slot] = -1
         return True
 
@@ -180,7 +204,7 @@ class ReplayMemory:
         """The kept rows as :meth:`fill` takes them: ``replay.FIELD`` [n, ...], ``replay.target`` and ``replay.sample_id`` int64 [n]."""
         places = np.arange(len(self))
         slots = self._slots[: len(self)]
-        rows = {f"replay.{name}": array[slots] for name, array in self._fields.items()}
+        rows = {f"replay.{name}": values for name, values in self._rows.read(slots).items()}
         return {**rows, "replay.target": np.searchsorted(self._starts, places, side="right") - 1, "replay.sample_id": self._ids[slots]}
 
     def fill(self, rows: Mapping[str, Array]) -> None:
@@ -206,17 +230,19 @@ class ReplayMemory:
         values = {"replay.sample_id": np.full(n, -1, np.int64), **rows}
         checked = {s.name: take(values, TensorSpec(f"replay.{s.name}", (n, *s.shape), s.dtype)) for s in specs}
         order = np.argsort(target, kind="stable")
-        for name, array in self._fields.items():
-            array[:n] = checked[name][order]
+        self._rows.fill({field.name: checked[field.name][order] for field in self.spec.fields})
         self._ids[:n] = checked["sample_id"][order]
         self._starts[1:-1] = np.cumsum(np.bincount(target, minlength=self.classes))
 
     def snapshot(self) -> dict[str, Array]:
-        """Copies of everything that :meth:`restore` needs, rows beyond the last kept one left out."""
+        """Copies of everything that :meth:`restore` needs, rows beyond the last kept one left out.
+
+        With rows in a file, only of those that changed since the last snapshot was written into it.
+        """
         used = int(self._slots[: len(self)].max(initial=-1)) + 1
         counters = [self._seen, self.generator.counter, self._gone_inside, self._gone_outside]
         return {
-            **{f"memory.row.{name}": array[:used].copy() for name, array in self._fields.items()},
+            **self._rows.snapshot(used),
             "memory.sample_id": self._ids[:used].copy(),
             "memory.slots": self._slots.copy(),
             "memory.starts": self._starts.copy(),
@@ -231,21 +257,21 @@ class ReplayMemory:
         """
         ids = snapshot.get("memory.sample_id")
         used = 0 if ids is None else len(ids)
-        row_specs = [TensorSpec(f"memory.row.{s.name}", (used, *s.shape), s.dtype) for s in self.spec.fields]
         ids = take(snapshot, TensorSpec("memory.sample_id", (min(used, self.rows),), "int64"))
         slots = take(snapshot, TensorSpec("memory.slots", (self.rows,), "int32"))
         starts = take(snapshot, TensorSpec("memory.starts", (self.classes + 2,), "int32"))
         counters = take(snapshot, TensorSpec("memory.counters", (4,), "int64"))
-        fields = [take(snapshot, spec) for spec in row_specs]
+        for spec in self._rows.specs(snapshot, used):
+            take(snapshot, spec)
         if not np.array_equal(np.sort(slots), np.arange(self.rows)):
             raise InputError(f"memory.slots: must hold every slot from 0 to {self.rows - 1} once; write the rows again")
         if starts[0] != 0 or starts[-1] != self.rows or (np.diff(starts) < 0).any() or slots[: starts[-2]].max(initial=-1) >= used:
             raise InputError(f"memory.starts: must rise from 0 to {self.rows}, and kept slots be below {used}; write the rows again")
         if (counters < 0).any():
             raise InputError(f"memory.counters: must be at least 0, got {counters.tolist()}; write the rows again")
-        for array, value in zip([*self._fields.values(), self._ids], [*fields, ids], strict=True):
-            array[:used] = value
-            array[used:] = -1 if array is self._ids else 0
+        self._rows.restore(snapshot, used)
+        self._ids[:used] = ids
+        self._ids[used:] = -1
         self._slots[:] = slots
         self._starts[:] = starts
         self._seen, self.generator.counter, self._gone_inside, self._gone_outside = (int(c) for c in counters)

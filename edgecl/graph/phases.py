@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 
-PHASES = ("encode", "replay_decode", "forward", "input_gradient", "weight_gradient", "update")
+PHASES = ("encode", "replay_encode", "replay_decode", "augment", "forward", "input_gradient", "weight_gradient", "update")
 
 
 @contextmanager

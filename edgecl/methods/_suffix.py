@@ -108,8 +108,13 @@ def cross_entropy(scores: Tensor, target: Tensor, allowed: Tensor) -> Tensor:
 
     Written out: the loss that ships with PyTorch translates to ONNX with another gradient at batch sizes above one.
     """
+    return soft_cross_entropy(scores, one_hot(target, scores.shape[1]), allowed)
+
+
+def soft_cross_entropy(scores: Tensor, truth: Tensor, allowed: Tensor) -> Tensor:
+    """The same for targets that are shares of classes, float32 [N, K]."""
     log_probability = torch.log_softmax(torch.where(allowed, scores, UNSEEN), 1)
-    return -(log_probability * one_hot(target, scores.shape[1])).sum(1)
+    return -(log_probability * truth).sum(1)
 
 
 def _zeros(features: Any) -> Any:

@@ -1,21 +1,25 @@
 """Latent replay: stored latents of old samples are mixed into every update of the suffix.
 
-Source: Pellegrini et al. 2020, "Latent Replay for Real-Time Continual Learning"; rows quantised to 8 bits as in Ravaglia
-et al. 2021 (QLR-CL); the asymmetric loss is ER-ACE, Caccia et al. 2022, "New Insights on Reducing Abrupt Representation
-Change in Online Continual Learning".
+Source: Pellegrini et al. 2020, "Latent Replay for Real-Time Continual Learning"; rows quantised as in Ravaglia et al. 2021
+(QLR-CL) or product-quantised as in Hayes et al. 2020 (REMIND); the asymmetric loss is ER-ACE, Caccia et al. 2022, "New Insights on
+Reducing Abrupt Representation Change in Online Continual Learning".
 
 Deviations: the trunk is frozen and batch norm keeps its stored statistics (batch statistics mean nothing for single
 samples). ER-ACE's current loss runs over the classes of a recent window of samples, because over the one class of a
-single sample its gradient is zero. While a whole window holds one class it is zero all the same: a class that comes in such a run is
-learned through its stored rows alone, late. Learning and prediction both see the decoded latent. Predictions may come from a running
-average of the weights (Soutif-Cormerais et al. 2023, "Improving Online Continual Learning Performance and Stability with Temporal
-Ensembles").
+single sample its gradient is zero; while the window holds fewer than two classes, over all seen ones. Learning and prediction both see
+the decoded latent. Predictions may come from a running average of the weights (Soutif-Cormerais et al. 2023, "Improving Online
+Continual Learning Performance and Stability with Temporal Ensembles").
+
+The schedule by class is REMIND's, written out: ``lr_y = lr * decay ** (n_y // every)``, with n_y the samples of the class learned before
+this one, base samples not among them. REMIND steps one scheduler a class, all of them on one optimiser. In PyTorch from 1.4 on each step
+multiplies the optimiser's present rate, so that the classes' decays compound; copying those lines gives another method.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +27,19 @@ from torch import Tensor, nn
 from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
 from edgecl.learner import Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import require
-from edgecl.methods._suffix import cross_entropy
+from edgecl.methods._augment import ENTRIES, MOST_SIDE, PLACES, beta_quantiles, crop, crop_sizes, mix
+from edgecl.methods._features import SMALLEST_NORM, require
+from edgecl.methods._suffix import soft_cross_entropy
 from edgecl.methods.finetune import Finetune
-from edgecl_device.manifest import ReplaySpec, TensorSpec
+from edgecl_device.manifest import DrawSpec, ReplaySpec, TensorSpec
 from edgecl_device.memory import POLICIES
 
 
 class LatentReplay(Finetune):
     """Experience replay on latents: ``loss = new_weight * CE(new sample) + mean of CE(r stored rows)``.
+
+    ``health.reconstruction`` is the squared error of this sample's decoded latent over its square, for codecs that lose something: far
+    above the figure in the manifest it says that the samples have drifted from those that the codec was fitted on.
 
     State: that of finetune, 4 K bytes for the window, and the trained weights again with ``average``; beside it the replay memory. MACs
     a sample: (1 + r) times the suffix's forward and backward pass.
@@ -47,7 +55,10 @@ class LatentReplay(Finetune):
         Attributes:
             rows_per_step: Stored rows mixed into one update (r).
             capacity_bytes: Budget of the replay memory.
-            codec: ``float32`` or ``uint8``.
+            codec: ``float32``, ``uint8``, ``packed`` or ``pq`` (:mod:`edgecl.codecs`).
+            bits: Of the ``packed`` codec, 1 to 8 a value.
+            subquantizers: Of the ``pq`` codec, bytes a position.
+            centroids: Of the ``pq`` codec, codewords a sub-quantiser.
             policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows).
             loss: ``er`` or ``er-ace``.
             new_weight: Weight of the new sample's loss beside the mean of the stored rows'; 1 is ER's. Below 1 a run of samples of
@@ -55,6 +66,10 @@ class LatentReplay(Finetune):
             average: Decay of the running average of the trained weights with which ``predict`` works; 0 is the weights themselves.
             window: Samples for which a class counts as current, for ``er-ace``.
             seed: Key of the device's generator.
+            crop: Random resized crop of every feature map of an update, the new sample's among them (:mod:`edgecl.methods._augment`).
+            mixup: Alpha of Beta(alpha, alpha) for mixing pairs of stored rows, one share an update; then 2 r rows are drawn. 0 mixes none.
+            lr_decay: Factor of a class's learning rate after each ``lr_decay_every`` samples of it; 1 keeps it.
+            lr_decay_every: Samples of a class.
         """
 
         rows_per_step: int = 8
@@ -66,16 +81,55 @@ class LatentReplay(Finetune):
         average: float = 0.0
         window: int = 50
         seed: int = 0
+        bits: int = 4
+        subquantizers: int = 8
+        centroids: int = 64
+        crop: bool = False
+        mixup: float = 0.0
+        lr_decay: float = 1.0
+        lr_decay_every: int = 100
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require(self.rows_per_step >= 1, "rows_per_step", "be at least 1", self.rows_per_step, "8 is a good start")
             require(self.codec in CODECS, "codec", f"be one of {', '.join(CODECS)}", self.codec, "use 'uint8'")
+            for codec in CODECS.values():
+                codec.of(self)  # checks what it takes of these values
             require(self.policy in POLICIES, "policy", f"be one of {', '.join(POLICIES)}", self.policy, "use 'largest-class'")
             require(self.loss in ("er", "er-ace"), "loss", "be 'er' or 'er-ace'", self.loss, "use 'er'")
             require(0 < self.new_weight < math.inf, "new_weight", "be finite and above 0", self.new_weight, "1 is ER's own")
             require(0 <= self.average < 1, "average", "be in [0, 1)", self.average, "0.99 averages over about 100 samples")
             require(self.window >= 1, "window", "be at least 1 sample", self.window, "50 is a good start")
+            require(0 <= self.mixup <= 1, "mixup", "be in [0, 1]", self.mixup, "0.1 is REMIND's, 0 mixes nothing")
+            require(0 < self.lr_decay <= 1, "lr_decay", "be in (0, 1]", self.lr_decay, "0.5 is REMIND's, 1 keeps the rate")
+            require(self.lr_decay_every >= 1, "lr_decay_every", "be at least 1 sample", self.lr_decay_every, "100 is REMIND's")
+
+        @classmethod
+        def remind(cls, rows_per_step: int = 50, subquantizers: int = 32, centroids: int = 256, **changes: Any) -> Self:
+            """REMIND's settings (Hayes et al. 2020, as in the authors' code), for a map such as 512x7x7.
+
+            The authors' loss is the mean over the new sample and r rows; here the new sample's, by ``new_weight``, stands beside the
+            rows' mean, so that ``lr`` and ``weight_decay`` are theirs (0.1 and 1e-5) times r / (r + 1) and its inverse. Deviations: weight
+            decay is decoupled, batch norm keeps its stored statistics and its affine parameters.
+
+            Args:
+                rows_per_step: Mixed rows (r).
+                subquantizers: Bytes a position.
+                centroids: Codewords a sub-quantiser.
+                changes: Other fields, for instance ``capacity_bytes``: REMIND's 959,665 rows take 1.5 GB.
+            """
+            r = rows_per_step
+            settings: dict[str, Any] = {
+                "lr": 0.1 * r / (r + 1), "optimizer": "momentum", "momentum": 0.9, "weight_decay": 1e-5 * (r + 1) / r,
+                "rows_per_step": r, "new_weight": 1 / r, "codec": "pq", "subquantizers": subquantizers, "centroids": centroids,
+                "policy": "largest-class", "crop": True, "mixup": 0.1, "lr_decay": 0.5, "lr_decay_every": 100,
+            }  # fmt: skip
+            return cls(**{**settings, **changes})
+
+        @classmethod
+        def remind_edge(cls, **changes: Any) -> Self:
+            """The same at the size of a small device: 8 bytes a position, 64 codewords, 8 rows an update."""
+            return cls.remind(8, 8, 64, **changes)
 
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(problem, config, suffix=suffix, masks=masks)
@@ -83,35 +137,63 @@ class LatentReplay(Finetune):
         for spec in features.values():
             require(spec.dtype == "float32", spec.name, "be float32 features", spec.dtype, "convert the model with float()")
         self._names = list(features)
-        self.codecs = {name: CODECS[self.config.codec]() for name in self._names}
+        self.codecs = {name: CODECS[self.config.codec].of(self.config) for name in self._names}
+        self._rows = {name: self.codecs[name].row_spec(spec) for name, spec in features.items()}
+        if self.config.crop:
+            shapes = [list(spec.shape) for spec in features.values()]
+            ok = len(shapes) == 1 and len(shapes[0]) == 4 and max(shapes[0][2:]) <= MOST_SIDE
+            mend = f"leave it out, or cut the model at one map [1, C, H, W] of at most {MOST_SIDE} positions a side"
+            require(ok, "crop", f"be False for a latent of {shapes}", True, mend)
+            self._sizes = crop_sizes(*shapes[0][2:])
+        if self.config.mixup:
+            self._shares = beta_quantiles(self.config.mixup)
 
     def init(self) -> State:
-        """Finetune's state, and for each class the samples since it was last seen."""
+        """Finetune's state, for each class the samples since it was last seen and, with a schedule, those learned."""
         state = {**super().init(), "age": torch.full((self.problem.max_classes,), float(self.config.window))}
         averages = {f"average.{name}": state[f"param.{name}"].clone() for name in self.trained} if self.config.average else {}
-        return {**state, **averages}
+        schedule = {"learned": torch.zeros(self.problem.max_classes)} if self.config.lr_decay < 1 else {}
+        return {**state, **averages, **schedule}
 
     def calibrate(self, latents: Any) -> None:
         """Fit the codecs on latents [N, ...] of base samples."""
         for name, part in self._parts(latents).items():
             self.codecs[name].fit(part)
 
+    def reconstruction(self, latents: Any) -> float:
+        """Squared error of decoded latents [N, ...] over their square."""
+        with torch.no_grad():
+            return float(self._error(latents, self._decode(self._encode(latents))))
+
+    @property
+    def codebooks(self) -> tuple[Tensor, ...]:
+        """Those of the codecs."""
+        return tuple(table for codec in self.codecs.values() for table in codec.constants())
+
     @property
     def replay(self) -> ReplaySpec:
         """Rows of codes, drawn and evicted by the device."""
-        features = self.problem.features
-        specs = {"": features} if isinstance(features, TensorSpec) else features
-        dtype = CODECS[self.config.codec].dtype
-        fields = tuple(TensorSpec(f"z.{name}" if name else "z", spec.shape[1:], dtype) for name, spec in specs.items())
-        return ReplaySpec(fields, self.config.rows_per_step, self.config.capacity_bytes, self.config.policy, self.config.seed)
+        fields = tuple(TensorSpec(f"z.{name}" if name else "z", row.shape, row.dtype) for name, row in self._rows.items())
+        config, draws = self.config, []
+        if config.crop:
+            draws += [DrawSpec("size", (1 + self._drawn,), ENTRIES), DrawSpec("place", (1 + self._drawn, 2), PLACES)]
+        if config.mixup:
+            draws.append(DrawSpec("share", (1,), ENTRIES))
+        return ReplaySpec(fields, self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
+
+    @property
+    def _drawn(self) -> int:
+        """Stored rows that one update takes: two for each mixed one."""
+        rows: int = self.config.rows_per_step
+        return 2 * rows if self.config.mixup else rows
 
     def step_inputs(self) -> dict[str, Any]:
-        """Those of finetune, and ``replay``: r rows of codes, their targets, and 1 for a real row or 0 for filler."""
-        memory, rows = self.replay, self.config.rows_per_step
+        """Those of finetune; ``replay``: rows of codes, their targets, and 1 for a real row or 0 for filler; ``draw``: random integers."""
+        memory, rows = self.replay, self._drawn
         specs = [TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in memory.fields]
         z = specs[0] if self._names == [""] else dict(zip(self._names, specs, strict=True))
         replay = {"z": z, "target": TensorSpec("target", (rows,), "int64"), "weight": TensorSpec("weight", (rows,), "float32")}
-        return {**super().step_inputs(), "replay": replay}
+        return {**super().step_inputs(), "replay": replay, "draw": {draw.name: draw.tensor for draw in memory.draws}}
 
     def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
         """Count a base sample and return its replay row."""
@@ -125,33 +207,82 @@ class LatentReplay(Finetune):
 
     # Steps are fed by the names of their inputs, never through the base class.
     def learn(  # type: ignore[override]
-        self, state: State, z: Any, target: Tensor, weight: Tensor, lr: Tensor, replay: dict[str, Any]
+        self,
+        state: State,
+        z: Any,
+        target: Tensor,
+        weight: Tensor,
+        lr: Tensor,
+        replay: dict[str, Any],
+        draw: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> StepResult:
         """One step on the new sample and r stored rows; ``row.z`` is the sample's own row."""
+        config, classes, rows = self.config, self.problem.max_classes, self.config.rows_per_step
         code = self._encode(z)
-        fresh = one_hot(target, self.problem.max_classes).reshape(-1)
+        fresh = one_hot(target, classes).reshape(-1)
         count = state["count"] + fresh
         age = torch.where(fresh > 0, 0.0, state["age"] + 1.0)
         seen = (count > 0).unsqueeze(0)
-        current = seen if self.config.loss == "er" else (age < self.config.window).unsqueeze(0)
-        rows = self.config.rows_per_step
-        with phase("replay_decode"):
-            batch = self._join(self._decode(code), self._decode(replay["z"]))
-        targets = torch.cat([target, replay["target"]])
-        allowed = torch.cat([current, seen.expand(rows, -1)])
-        real = replay["weight"]
-        weights = torch.cat([weight * self.config.new_weight, real / real.sum().clamp_min(1.0)])
+        decoded, real = self._decode(code), replay["weight"]
+        batch = self._join(decoded, self._decode(self._filled(replay["z"], code, real)))
+        if config.crop:
+            with phase("augment"):
+                maps = crop(self._parts(batch)[self._names[0]], draw["size"], draw["place"], self._sizes)
+                batch = self._whole({self._names[0]: maps})
+        truth = one_hot(torch.cat([target, replay["target"]]), classes)
+        if config.mixup:
+            with phase("augment"):
+                batch, truth = self._mixed(batch, truth, draw["share"], real[rows:])
+            real = real[:rows]
+        allowed = torch.cat([self._current(age, seen), seen.expand(rows, -1)])
+        weights = torch.cat([weight * config.new_weight, real / real.sum().clamp_min(1.0)])
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             scores = self.scores(parameters, batch)
-            return (cross_entropy(scores, targets, allowed) * weights).sum(), scores
+            return (soft_cross_entropy(scores, truth, allowed) * weights).sum(), scores
 
+        schedule: State = {}
+        if config.lr_decay < 1:
+            lr = lr * config.lr_decay ** ((state["learned"] * fresh).sum() / config.lr_decay_every).floor()
+            schedule = {"learned": state["learned"] + fresh}
         value, scores, new = self.descend(state, loss, lr)
-        if self.config.average:
+        if config.average or config.crop:
             with phase("forward"):
-                scores = self.scores(self._predictors(state), self._decode(code))
+                scores = self.scores(self._predictors(state), decoded)
         outputs = {"scores": mask_unseen(scores[:1], state["count"]), "loss": value, **self._row(code)}
-        return outputs, {**new, **self._average(state, new), "count": count, "age": age}
+        if not CODECS[config.codec].lossless:
+            outputs["health.reconstruction"] = self._error(z, decoded)
+        return outputs, {**new, **self._average(state, new), **schedule, "count": count, "age": age}
+
+    def _mixed(self, batch: Any, truth: Tensor, drawn: Tensor, partners: Tensor) -> tuple[Any, Tensor]:
+        """The new sample, and each stored row mixed with its partner, where it has a real one; maps and targets alike."""
+        rows = self.config.rows_per_step
+        share = torch.where(partners > 0, self._shares.index_select(0, drawn), 1.0)
+        mixed = {name: torch.cat([part[:1], mix(part[1:], share, rows)]) for name, part in self._parts(batch).items()}
+        return self._whole(mixed), torch.cat([truth[:1], mix(truth[1:], share, rows)])
+
+    def _current(self, age: Tensor, seen: Tensor) -> Tensor:
+        """Classes that the new sample's softmax runs over, bool [1, K]."""
+        if self.config.loss == "er":
+            return seen
+        window = (age < self.config.window).unsqueeze(0)
+        return torch.where(window.to(torch.float32).sum() < 2, seen, window)
+
+    def _filled(self, rows: Any, code: Any, real: Tensor) -> Any:
+        """Rows with this sample's code in place of filler: of zeros a suffix may make NaN, which no weight of zero takes away."""
+        own = self._parts(code)
+        return self._whole(
+            {
+                name: torch.where((real > 0).reshape(-1, *[1] * (part.dim() - 1)), part, own[name])
+                for name, part in self._parts(rows).items()
+            }
+        )
+
+    def _error(self, z: Any, decoded: Any) -> Tensor:
+        """Squared error over squared length, float32 []."""
+        pairs = [(part, self._parts(decoded)[name]) for name, part in self._parts(z).items()]
+        error = torch.stack([((part - other) * (part - other)).sum() for part, other in pairs]).sum()
+        return error / torch.stack([(part * part).sum() for part, _ in pairs]).sum().clamp_min(SMALLEST_NORM)
 
     def _predictors(self, state: State) -> dict[str, Tensor]:
         """The weights that predict: the running average, where there is one."""
@@ -176,10 +307,12 @@ class LatentReplay(Finetune):
         return parts[""] if self._names == [""] else parts
 
     def _encode(self, z: Any) -> Any:
-        return self._whole({name: self.codecs[name].encode(part) for name, part in self._parts(z).items()})
+        with phase("replay_encode"):
+            return self._whole({name: self.codecs[name].encode(part) for name, part in self._parts(z).items()})
 
     def _decode(self, code: Any) -> Any:
-        return self._whole({name: self.codecs[name].decode(part) for name, part in self._parts(code).items()})
+        with phase("replay_decode"):
+            return self._whole({name: self.codecs[name].decode(part) for name, part in self._parts(code).items()})
 
     def _join(self, first: Any, rest: Any) -> Any:
         parts = self._parts(rest)

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.numpy import save
 
 from edgecl.graph.lowering import BuiltStep, build
-from edgecl.ledger import ledger, state_specs
+from edgecl.ledger import ledger, state_specs, table_bytes
 from edgecl.prepare import Prepared
 from edgecl_device.checks import as_int, as_path, short
 from edgecl_device.errors import BundleError, InputError
@@ -33,6 +33,7 @@ from edgecl_device.manifest import (
     sha256_file,
     to_json,
 )
+from edgecl_device.memory import memory_bytes
 from edgecl_export.place import place
 from edgecl_export.targets import Target, target_of
 from edgecl_export.verify import Gate, verify
@@ -67,6 +68,7 @@ def export(
     log_capacity_bytes: int = DEFAULT_LOG_BYTES,
     pending_capacity: int = DEFAULT_PENDING,
     ram_budget_bytes: int = 128 << 20,
+    rows_in_file: bool = False,
 ) -> Exported:
     """Write a bundle and check it.
 
@@ -78,6 +80,7 @@ def export(
         log_capacity_bytes: Cap of the device's sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that may wait for a delayed label.
         ram_budget_bytes: What state, its second buffers and the replay memory (``ledger`` in the manifest) may take on the device.
+        rows_in_file: Keep the replay rows in a file beside the store (``Learner.load(..., rows=)``): for memories beyond the device's RAM.
 
     Raises:
         InputError: when an argument does not fit, the folder exists or cannot be written, the method is for the host only, or state
@@ -92,6 +95,8 @@ def export(
     pending_capacity = _at_least("pending_capacity", pending_capacity, 1)
     ram_budget_bytes = _at_least("ram_budget_bytes", ram_budget_bytes, 0)
     target = target_of(engine)
+    if rows_in_file and prepared.memory is None:
+        raise InputError(f"rows_in_file: must be False for {prepared.learner.name}, which stores no rows, got True; leave it out")
     if prepared.learner.host_only:
         raise InputError(f"method: {prepared.learner.name!r} trains offline and has no step for the device; export another method")
     with _writing(destination):
@@ -103,7 +108,7 @@ def export(
         with tempfile.TemporaryDirectory(dir=nearest, prefix=SCRATCH) as scratch:
             folder = Path(scratch) / "bundle"
             folder.mkdir()
-            manifest = _write(prepared, engine, target, steps, folder, log_capacity_bytes, pending_capacity)
+            manifest = _write(prepared, engine, target, steps, folder, log_capacity_bytes, pending_capacity, rows_in_file)
             _check_budget(manifest.ledger, ram_budget_bytes)
             gates = verify(folder, manifest, prepared, steps)
             _check_free(destination, overwrite)  # the gates take time
@@ -154,7 +159,7 @@ def _check_budget(found: Mapping[str, Any], budget: int) -> None:
         raise InputError(
             f"ram_budget_bytes (--ram-budget): must be at least {sum(parts.values()):,}, the sum of "
             f"{', '.join(f'{name} {size:,}' for name, size in parts.items())}, got {budget:,}; cut where the features are smaller, "
-            "take a smaller replay memory, or raise the budget"
+            "take a smaller replay memory or keep its rows in a file (rows_in_file), or raise the budget"
         )
 
 
@@ -166,23 +171,32 @@ def _write(
     folder: Path,
     log_capacity_bytes: int,
     pending_capacity: int,
+    rows_in_file: bool,
 ) -> Manifest:
     learner, memory = prepared.learner, prepared.memory
     written = target.write(steps, folder)
     files = written.steps
     all_bytes = sum(path.stat().st_size for path in folder.iterdir())
     (folder / STATE_FILE).write_bytes(save({name: tensor.detach().contiguous().numpy() for name, tensor in prepared.state.items()}))
-    replay = None
+    replay, replay_bytes = None, (0, 0)
     if memory is not None:
         (folder / REPLAY_FILE).write_bytes(save(memory.rows_by_name()))
         spec = memory.spec
-        replay = dataclasses.replace(spec, counter=memory.generator.counter, seen=memory.seen)
+        replay = dataclasses.replace(
+            spec,
+            counter=memory.generator.counter,
+            seen=memory.seen,
+            reconstruction=prepared.reconstruction,
+            in_file=rows_in_file,
+        )
+        replay_bytes = memory_bytes(replay, learner.problem.max_classes)
     memory_ledger = ledger(
         steps,
         prepared.state,
         weight_bytes=written.weight_bytes,
         graph_bytes=all_bytes - written.weight_bytes,
-        replay_bytes=memory.nbytes if memory is not None else 0,
+        replay_bytes=replay_bytes,
+        codebook_bytes=table_bytes(learner.codebooks),
         pending=pending_capacity,
     )
     specs = state_specs(prepared.state)
@@ -191,7 +205,7 @@ def _write(
     graphs = {name: _graph_hash(step) for name, step in steps.items()}
     contents = {p.name: FileEntry(sha256_file(p), p.stat().st_size) for p in sorted(folder.iterdir())}
     start = [contents[name].sha256 for name in (STATE_FILE, REPLAY_FILE) if name in contents]
-    identity = [learner.name, config, learner.problem.max_classes, graphs, start]
+    identity = [learner.name, config, learner.problem.max_classes, graphs, start, *(["rows in file"] if rows_in_file else [])]
     manifest = Manifest(
         method=learner.name,
         config=config,

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,8 +198,17 @@ def _samples(case: _Case, eager: EagerEngine) -> list[Array]:
 
 def _loads(case: _Case) -> str:
     """The device's own loop loads the bundle, predicts, and learns."""
+    in_file = case.manifest.replay is not None and case.manifest.replay.in_file
     try:
-        with DeviceLearner.load(case.folder, engine=case.manifest.engine) as learner:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            DeviceLearner.load(
+                case.folder,
+                engine=case.manifest.engine,
+                store=Path(scratch) / "store.db" if in_file else None,
+                rows=Path(scratch) / "rows.bin" if in_file else None,
+            ) as learner,
+        ):
             seen = learner.predict(case.prepared.example)
             if "learn" in case.manifest.steps:
                 learner.learn(case.prepared.example, 0 if seen.label is None else seen.label)
@@ -237,6 +247,7 @@ def _inputs(case: _Case) -> Any:
     examples: list[tuple[Any, int] | None] = [*prepared.examples] or [None]
     specs = {spec.name: spec for step in case.manifest.steps.values() for spec in step.inputs}
     stored = prepared.memory.rows_by_name() if prepared.memory is not None else {}
+    draws = prepared.memory.spec.draws if prepared.memory is not None else ()
     for i, example in enumerate(itertools.cycle(examples)):
         if example is None:
             z = {name: _example_of(spec, generator) for name, spec in features.items()}
@@ -251,6 +262,7 @@ def _inputs(case: _Case) -> Any:
             "weight": np.array([1.0 + i % 3], np.float32),
             "lr": np.array(0.0 if i % 8 == 7 else learner.default_lr, np.float32),
         }
+        inputs |= {draw.tensor.name: generator.integers(0, draw.below, draw.shape) for draw in draws}
         for name, spec in specs.items():
             if name.startswith("replay."):
                 rows = spec.shape[0]

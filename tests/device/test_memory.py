@@ -33,7 +33,7 @@ def kept(memory):
 
 def arrays(memory):
     found = []
-    for value in vars(memory).values():
+    for value in [*vars(memory).values(), *vars(memory._rows).values()]:
         found += [value] if isinstance(value, np.ndarray) else list(value.values()) if isinstance(value, dict) else []
     return found
 
@@ -129,7 +129,8 @@ def test_a_removed_row_leaves_no_trace():
     memory.remove(202)
     content = b"".join(array.tobytes() for array in memory.snapshot().values())
     assert np.int64(202).tobytes() not in content
-    assert not any((array == 202).any() for array in memory._fields.values())
+    assert not any((array == 202).any() for array in memory.rows_by_name().values())
+    assert not any((array == 202).any() for array in memory._rows._arrays.values())
 
 
 def test_reservoir_is_algorithm_r():

@@ -150,7 +150,7 @@ def make_learner(name: str, **config: Any) -> Learner:
     if not issubclass(kind, SuffixLearner):
         return kind(Problem(TensorSpec("z", (1, 6), "float32"), 4), kind.Config(**config))
     learner = kind(Problem(TensorSpec("z", (1, 4, 7, 7), "float32"), 5), kind.Config(**config), suffix=small_net())
-    learner.calibrate(torch.tensor([-3.0, 3.0]))
+    learner.calibrate(torch.linspace(-3.0, 3.0, 2 * 4 * 49).reshape(2, 4, 7, 7))
     return learner
 
 

@@ -126,6 +126,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("finetune", {"trainable": ("1.*", "5.*")}),
     ("latent_replay", {"rows_per_step": 2}),
     ("latent_replay", {"rows_per_step": 3, "average": 0.9}),
+    ("latent_replay", {"rows_per_step": 2, "codec": "packed", "bits": 3}),
+    ("latent_replay", {"rows_per_step": 2, "crop": True, "mixup": 0.1, "lr_decay": 0.5}),
+    ("latent_replay", {"rows_per_step": 2, "codec": "pq", "subquantizers": 2, "centroids": 16}),
 ]
 
 
@@ -171,6 +174,26 @@ def test_replay_multiplies_every_phase(tools: Any) -> None:
     one = cost.count(canonicalise(capture(tools.make_learner("finetune"), "learn"))).macs
     four = cost.count(canonicalise(capture(tools.make_learner("latent_replay", rows_per_step=3), "learn"))).macs
     assert {k: 4 * n for k, n in one.items()} == four
+
+
+def test_mixup_and_crop_cost_what_the_page_says(tools: Any) -> None:
+    """Two rows from four: the suffix works on three maps, the crop on five of 4 channels and 7x7 positions."""
+    plain, full = (
+        cost.count(canonicalise(capture(tools.make_learner("latent_replay", rows_per_step=2, **config), "learn"))).macs
+        for config in ({}, {"crop": True, "mixup": 0.1})
+    )
+    assert full["augment"] == 5 * 4 * 49 * (7 + 7)
+    assert full["forward"] == plain["forward"] // 3 * 4, "and one more forward pass, for the scores of the map as it is"
+    assert {full[k] == plain[k] for k in ("input_gradient", "weight_gradient")} == {True}
+
+
+def test_a_product_quantiser_costs_positions_times_channels_times_centroids(tools: Any) -> None:
+    """Encoding a map of 49 positions and 4 channels with 16 codewords; looking them up again is no multiplication."""
+    learner = tools.make_learner("latent_replay", rows_per_step=2, codec="pq", subquantizers=2, centroids=16)
+    for step in ("predict", "learn"):
+        found = cost.count(canonicalise(capture(learner, step))).macs
+        assert found["replay_encode"] == 49 * 4 * 16
+        assert "replay_decode" not in found
 
 
 CONVOLUTIONS = [

@@ -1,0 +1,285 @@
+"""Replay rows in a file: the same rows, draws and updates as in memory, through crashes at any moment, and no copy of all of them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edgecl_device import InputError, StoreError, TensorSpec
+from edgecl_device.manifest import ReplaySpec
+from edgecl_device.memory import ReplayMemory, memory_bytes, memory_layout
+from edgecl_device.rows import HEADER_BYTES, RowFile
+from edgecl_device.snapshot import Snapshot
+
+FIELDS = (TensorSpec("z", (3,), "uint8"), TensorSpec("scale", (), "float32"))
+
+
+@pytest.fixture
+def filed(head, edit_manifest):
+    """The bundle with replay, its rows in a file. Its log has room for 24 samples."""
+    replay = json.loads((head / "manifest.json").read_text())["replay"]
+    edit_manifest(head, replay={**replay, "in_file": True}, log_capacity_bytes=24 * 96)
+    return head
+
+
+@pytest.fixture
+def plain(head, tmp_path, edit_manifest):
+    """The same bundle with its rows in memory."""
+    folder = shutil.copytree(head, tmp_path / "plain")
+    edit_manifest(folder, replay={**json.loads((folder / "manifest.json").read_text())["replay"], "in_file": False})
+    return folder
+
+
+@pytest.fixture
+def start(filed, load, tmp_path):
+    return lambda: load(filed, store=tmp_path / "l.db", rows=tmp_path / "rows.bin")
+
+
+def learn(learner, stream, begin, end):
+    for i in range(begin, end):
+        learner.learn(stream[0][i % 120], int(stream[1][i % 120]))
+
+
+def knows(learner):
+    """State, rows with their order, counters and classes; not the ids, as a crash uses up reserved ones."""
+    rows = {name: a.tobytes() for name, a in learner.rows().items() if name != "replay.sample_id"}
+    state = {name: a.tobytes() for name, a in learner.state().items()}
+    memory = learner._core.memory
+    bookkeeping = memory._slots.tobytes(), memory._starts.tobytes(), memory.seen, memory.generator.counter
+    return state, rows, bookkeeping, learner._core.counts.tolist(), learner._core.totals
+
+
+@pytest.mark.parametrize("how", ["crash", "close", "neither"])
+def test_it_learns_bit_for_bit_as_with_rows_in_memory(start, plain, load, stream, crash, how):
+    """Over several snapshots that a full log forces, and restarts between and on them."""
+    other, learner = load(plain), start()
+    for begin, end in ((0, 1), (1, 23), (23, 25), (25, 70), (70, 120)):
+        learn(other, stream, begin, end)
+        learn(learner, stream, begin, end)
+        assert knows(learner) == knows(other)
+        if how != "neither":
+            crash(learner) if how == "crash" else learner.close()
+            learner = start()
+            assert knows(learner) == knows(other)
+
+
+def test_a_snapshot_holds_the_rows_that_changed_and_no_others(start, stream, tmp_path):
+    learner = start()
+    full = learner._core.memory.rows
+    sizes = []
+    for end in (10, 11, 11):
+        learn(learner, stream, learner.report()["learned"], end)
+        learner.save()
+        snapshot = Snapshot.unpack(learner._store.snapshot(""))
+        sizes.append(len(snapshot.tensors["memory.changed"]))
+        assert snapshot.tensors["memory.row.z"].shape == (sizes[-1], 8)
+        assert learner.report()["replay"]["rows_waiting"] == 0
+    assert 5 <= sizes[0] <= full and sizes[1] <= 1 and sizes[2] == 0
+    content = np.fromfile(tmp_path / "rows.bin", np.uint8)[HEADER_BYTES:].reshape(full, 8)
+    memory = learner._core.memory
+    assert np.array_equal(content[memory._slots[: len(memory)]], learner.rows()["replay.z"])
+
+
+@pytest.mark.parametrize("moment", ["rows", "header", "done"])
+def test_a_process_that_dies_while_the_file_is_written_loses_nothing(start, plain, load, stream, crash, monkeypatch, moment):
+    """The snapshot is in the store; of its rows one, or all, or all but the header's number are in the file."""
+    learner, other = start(), load(plain)
+    learn(other, stream, 0, 30)
+    learn(learner, stream, 0, 20)
+
+    def dies(self):
+        written = list(self._changed.items())
+        for slot, record in written[: 1 if moment == "rows" else None]:
+            self._rows[slot] = record
+        if moment == "done":
+            self._header["epoch"] = self._epoch + 1
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowFile, "settle", dies)
+        with pytest.raises(KeyboardInterrupt):
+            learner.save()
+    crash(learner)
+    learner = start()
+    learn(learner, stream, 20, 30)
+    assert knows(learner) == knows(other)
+
+
+def test_a_disk_that_fails_leaves_the_rows_to_the_next_snapshot(start, plain, load, stream, crash, monkeypatch):
+    learner, other = start(), load(plain)
+    learn(other, stream, 0, 120)
+    learn(learner, stream, 0, 20)
+
+    class Broken:
+        def __setitem__(self, slot, record):
+            raise OSError("no medium")
+
+    file = learner._core.memory.file
+    with monkeypatch.context() as patch:
+        real = file._rows
+        patch.setattr(file, "_rows", Broken())
+        learner.save()
+        patch.setattr(file, "_rows", real)
+        assert learner.report()["replay"]["rows_waiting"] > 0
+    learn(learner, stream, 20, 40)
+    learner.save()
+    assert learner.report()["replay"]["rows_waiting"] == 0
+    learn(learner, stream, 40, 70)
+    crash(learner)
+    learner = start()
+    learn(learner, stream, 70, 120)
+    assert knows(learner) == knows(other)
+
+
+def test_a_process_killed_in_the_middle_of_a_stream_loses_nothing(filed, plain, start, load, stream, tmp_path):
+    code = """
+import sys, numpy as np
+from edgecl_device import Learner
+learner = Learner.load(sys.argv[1], store=sys.argv[2], rows=sys.argv[3])
+data = np.load(sys.argv[4])
+while True:
+    for x, y in zip(data["x"], data["y"]):
+        print(learner.learn(x, int(y)).sample_id, flush=True)
+"""
+    np.savez(tmp_path / "stream.npz", x=stream[0], y=stream[1])
+    paths = [filed, tmp_path / "l.db", tmp_path / "rows.bin", tmp_path / "stream.npz"]
+    done = 0
+    for count in (30, 77):
+        with subprocess.Popen([sys.executable, "-c", code, *map(str, paths)], stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(count):
+                process.stdout.readline()
+            os.kill(process.pid, signal.SIGKILL)
+        learner = start()
+        learned, begin = learner.report()["learned"], done
+        assert learned >= done + count
+        other = load(plain)
+        for i in [*range(begin), *range(learned - begin)] if begin else range(learned):
+            other.learn(stream[0][i % 120], int(stream[1][i % 120]))
+        assert knows(learner) == knows(other)
+        done = learned
+        learner._store.close()
+
+
+def test_rollback_goes_to_the_last_save_and_named_snapshots_are_refused(start, plain, load, stream, crash):
+    learner, other = start(), load(plain)
+    learn(other, stream, 0, 10)
+    learn(learner, stream, 0, 10)
+    learner.save()
+    learn(learner, stream, 10, 20)
+    learner.rollback()
+    assert knows(learner) == knows(other)
+    with pytest.raises(InputError, match=r"^name: must be left out where replay rows lie in a file.*, got 'mine'; save\(\) without one"):
+        learner.save("mine")
+    learn(learner, stream, 20, 30)
+    learn(other, stream, 20, 30)
+    crash(learner)
+    assert knows(start()) == knows(other)
+
+
+def test_a_start_that_dies_before_its_first_snapshot_begins_anew(start, stream, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("edgecl_device.journal.Journal.save", lambda self, name: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin-new"]
+    learner = start()
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin"]
+    assert len(learner.rows()["replay.target"]) == 3, "the bundle's own"
+
+
+def test_a_start_that_dies_before_the_file_is_in_its_place_goes_on(start, stream, plain, load, crash, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RowFile, "settle", lambda self: None)
+        crash(start())
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin-new"]
+    learner, other = start(), load(plain)
+    learn(learner, stream, 0, 40)
+    learn(other, stream, 0, 40)
+    assert knows(learner) == knows(other)
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin"]
+
+
+def test_a_file_that_does_not_go_with_the_store_is_refused(filed, start, load, stream, tmp_path):
+    learner = start()
+    learn(learner, stream, 0, 5)
+    learner.close()
+    shutil.copy(tmp_path / "rows.bin", tmp_path / "early.bin")
+    shutil.copy(tmp_path / "l.db", tmp_path / "early.db")
+    for end in (10, 15):
+        learner = start()
+        learn(learner, stream, end - 5, end)
+        learner.close()
+    load(filed, store=tmp_path / "other.db", rows=tmp_path / "other.bin").close()
+
+    def refused(message, store="l.db", rows="rows.bin"):
+        before = {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
+        with pytest.raises(StoreError, match=message):
+            load(filed, store=tmp_path / store, rows=tmp_path / rows)
+        assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*")} == before
+
+    refused("is of another time than the store", rows="early.bin")
+    refused("is of another time than the store", store="early.db")
+    refused("belongs to another store", rows="other.bin")
+    refused("the store's row file is missing", rows="none.bin")
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "rows.bin").read_bytes()[:-1])
+    refused("is damaged or no row file", rows="cut.bin")
+    (tmp_path / "junk.bin").write_bytes(b"x" * (tmp_path / "rows.bin").stat().st_size)
+    refused("is damaged or no row file", rows="junk.bin")
+    load(filed, store=tmp_path / "early.db", rows=tmp_path / "early.bin").close()
+    with pytest.raises(StoreError, match=r"rows\.bin: exists, but the store is new; "):
+        load(filed, store=tmp_path / "new.db", rows=tmp_path / "rows.bin")
+
+
+def test_arguments_are_checked(filed, plain, load, tmp_path):
+    for bundle, store, rows, message in (
+        (filed, tmp_path / "l.db", None, "^rows: is needed, this bundle keeps its replay rows in a file"),
+        (filed, None, tmp_path / "r", "^rows: a file of rows goes with a store"),
+        (filed, tmp_path / "l.db", tmp_path / "l.db", "^rows: must be a file of its own"),
+        (filed, tmp_path / "l.db", filed / "rows.bin", "^rows: must be a file of its own"),
+        (plain, tmp_path / "l.db", tmp_path / "r", "^rows: this bundle keeps no replay rows in a file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(bundle, store=store, rows=rows)
+    with pytest.raises(StoreError, match=r"^rows: .* cannot be made with \d+ bytes .*; make room or pass another path"):
+        load(filed, store=tmp_path / "l.db", rows=tmp_path / "no" / "rows.bin")
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "largest-class"])
+def test_both_memories_are_one_in_everything(tmp_path, policy):
+    """Offers, removals, relabels, draws and snapshots at random, two fields a row, among them scalars."""
+    spec = ReplaySpec(FIELDS, 4, 4 * 19 + 4 * 7 + 9 * 19, policy, 3, in_file=True)
+    count, _ = memory_layout(spec, 5)
+    ram, filed = ReplayMemory(spec, 5), ReplayMemory(spec, 5, RowFile(tmp_path / "r.bin", FIELDS, count, new=True))
+    rng = np.random.default_rng(0)
+    for i in range(600):
+        row = {"z": rng.integers(0, 256, 3).astype(np.uint8), "scale": np.float32(rng.normal())}
+        label, old = int(rng.integers(5)), int(rng.integers(max(1, i)))
+        for memory in (ram, filed):
+            memory.offer(row, label, i)
+            if i % 7 == 3:
+                memory.relabel(old, label)
+            if i % 11 == 5:
+                memory.remove(old)
+        if i % 13 == 0:
+            filed.file.settle()
+        drawn = [{k: a.tobytes() for k, a in memory.draw().items()} for memory in (ram, filed)]
+        assert drawn[0] == drawn[1]
+        kept = [{k: a.tobytes() for k, a in memory.rows_by_name().items()} for memory in (ram, filed)]
+        assert kept[0] == kept[1]
+
+
+def test_the_ledger_tells_memory_and_file_apart(tmp_path):
+    spec = ReplaySpec(FIELDS, 4, 5000, "reservoir", 3, in_file=True)
+    count, whole = memory_layout(spec, 5)
+    memory = ReplayMemory(spec, 5, RowFile(tmp_path / "r.bin", FIELDS, count, new=True))
+    memory.file.settle()
+    assert memory_bytes(spec, 5) == (memory.nbytes, (tmp_path / "r.bin").stat().st_size)
+    assert memory.nbytes == whole - 7 * count
+    assert memory.report() == {
+        "rows": 0, "row_capacity": count, "bytes": memory.nbytes, "file_bytes": HEADER_BYTES + 7 * count, "rows_waiting": 0,
+    }  # fmt: skip
