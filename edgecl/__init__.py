@@ -11,18 +11,22 @@ from edgecl.methods import METHODS
 from edgecl.prepare import Prepared, prepare
 from edgecl.preprocess import ImageU8
 from edgecl.splitting import Split, SplitError, split, widen_head
+from edgecl.targets import DenseMap, MultiLabel, Vector
 
 __all__ = [
     "METHODS",
     "Codec",
+    "DenseMap",
     "EagerEngine",
     "ImageU8",
     "Learner",
+    "MultiLabel",
     "Prepared",
     "Problem",
     "Split",
     "SplitError",
     "State",
+    "Vector",
     "prepare",
     "split",
     "widen_head",

@@ -13,14 +13,13 @@ from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.splitting import check_backward, copied, split
+from edgecl.targets import TargetKind, kind_of, room, target_arrays
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import as_int, has_length
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import DTYPES, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory
-
-MOST_CLASSES = 1 << 20
-"""More room than any label space needs; beyond, a state cannot be allocated."""
+from edgecl_device.targets import target_of
 
 KEPT = 32
 """Latents of base samples kept for the checks at export."""
@@ -56,8 +55,8 @@ class Prepared:
         learner: The method.
         state: Its state after the base samples.
         memory: Its replay memory, or None.
-        class_names: Names of the first classes.
-        examples: Latents and classes of some base samples, which the checks at export start from.
+        class_names: Names of the first classes, labels or values.
+        examples: Latents and targets [1, ...] of some base samples, which the checks at export start from.
     """
 
     def __init__(self, trunk: Trunk, example: Array, learner: Learner, class_names: Sequence[str] = ()) -> None:
@@ -69,7 +68,7 @@ class Prepared:
         self.state: State = learner.init()
         self.class_names = tuple(class_names)
         self._known = len(class_names)
-        self.examples: list[tuple[Any, int]] = []
+        self.examples: list[tuple[Any, Array]] = []
         self.memory: ReplayMemory | None = None
         if learner.replay is not None:
             self.memory = ReplayMemory(learner.replay, learner.problem.max_classes)
@@ -122,7 +121,7 @@ class Prepared:
 
         Args:
             x: Raw samples [N, ...].
-            y: Classes [N].
+            y: Targets [N, ...]: classes [N], real values [N, D], zeros and ones [N, K], or maps [N, H, W].
             batch: As in :meth:`encode`.
             progress: Called with samples done and in all.
 
@@ -130,46 +129,33 @@ class Prepared:
             InputError: when shapes, types, values or labels do not fit; state and memory are unchanged then.
         """
         latents = self.encode(x, batch)
-        labels = self._labels(y, len(x))
+        problem = self.learner.problem
+        targets = target_arrays(y, problem.target, problem.max_classes, len(x))
         if not all(has_length(t.numpy()) for z in latents for t in _leaves(z)):
             raise InputError("x: features must be finite, and so must their squares; check the model's weights and the preprocessing")
         if not self.examples:
             self.learner.calibrate(_stack(latents))
-        fields = self.memory.spec.fields if self.memory is not None else ()
         state, rows = self.state, []
-        for i, (z, label) in enumerate(zip(latents, labels, strict=True)):
+        for i, (z, target) in enumerate(zip(latents, targets, strict=True)):
             with torch.no_grad():
-                outputs, new = self.learner.prime(state, z, torch.tensor([label]))
+                outputs, new = self.learner.prime(state, z, torch.tensor(target))
             state = {**state, **new}
             if not bool(outputs.get("guard", True)) or not _finite(new.values()):
                 raise InputError(f"x: sample {i} must leave a finite state within the method's guard, it does not; scale the features")
-            rows.append({f.name: outputs[f"row.{f.name}"][0].numpy() for f in fields})
+            rows.append({name.removeprefix("row."): row[0].numpy() for name, row in outputs.items() if name.startswith("row.")})
             if progress is not None:
                 progress(i + 1, len(latents))
         self.state = state
-        self._known = max(self._known, max(labels) + 1)
+        named = target_of(problem.target, problem.max_classes)
+        self._known = max(self._known, *(int(named.classes_of(target).max(initial=-1)) + 1 for target in targets))
         x = _samples("x", x)
         self.example = x[:1].copy()
         self.samples = x[np.linspace(0, len(x) - 1, min(len(x), KEPT_RAW)).astype(int)]  # samples are often sorted by class
-        self.examples = (self.examples + list(zip(latents, labels, strict=True)))[:KEPT]
+        self.examples = (self.examples + list(zip(latents, targets, strict=True)))[:KEPT]
         if self.memory is not None:
-            for row, label in zip(rows, labels, strict=True):
-                self.memory.offer(row, label, -1)
+            for row, target in zip(rows, targets, strict=True):
+                self.memory.offer(row, target[0], -1)
         return self
-
-    def _labels(self, y: Array, samples: int) -> list[int]:
-        classes = self.learner.problem.max_classes
-        try:
-            y = np.asarray(y)
-        except ValueError as error:
-            raise InputError(
-                f"y: must be integers [{samples}], one label a sample, got rows of several lengths; pass a flat list"
-            ) from error
-        if y.shape != (samples,) or y.dtype.kind not in "iu":
-            raise InputError(f"y: must be integers [{samples}], one label a sample, got {y.dtype} {list(y.shape)}; convert it with astype")
-        if not 0 <= y.min() <= y.max() < classes:
-            raise InputError(f"y: labels must be in [0, {classes}), got {y.min()} to {y.max()}; prepare with more classes")
-        return [int(label) for label in y]
 
 
 def prepare(
@@ -178,7 +164,8 @@ def prepare(
     at: str,
     example: Array,
     method: str = "ridge",
-    classes: int,
+    target: TargetKind = "class",
+    classes: int | None = None,
     config: Any = None,
     preprocess: nn.Module | None = None,
     class_names: Sequence[str] = (),
@@ -191,7 +178,8 @@ def prepare(
         at: Name of the last module of the frozen trunk.
         example: One raw sample with a batch dimension of 1, as the device will get it.
         method: Name of a method (:data:`edgecl.methods.METHODS`).
-        classes: Classes that the learner has room for, new ones included.
+        target: What a sample's target is: ``class``, or :class:`edgecl.Vector`, :class:`edgecl.MultiLabel`, :class:`edgecl.DenseMap`.
+        classes: For ``class``: classes that the learner has room for, new ones included.
         config: The method's ``Config``, or None for its defaults.
         preprocess: Runs before the model, on the device too; copied; for instance :class:`edgecl.preprocess.ImageU8`.
         class_names: Names of the first classes.
@@ -208,9 +196,14 @@ def prepare(
     kind = METHODS[method]
     if config is not None and not isinstance(config, kind.Config):
         raise InputError(f"config: must be METHODS[{method!r}].Config or None, got {config!r}; make one of that class")
-    classes = as_int("classes", classes)
-    if not 2 <= classes <= MOST_CLASSES:
-        raise InputError(f"classes: must be an integer of 2 to {MOST_CLASSES:,}, got {classes!r}; count the classes to come, too")
+    wanted = kind_of(target)
+    if wanted not in kind.targets:
+        serving = ", ".join(name for name, other in METHODS.items() if wanted in other.targets)
+        raise InputError(f"target: {method} serves {', '.join(kind.targets)}, got {wanted}; methods for {wanted} are {serving}")
+    if isinstance(target, str):
+        classes = room("classes", classes, 2)
+    elif classes is not None or class_names:
+        raise InputError("classes, class_names: are for target='class', got them beside another; say them in the target itself")
     example = _samples("example", example)
     if example.dtype.name not in DTYPES:
         raise InputError(f"example: must be of {', '.join(DTYPES)}, got {example.dtype}; convert it to float32 or uint8")
@@ -255,7 +248,12 @@ def prepare(
             raise InputError(f"model: must return one tensor of scores for {method}, got {got}; wrap it in a module that does")
         check_backward(parts)
         check_gradients(model, parts, x)
-    problem = Problem(_specs(z), classes)
+    if isinstance(target, str):
+        problem = Problem(_specs(z), as_int("classes", classes))
+    else:
+        output_shape = tuple(output.shape) if issubclass(kind, SuffixLearner) else None
+        spec, count, class_names = target.resolved(output_shape)
+        problem = Problem(_specs(z), count, spec)
     extra: dict[str, Any] = {"suffix": parts.suffix, "masks": masks} if issubclass(kind, SuffixLearner) else {}
     if masks and not extra:
         raise InputError(f"masks: {method} trains no parameter of the model, got masks for {list(masks)}; leave them out")

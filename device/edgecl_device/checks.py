@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edgecl_device.errors import BundleError, InputError, PredictionError
-from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TensorSpec
+from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TargetSpec, TensorSpec
 
+TARGET = "target"
 REVISIONS = ("forget", "relabel")
 MOST_ELEMENTS = 1 << 40
 MOST_THREADS = 64
@@ -25,12 +26,12 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         BundleError: naming the field, step or tensor.
     """
-    if manifest.target != "class" or not 1 <= manifest.max_classes <= 1 << 24 or manifest.pending_capacity < 0:
-        got = f"{short(manifest.target)}, {manifest.max_classes} and {manifest.pending_capacity}"
+    if not 1 <= manifest.max_classes <= 1 << 24 or manifest.pending_capacity < 0:
+        got = f"{manifest.max_classes} and {manifest.pending_capacity}"
         raise BundleError(
-            "manifest: target must be 'class', max_classes in [1, 2**24] and pending_capacity at least 0, "
-            f"got {got}; export the bundle again"
+            f"manifest: must have max_classes in [1, 2**24] and pending_capacity at least 0, got {got}; export the bundle again"
         )
+    _check_target(manifest.target, manifest.max_classes)
     if not _SHA256.fullmatch(manifest.bundle_id):
         raise BundleError(f"manifest: bundle_id must be a SHA-256 in hexadecimal, got {short(manifest.bundle_id)}; export the bundle again")
     if manifest.forgets and "forget" not in manifest.steps:
@@ -52,6 +53,21 @@ def check_manifest(manifest: Manifest) -> None:
                     "export the bundle again"
                 )
     check_steps(manifest)
+
+
+def _check_target(spec: TargetSpec, classes: int) -> None:
+    height_width = (spec.shape * 3)[1:3]
+    known = {
+        "class": TargetSpec(),
+        "vector": TargetSpec("vector", (1, classes), "float32"),
+        "multilabel": TargetSpec("multilabel", (1, classes), "float32", threshold=spec.threshold),
+        "map": TargetSpec("map", (1, *height_width), "int64", spec.ignore),
+    }
+    if known.get(spec.kind) != spec or min(spec.shape) < 1 or not -(1 << 31) <= (spec.ignore or 0) < 1 << 31:
+        raise BundleError(
+            f"manifest: target must be one of {', '.join(known)} with the shape, type and values of its kind, got {short(spec)} for "
+            f"max_classes {classes}; export the bundle again"
+        )
 
 
 def _check_tensors(where: str, specs: Sequence[TensorSpec]) -> None:
@@ -83,8 +99,8 @@ def check_steps(manifest: Manifest) -> None:
         spec.name: spec
         for spec in (
             *manifest.steps["encode"].outputs,
-            TensorSpec("target", (1,), "int64"),
-            TensorSpec("new_target", (1,), "int64"),
+            manifest.target.spec("target"),
+            manifest.target.spec("new_target"),
             TensorSpec("weight", (1,), "float32"),
             TensorSpec("lr", (), "float32"),
         )
@@ -93,15 +109,20 @@ def check_steps(manifest: Manifest) -> None:
     if replay is not None:
         r = replay.rows_per_step
         known |= {f"replay.{f.name}": TensorSpec(f"replay.{f.name}", (r, *f.shape), f.dtype) for f in replay.fields}
-        known["replay.target"] = TensorSpec("replay.target", (r,), "int64")
+        known.setdefault("replay.target", TensorSpec("replay.target", (r,), "int64"))
         known["replay.weight"] = TensorSpec("replay.weight", (r,), "float32")
     needed = {
-        "predict": [TensorSpec("scores", (1, classes), "float32")],
-        "learn": [TensorSpec("scores", (1, classes), "float32"), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
+        "predict": [manifest.target.scores(classes)],
+        "learn": [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
         **{name: [TensorSpec("finite", (), "bool")] for name in REVISIONS},
     }
     if replay is not None:
-        needed["learn"] += [TensorSpec(f"row.{f.name}", (1, *f.shape), f.dtype) for f in replay.fields]
+        stored = manifest.target.stored(classes)
+        if [f for f in replay.fields if f.name == TARGET] != ([] if stored is None else [stored]):
+            raise BundleError(
+                f"replay: rows must have the field {stored} for such targets, got {list(replay.fields)}; export the bundle again"
+            )
+        needed["learn"] += [TensorSpec(f"row.{f.name}", (1, *f.shape), f.dtype) for f in replay.fields if f.name != TARGET]
     if [spec.name for spec in manifest.steps["encode"].inputs] != ["x"]:
         raise BundleError("step 'encode': must have one input, x; export the bundle again")
     for name, step in manifest.steps.items():
@@ -237,6 +258,18 @@ def read_tensors(path: Path) -> dict[str, Array]:
         raise BundleError(f"{path}: cannot be read as safetensors ({error}); copy the bundle again") from error
 
 
+def check_scores(scores: Array) -> None:
+    """Check that every score is finite.
+
+    Raises:
+        PredictionError: when one is not.
+    """
+    if not np.isfinite(scores).all():
+        raise PredictionError(
+            f"scores: must be finite, got {short(scores.tolist())}; the state has grown too large: roll back, and lower the learning rate"
+        )
+
+
 def best_class(scores: Array) -> int | None:
     """Index of the highest score float32 [K] of a class that was learned, or None when there is none yet.
 
@@ -246,10 +279,7 @@ def best_class(scores: Array) -> int | None:
     >>> best_class(np.array([UNSEEN_SCORE, -3, -2], np.float32))
     2
     """
-    if not np.isfinite(scores).all():
-        raise PredictionError(
-            f"scores: must be finite, got {short(scores.tolist())}; the state has grown too large: roll back, and lower the learning rate"
-        )
+    check_scores(scores)
     learned = scores != np.float32(UNSEEN_SCORE)
     return int(np.where(learned, scores, -np.inf).argmax()) if learned.any() else None
 

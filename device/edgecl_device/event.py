@@ -20,7 +20,8 @@ class Event:
         weight: Sample weight, or None.
         lr: Learning rate, or None.
         name: Class name, or None.
-        features: The encoded sample's raw little-endian bytes, or None.
+        features: The encoded sample's raw little-endian bytes, behind them those of a target that is no class index
+            (:class:`edgecl_device.record.Record`), or None.
     """
 
     seq: int

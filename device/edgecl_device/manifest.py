@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from edgecl_device.errors import BundleError, InputError, SchemaError
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of the manifest that is written. Version 1, in which ``target`` is the word ``class``, is read as well."""
+
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"
 DEFAULT_LOG_BYTES = 16 << 20
@@ -78,6 +80,41 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class TargetSpec:
+    """What a sample's target is.
+
+    Attributes:
+        kind: ``class`` (one class index), ``vector`` (real values), ``multilabel`` (any number of labels) or ``map`` (a class a pixel).
+        shape: Shape of one target, batch dimension of 1 included: [1], [1, D], [1, K] or [1, H, W].
+        dtype: ``int64`` for classes, ``float32`` else; a label is 1 or 0.
+        ignore: Value of the pixels of a map that count for nothing, or None.
+        threshold: A label whose score is above it is predicted.
+    """
+
+    kind: str = "class"
+    shape: tuple[int, ...] = (1,)
+    dtype: str = "int64"
+    ignore: int | None = None
+    threshold: float = 0.0
+
+    def spec(self, name: str) -> TensorSpec:
+        """One target as the input ``name`` of a step."""
+        return TensorSpec(name, self.shape, self.dtype)
+
+    def scores(self, classes: int) -> TensorSpec:
+        """The output ``scores``: float32 [1, K], for a map [1, K, H, W]."""
+        return TensorSpec("scores", (1, classes, *(self.shape[1:] if self.kind == "map" else ())), "float32")
+
+    def stored(self, classes: int) -> TensorSpec | None:
+        """One target as log and replay rows keep it, without a batch dimension; None for a class index, which costs no bytes there."""
+        if self.kind == "class":
+            return None
+        small = 0 <= (0 if self.ignore is None else self.ignore) < 256 and classes <= 256
+        dtype = {"vector": "float32", "multilabel": "uint8", "map": "uint8" if small else "int32"}[self.kind]
+        return TensorSpec("target", self.shape[1:], dtype)
+
+
+@dataclass(frozen=True)
 class StepSpec:
     """One step of the learner: a pure function from state and inputs to outputs and new state.
 
@@ -112,7 +149,8 @@ class ReplaySpec:
     """Replay memory: what one row holds, how many fit, and which row goes when it is full.
 
     Attributes:
-        fields: One row's tensors as the ``learn`` step returns them (``row.NAME``), without a batch dimension.
+        fields: One row's tensors as the ``learn`` step returns them (``row.NAME``), without a batch dimension. A field ``target`` comes
+            from the loop: the sample's target (:meth:`TargetSpec.stored`) where that is no class index.
         rows_per_step: Rows drawn for one update.
         capacity_bytes: Budget for the whole memory, labels and bookkeeping included.
         policy: ``reservoir`` or ``largest-class``.
@@ -146,8 +184,8 @@ class Manifest:
         schema: Version of this structure.
         method: Registered name of the method, for instance ``ridge``.
         config: The method's hyperparameters.
-        target: Kind of target; ``class`` is one class index.
-        max_classes: Classes that the state has room for.
+        target: What a sample's target is.
+        max_classes: Classes or labels that the state has room for; of real vectors the number of values.
         class_names: Names of the first classes; the others are free for new ones.
         steps: The steps by name; ``encode`` maps ``x`` to ``z``.
         state: Every state tensor.
@@ -167,7 +205,7 @@ class Manifest:
 
     method: str
     config: dict[str, Any]
-    target: str
+    target: TargetSpec
     max_classes: int
     class_names: tuple[str, ...]
     steps: dict[str, StepSpec]
@@ -226,6 +264,8 @@ def from_json(text: str, where: str = MANIFEST) -> Manifest:
     if data.get(MANIFEST_HASH) != sealed(data)[MANIFEST_HASH]:
         raise BundleError(f"{where}: does not match its own {MANIFEST_HASH}, the file was altered; copy or export the bundle again")
     del data[MANIFEST_HASH]
+    if schema == 1 and data.get("target") == "class":
+        data["target"] = {}
     return typing.cast(Manifest, _parse(Manifest, data, where))
 
 

@@ -41,7 +41,9 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
     if spec.rows_per_step < 1:
         raise InputError(f"rows_per_step: must be at least 1, got {spec.rows_per_step}; export the bundle again")
     field_bytes = sum(field.nbytes for field in spec.fields)
-    fixed = spec.rows_per_step * (field_bytes + 8 + 4) + 4 * (classes + 2)
+    if has_targets(spec) and spec.policy == "largest-class":
+        raise InputError("policy: must be 'reservoir' for rows whose target is no class index, got 'largest-class'; take 'reservoir'")
+    fixed = spec.rows_per_step * (field_bytes + (4 if has_targets(spec) else 8 + 4)) + 4 * (_segments(spec, classes) + 2)
     row = field_bytes + _ROW_OVERHEAD
     rows = (spec.capacity_bytes - fixed) // row
     if rows < 1:
@@ -55,6 +57,15 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
             f"got {spec.capacity_bytes}; lower it"
         )
     return rows, fixed + rows * row
+
+
+def has_targets(spec: ReplaySpec) -> bool:
+    """Whether rows hold their targets as a field ``target``, as those that are no class index."""
+    return any(field.name == "target" for field in spec.fields)
+
+
+def _segments(spec: ReplaySpec, classes: int) -> int:
+    return 1 if has_targets(spec) else classes
 
 
 class ReplayMemory:
@@ -71,11 +82,12 @@ class ReplayMemory:
     ``j`` is below the number of rows. After a removal, random pairing keeps it uniform. Beyond 2**32 offers n stays at that.
     ``largest-class`` evicts, when full, a random row of the class with the most rows, the offered sample counted among
     them, so that it may be the one that goes; of equally large classes, the one of the lowest index.
+    Rows with a field ``target`` have no class: they form one segment.
     """
 
     def __init__(self, spec: ReplaySpec, classes: int) -> None:
         self.spec = spec
-        self.classes = classes
+        self.classes = _segments(spec, classes)
         self.rows, nbytes = memory_layout(spec, classes)
         self.generator = Generator(spec.seed, spec.counter)
         try:
@@ -88,6 +100,7 @@ class ReplayMemory:
 
     def _allocate(self) -> None:
         spec, classes = self.spec, self.classes
+        self._labelled = not has_targets(spec)
         self._fields = {field.name: np.zeros((self.rows, *field.shape), field.dtype) for field in spec.fields}
         self._ids = np.full(self.rows, -1, np.int64)
         self._slots = np.arange(self.rows, dtype=np.int32)
@@ -95,7 +108,7 @@ class ReplayMemory:
         self._starts[-1] = self.rows
         r = spec.rows_per_step
         self._batch = {f"replay.{field.name}": np.zeros((r, *field.shape), field.dtype) for field in spec.fields}
-        self._target = np.zeros(r, np.int64)
+        self._target = np.zeros(r if self._labelled else 0, np.int64)
         self._weight = np.zeros(r, np.float32)
 
     def __len__(self) -> int:
@@ -116,26 +129,27 @@ class ReplayMemory:
         """Rows by class: int64 [classes]."""
         return np.diff(self._starts[:-1]).astype(np.int64)
 
-    def offer(self, row: Mapping[str, Array], label: int, sample_id: int) -> int | None:
+    def offer(self, row: Mapping[str, Array], target: Array | int, sample_id: int) -> int | None:
         """Offer one sample; returns the slot that it now fills, or None when the policy does not keep it.
 
         Args:
-            row: One array a field, without a batch dimension.
-            label: Class index.
+            row: One array a field but ``target``, without a batch dimension.
+            target: Class index; for rows with a field ``target`` its value.
             sample_id: The id by which :meth:`remove` and :meth:`relabel` find it.
         """
         self._seen += 1
+        label = int(target) if self._labelled else 0
         place = self._place_reservoir() if self.spec.policy == "reservoir" else self._place_largest(label)
         if place is None:
             return None
         slot = self._move(place, label)
         for name, array in self._fields.items():
-            array[slot] = row[name]
+            array[slot] = target if name == "target" else row[name]
         self._ids[slot] = sample_id
         return slot
 
     def draw(self) -> dict[str, Array]:
-        """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r], ``replay.weight`` float32 [r].
+        """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r] where no field is one, ``replay.weight`` float32 [r].
 
         The arrays are the memory's own and are filled anew by the next draw. With fewer rows than r the rest is filled
         with zeros at weight zero. Only the generator's counter changes: set it back to undo a draw.
@@ -148,11 +162,12 @@ class ReplayMemory:
             batch = self._batch[f"replay.{name}"]
             batch[:k] = array[slots]
             batch[k:] = 0
-        self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
-        self._target[k:] = 0
         self._weight[:k] = 1
         self._weight[k:] = 0
-        return {**self._batch, "replay.target": self._target, "replay.weight": self._weight}
+        if self._labelled:
+            self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
+            self._target[k:] = 0
+        return {"replay.target": self._target, **self._batch, "replay.weight": self._weight}
 
     def remove(self, sample_id: int) -> bool:
         """Erase an offered sample; returns whether it was still kept. Searches all rows: O(rows)."""
@@ -168,12 +183,15 @@ class ReplayMemory:
         self._ids[slot] = -1
         return True
 
-    def relabel(self, sample_id: int, label: int) -> bool:
-        """Move a sample to another class; returns whether it was still kept. Searches all rows: O(rows)."""
+    def relabel(self, sample_id: int, target: Array | int) -> bool:
+        """Give a sample another class or ``target``; returns whether it was still kept. Searches all rows: O(rows)."""
         place = self._find(sample_id)
         if place is None:
             return False
-        self._move(place, label)
+        if self._labelled:
+            self._move(place, int(target))
+        else:
+            self._fields["target"][self._slots[place]] = target
         return True
 
     def rows_by_name(self) -> dict[str, Array]:
@@ -181,7 +199,8 @@ class ReplayMemory:
         places = np.arange(len(self))
         slots = self._slots[: len(self)]
         rows = {f"replay.{name}": array[slots] for name, array in self._fields.items()}
-        return {**rows, "replay.target": np.searchsorted(self._starts, places, side="right") - 1, "replay.sample_id": self._ids[slots]}
+        labels = {"replay.target": np.searchsorted(self._starts, places, side="right") - 1} if self._labelled else {}
+        return {**rows, **labels, "replay.sample_id": self._ids[slots]}
 
     def fill(self, rows: Mapping[str, Array]) -> None:
         """Set the rows of an empty memory, grouped by class (in their order within it), without offering them.
@@ -189,12 +208,15 @@ class ReplayMemory:
         A memory filled with another one's :meth:`rows_by_name`, at the same counter, draws the same rows.
 
         Args:
-            rows: ``replay.FIELD`` [n, ...] and ``replay.target`` int64 [n]; optional ``replay.sample_id`` int64 [n], else -1.
+            rows: ``replay.FIELD`` [n, ...] and, where no field is one, ``replay.target`` int64 [n]; optional ``replay.sample_id``
+                int64 [n], else -1.
 
         Raises:
             InputError: when names, shapes, dtypes or labels do not fit, or there are more rows than fit.
         """
         target = rows.get("replay.target")
+        if not self._labelled and target is not None:
+            target = np.zeros(len(target), np.int64)  # one segment
         if target is None or target.ndim != 1 or target.dtype != np.int64:
             raise InputError("replay.target: must be an int64 array [n]; write the rows again")
         n = len(target)

@@ -22,19 +22,19 @@ from torch import Tensor, nn
 
 from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
-from edgecl.learner import Problem, State, StepResult, mask_unseen, one_hot
+from edgecl.learner import Problem, State, StepResult, one_hot
 from edgecl.methods._features import require
-from edgecl.methods._suffix import cross_entropy
+from edgecl.methods._losses import losses
 from edgecl.methods.finetune import Finetune
 from edgecl_device.manifest import ReplaySpec, TensorSpec
 from edgecl_device.memory import POLICIES
 
 
 class LatentReplay(Finetune):
-    """Experience replay on latents: ``loss = new_weight * CE(new sample) + mean of CE(r stored rows)``.
+    """Experience replay on latents: ``loss = new_weight * L(new sample) + mean of L(r stored rows)``, L that of the target's kind.
 
-    State: that of finetune, 4 K bytes for the window, and the trained weights again with ``average``; beside it the replay memory. MACs
-    a sample: (1 + r) times the suffix's forward and backward pass.
+    State: that of finetune, for targets of one class 4 K bytes for the window, and the trained weights again with
+    ``average``; beside it the replay memory. MACs a sample: (1 + r) times the suffix's forward and backward pass.
     """
 
     name = "latent_replay"
@@ -48,8 +48,8 @@ class LatentReplay(Finetune):
             rows_per_step: Stored rows mixed into one update (r).
             capacity_bytes: Budget of the replay memory.
             codec: ``float32`` or ``uint8``.
-            policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows).
-            loss: ``er`` or ``er-ace``.
+            policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows; for targets of one class only).
+            loss: ``er``, or for targets of one class ``er-ace``.
             new_weight: Weight of the new sample's loss beside the mean of the stored rows'; 1 is ER's. Below 1 a run of samples of
                 one class pulls less.
             average: Decay of the running average of the trained weights with which ``predict`` works; 0 is the weights themselves.
@@ -82,12 +82,15 @@ class LatentReplay(Finetune):
         features = {"": problem.features} if isinstance(problem.features, TensorSpec) else problem.features
         for spec in features.values():
             require(spec.dtype == "float32", spec.name, "be float32 features", spec.dtype, "convert the model with float()")
+        kind = problem.target.kind
+        require(kind == "class" or self.config.loss == "er", "loss", f"be 'er' for targets of kind {kind}", self.config.loss, "use 'er'")
         self._names = list(features)
         self.codecs = {name: CODECS[self.config.codec]() for name in self._names}
 
     def init(self) -> State:
         """Finetune's state, and for each class the samples since it was last seen."""
-        state = {**super().init(), "age": torch.full((self.problem.max_classes,), float(self.config.window))}
+        ages = {"age": torch.full((self.problem.max_classes,), float(self.config.window))} if self._ages else {}
+        state = {**super().init(), **ages}
         averages = {f"average.{name}": state[f"param.{name}"].clone() for name in self.trained} if self.config.average else {}
         return {**state, **averages}
 
@@ -103,14 +106,17 @@ class LatentReplay(Finetune):
         specs = {"": features} if isinstance(features, TensorSpec) else features
         dtype = CODECS[self.config.codec].dtype
         fields = tuple(TensorSpec(f"z.{name}" if name else "z", spec.shape[1:], dtype) for name, spec in specs.items())
+        stored = self.problem.target.stored(self.problem.max_classes)
+        fields = fields if stored is None else (*fields, stored)
         return ReplaySpec(fields, self.config.rows_per_step, self.config.capacity_bytes, self.config.policy, self.config.seed)
 
     def step_inputs(self) -> dict[str, Any]:
         """Those of finetune, and ``replay``: r rows of codes, their targets, and 1 for a real row or 0 for filler."""
         memory, rows = self.replay, self.config.rows_per_step
-        specs = [TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in memory.fields]
-        z = specs[0] if self._names == [""] else dict(zip(self._names, specs, strict=True))
-        replay = {"z": z, "target": TensorSpec("target", (rows,), "int64"), "weight": TensorSpec("weight", (rows,), "float32")}
+        specs = {f.name: TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in memory.fields}
+        target = specs.pop("target", TensorSpec("target", (rows,), "int64"))
+        z = specs["z"] if self._names == [""] else dict(zip(self._names, specs.values(), strict=True))
+        replay = {"z": z, "target": target, "weight": TensorSpec("weight", (rows,), "float32")}
         return {**super().step_inputs(), "replay": replay}
 
     def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
@@ -121,7 +127,7 @@ class LatentReplay(Finetune):
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores float32 [1, K] of the latent as a row would hold it."""
         scores = self.scores(self._predictors(state), self._decode(self._encode(z)))
-        return {"scores": mask_unseen(scores, state["count"])}, {}
+        return {"scores": self.masked(scores, state)}, {}
 
     # Steps are fed by the names of their inputs, never through the base class.
     def learn(  # type: ignore[override]
@@ -129,29 +135,44 @@ class LatentReplay(Finetune):
     ) -> StepResult:
         """One step on the new sample and r stored rows; ``row.z`` is the sample's own row."""
         code = self._encode(z)
-        fresh = one_hot(target, self.problem.max_classes).reshape(-1)
-        count = state["count"] + fresh
-        age = torch.where(fresh > 0, 0.0, state["age"] + 1.0)
-        seen = (count > 0).unsqueeze(0)
-        current = seen if self.config.loss == "er" else (age < self.config.window).unsqueeze(0)
-        rows = self.config.rows_per_step
+        counted = {**self.counted(state, target), **self._aged(state, target)}
+        allowed = self._allowed(counted)
         with phase("replay_decode"):
             batch = self._join(self._decode(code), self._decode(replay["z"]))
-        targets = torch.cat([target, replay["target"]])
-        allowed = torch.cat([current, seen.expand(rows, -1)])
+        targets = torch.cat([target, replay["target"].to(target.dtype)])
         real = replay["weight"]
         weights = torch.cat([weight * self.config.new_weight, real / real.sum().clamp_min(1.0)])
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             scores = self.scores(parameters, batch)
-            return (cross_entropy(scores, targets, allowed) * weights).sum(), scores
+            return (losses(self.problem.target, scores, targets, allowed) * weights).sum(), scores
 
         value, scores, new = self.descend(state, loss, lr)
         if self.config.average:
             with phase("forward"):
                 scores = self.scores(self._predictors(state), self._decode(code))
-        outputs = {"scores": mask_unseen(scores[:1], state["count"]), "loss": value, **self._row(code)}
-        return outputs, {**new, **self._average(state, new), "count": count, "age": age}
+        outputs = {"scores": self.masked(scores[:1], state), "loss": value, **self._row(code)}
+        return outputs, {**new, **self._average(state, new), **counted}
+
+    @property
+    def _ages(self) -> bool:
+        return self.problem.target.kind == "class"
+
+    def _aged(self, state: State, target: Tensor) -> State:
+        """Samples since each class was last seen, this one included."""
+        if not self._ages:
+            return {}
+        return {"age": torch.where(one_hot(target, self.problem.max_classes).reshape(-1) > 0, 0.0, state["age"] + 1.0)}
+
+    def _allowed(self, counted: State) -> Tensor | None:
+        """Classes that the loss of each row runs over: seen ones, for the new sample under ``er-ace`` the current ones."""
+        if not counted:
+            return None
+        seen = counted["count"] > 0
+        if not self._ages:
+            return seen
+        current = seen if self.config.loss == "er" else counted["age"] < self.config.window
+        return torch.cat([current.unsqueeze(0), seen.unsqueeze(0).expand(self.config.rows_per_step, -1)])
 
     def _predictors(self, state: State) -> dict[str, Tensor]:
         """The weights that predict: the running average, where there is one."""
