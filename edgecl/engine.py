@@ -41,7 +41,8 @@ class EagerEngine:
         tensors = {name: to_tensor(value) for name, value in inputs.items()}
         with torch.no_grad():
             if step == "encode":
-                return to_arrays(flatten_tree({"z": self._trunk(tensors["x"])}))
+                x = tensors["x"] if "x" in tensors else {name.removeprefix("x."): value for name, value in tensors.items()}
+                return to_arrays(flatten_tree({"z": self._trunk(x)}))
             tree = unflatten_like(self._learner.inputs_of(step), tensors)
             outputs, self._pending = call_step(self._learner, step, self._state, tree)
         return to_arrays(outputs)

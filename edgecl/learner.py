@@ -98,13 +98,23 @@ class Learner(ABC):
             "lr": TensorSpec("lr", (), "float32"),
         }
 
-    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
-        """Take in a base sample on the host, before export: ``learn`` with weight 1, unless the method says otherwise.
+    def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
+        """Take in a base sample on the host, before export: ``learn`` with ``weight`` (1), unless the method says otherwise.
 
         Outputs named ``row.NAME`` are the sample's replay row.
+
+        Raises:
+            InputError: when a weight is given that the method does not take.
         """
-        weight = {"weight": torch.ones(1)} if "weight" in self.inputs_of("learn") else {}
-        return self.steps["learn"](state, z, target, **weight)
+        if "weight" in self.inputs_of("learn"):
+            return self.steps["learn"](state, z, target, weight=torch.ones(1) if weight is None else weight)
+        self.refuse_weight(weight)
+        return self.steps["learn"](state, z, target)
+
+    def refuse_weight(self, weight: Tensor | None) -> None:
+        """Refuse a base sample's weight."""
+        if weight is not None:
+            raise InputError(f"weight: {self.name} takes no weight of a base sample; leave it out, or repeat samples")
 
     def calibrate(self, latents: Any) -> None:  # noqa: B027  # most methods have nothing to fit
         """Fit what is frozen, such as a codec's range, on latents [N, ...] of the first base samples, before they are taken in."""

@@ -123,8 +123,9 @@ def check_steps(manifest: Manifest) -> None:
                 f"replay: rows must have the field {stored} for such targets, got {list(replay.fields)}; export the bundle again"
             )
         needed["learn"] += [TensorSpec(f"row.{f.name}", (1, *f.shape), f.dtype) for f in replay.fields if f.name != TARGET]
-    if [spec.name for spec in manifest.steps["encode"].inputs] != ["x"]:
-        raise BundleError("step 'encode': must have one input, x; export the bundle again")
+    inputs = [spec.name for spec in manifest.steps["encode"].inputs]
+    if inputs != ["x"] and not (inputs and all(name.startswith("x.") and len(name) > 2 for name in inputs)):
+        raise BundleError(f"step 'encode': inputs must be x, or x.NAME each, got {short(inputs)}; export the bundle again")
     for name, step in manifest.steps.items():
         for spec in step.inputs if name != "encode" else ():
             if known.get(spec.name) != spec:
@@ -163,6 +164,21 @@ def as_sample(x: Any, spec: TensorSpec) -> Array:
     if isinstance(x, np.ndarray) and x.shape == spec.shape[1:] and len(spec.shape) > x.ndim:
         x = x[None]
     return spec.check(x)
+
+
+def as_inputs(x: Any, specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """One sample as ``encode`` takes it: of a model of several inputs a mapping of their names.
+
+    Raises:
+        InputError: when an input is missing or unknown, or its shape, dtype or values do not fit.
+    """
+    if specs[0].name == "x":
+        return {"x": as_sample(x, specs[0])}
+    names = [spec.name.removeprefix("x.") for spec in specs]
+    if not isinstance(x, Mapping) or set(x) != set(names):
+        got = list(x) if isinstance(x, Mapping) else type(x).__name__
+        raise InputError(f"x: must be a mapping with the inputs {', '.join(names)}, got {short(got)}; pass each as a numpy array")
+    return {spec.name: as_sample(x[name], spec) for spec, name in zip(specs, names, strict=True)}
 
 
 def as_int(name: str, value: Any) -> int:

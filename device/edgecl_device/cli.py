@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import as_float32, as_sample, check_manifest
+from edgecl_device.checks import as_float32, as_inputs, check_manifest
 from edgecl_device.errors import EdgeclError, InputError, UpdateRefusedError
 from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
@@ -97,11 +97,11 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
         }
         for name, step in manifest.steps.items()
     ]
-    x = manifest.steps["encode"].inputs[0]
+    inputs = manifest.steps["encode"].inputs
     return {
         "method": manifest.method,
         "config": manifest.config,
-        "input": f"{x.dtype} {list(x.shape)}",
+        "input": ", ".join(f"{x.name.removeprefix('x.')} " * (len(inputs) > 1) + f"{x.dtype} {list(x.shape)}" for x in inputs),
         "target": manifest.target.kind,
         "classes": f"{len(manifest.class_names)} named of {manifest.max_classes}",
         "class_names": list(manifest.class_names),
@@ -122,7 +122,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     checks = []
     with Learner.load(args.bundle) as learner:
         checks.append({"check": "schema, hashes, state, graphs", "result": f"{len(manifest.files)} files"})
-        seen = learner.predict(made_up(manifest.steps["encode"].inputs[0]))
+        seen = learner.predict(one_of({x.name: made_up(x) for x in manifest.steps["encode"].inputs}))
         checks.append({"check": "predict", "result": _told(seen)})
         if "learn" in manifest.steps:
             try:
@@ -142,11 +142,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--limit: must be at least 0, got {args.limit}; leave it out to run everything")
     manifest = read_manifest(args.bundle)
     check_manifest(manifest)
-    xs, ys = read_stream(args.data, manifest.target)
+    names = [spec.name for spec in manifest.steps["encode"].inputs]
+    xs, ys = read_streams(args.data, names, manifest.target)
     weights = read_weights(args.data, len(ys))
     n = len(ys) if args.limit is None else min(len(ys), args.limit)
     kind = target_of(manifest.target, manifest.max_classes)
-    check_stream(xs[:n], ys[:n], manifest)
+    check_stream(xs, ys[:n], manifest)
     measured, refused = 0.0, 0
     by_class: dict[int, tuple[float, int]] = {}
     with Learner.load(args.bundle, args.store, threads=args.threads) as learner:
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for i in progress(n):
             target = kind.array(ys[i], ())
             with named(i):
-                seen = learner.predict(xs[i])
+                seen = learner.predict(one_of({name: x[i] for name, x in xs.items()}))
                 try:
                     if "learn" in manifest.steps:
                         learner.learn(seen.sample_id, ys[i], weight=1.0 if weights is None else weights[i])
@@ -183,27 +184,48 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_stream(path: Path, target: TargetSpec | None = None) -> tuple[Array, Array]:
-    """``x`` [n, ...] and ``y`` of an npz file: integers [n], one class a sample, unless the target is of another kind.
+def read_stream(path: Path) -> tuple[Array, Array]:
+    """``x`` [n, ...] and integer ``y`` [n] of an npz file.
 
     Raises:
         InputError: when the file or one of them is missing or does not fit.
     """
+    xs, ys = read_streams(path, ["x"], TargetSpec())
+    return xs["x"], ys
+
+
+def read_streams(path: Path, inputs: Sequence[str], target: TargetSpec) -> tuple[dict[str, Array], Array]:
+    """The inputs [n, ...] by name, ``x`` or ``x.NAME``, and the targets ``y`` of an npz file: integers [n] for classes, else [n, ...].
+
+    Raises:
+        InputError: when the file or one of them is missing or does not fit.
+    """
+    names = [*inputs, "y"]
+    listed = f"{', '.join(inputs)} and y"
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
-            xs, ys = data["x"], data["y"]
+            found = {name: data[name] for name in names}
     except _NO_STREAM as error:
-        raise InputError(f"{path}: must be an npz file with arrays x and y ({error}); write one with numpy.savez") from error
-    if not isinstance(xs, np.ndarray) or not isinstance(ys, np.ndarray):  # numpy hands out other members as bytes
-        raise InputError(f"{path}: x and y must be arrays; write them with numpy.savez")
-    xs = np.atleast_1d(xs)
-    if target is not None and target.kind != "class":
-        if len(xs) != len(np.atleast_1d(ys)) or ys.ndim != len(target.shape):
-            wanted = f"[{', '.join(map(str, (len(xs), *target.shape[1:])))}]"
+        raise InputError(f"{path}: must be an npz file with arrays {listed} ({error}); write one with numpy.savez") from error
+    if not all(isinstance(array, np.ndarray) for array in found.values()):  # numpy hands out other members as bytes
+        raise InputError(f"{path}: {listed} must be arrays; write them with numpy.savez")
+    ys = found.pop("y")
+    xs = {name: np.atleast_1d(x) for name, x in found.items()}
+    n = len(xs[inputs[0]])
+    if any(len(x) != n for x in xs.values()):
+        raise InputError(f"{path}: inputs must have equally many samples, got {[len(x) for x in xs.values()]}; write them again")
+    if target.kind != "class":
+        if ys.ndim != len(target.shape) or len(ys) != n:
+            wanted = f"[{', '.join(map(str, (n, *target.shape[1:])))}]"
             raise InputError(f"{path}: y must hold one {target.kind} target a sample, {wanted}, got {list(ys.shape)}; write y again")
-    elif ys.ndim != 1 or len(xs) != len(ys) or ys.dtype.kind not in "iu":
-        raise InputError(f"{path}: y must hold one integer a sample, got {ys.dtype} {list(ys.shape)} for {len(xs)} samples; write y again")
+    elif ys.ndim != 1 or n != len(ys) or ys.dtype.kind not in "iu":
+        raise InputError(f"{path}: y must hold one integer a sample, got {ys.dtype} {list(ys.shape)} for {n} samples; write y again")
     return xs, ys
+
+
+def one_of(inputs: dict[str, Array]) -> Any:
+    """One sample as :meth:`edgecl_device.Learner.predict` takes it."""
+    return inputs["x"] if "x" in inputs else {name.removeprefix("x."): x for name, x in inputs.items()}
 
 
 def read_weights(path: Path, samples: int) -> list[float] | None:
@@ -221,16 +243,16 @@ def read_weights(path: Path, samples: int) -> list[float] | None:
     return [as_float32(f"{path}: weight of sample {i}", value, positive=True) for i, value in enumerate(found)]
 
 
-def check_stream(xs: Array, ys: Array, manifest: Manifest) -> None:
+def check_stream(xs: dict[str, Array], ys: Array, manifest: Manifest) -> None:
     """Check every sample and target of a stream.
 
     Raises:
         InputError: naming the first sample that does not fit.
     """
-    x, target = manifest.steps["encode"].inputs[0], target_of(manifest.target, manifest.max_classes)
-    for i, (sample, y) in enumerate(zip(xs, ys, strict=True)):
+    inputs, target = manifest.steps["encode"].inputs, target_of(manifest.target, manifest.max_classes)
+    for i, y in enumerate(ys):
         with named(i):
-            as_sample(sample, x)
+            as_inputs(one_of({name: x[i] for name, x in xs.items()}), inputs)
             target.array(y, ())
 
 

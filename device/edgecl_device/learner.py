@@ -14,10 +14,10 @@ import numpy as np
 
 from edgecl_device.checks import (
     as_float32,
+    as_inputs,
     as_int,
     as_name,
     as_path,
-    as_sample,
     check_manifest,
     check_state,
     has_length,
@@ -75,7 +75,7 @@ class Learner(OneAtATime):
         self.manifest = manifest
         self._engine = engine
         self._core = Core(manifest, engine, state, rows)
-        self._x = manifest.steps["encode"].inputs[0]
+        self._x = manifest.steps["encode"].inputs
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
         self._pending = Pending(manifest.steps["encode"].outputs, manifest.pending_capacity)
         self._session = {"predicted": 0, "learned": 0, "macs": 0}
@@ -139,11 +139,12 @@ class Learner(OneAtATime):
         return learner
 
     @verb
-    def predict(self, x: Array) -> Prediction:
+    def predict(self, x: Array | Mapping[str, Array]) -> Prediction:
         """Predict one sample and keep its features, so that its label may arrive later.
 
         Args:
-            x: One sample as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out.
+            x: One sample as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out. Of a model of several inputs a
+                mapping of their names.
 
         Raises:
             InputError: when shape, dtype or values do not fit.
@@ -161,7 +162,7 @@ class Learner(OneAtATime):
         return predicted(self.manifest.target.kind, scores[0], found, self._core.names, sample_id)
 
     @verb
-    def learn(self, x: Array | int, y: Any, weight: float = 1.0, lr: float | None = None) -> LearnReport:
+    def learn(self, x: Array | Mapping[str, Array] | int, y: Any, weight: float = 1.0, lr: float | None = None) -> LearnReport:
         """Learn one sample.
 
         Args:
@@ -181,7 +182,7 @@ class Learner(OneAtATime):
         self._check_step("learn")
         target = self._target.array(y, self._core.names)
         weight, lr = self._check_options(weight, lr)
-        if isinstance(x, np.ndarray):
+        if isinstance(x, np.ndarray | Mapping):
             z = self._encode(x)
             sample_id = self._store.new_id()
             macs = self._macs("encode", "learn")
@@ -345,8 +346,8 @@ class Learner(OneAtATime):
             stack.callback(self._engine.close)
             stack.callback(self._store.close)
 
-    def _encode(self, x: Array) -> dict[str, Array]:
-        z = self._engine.run("encode", {"x": as_sample(x, self._x)})
+    def _encode(self, x: Array | Mapping[str, Array]) -> dict[str, Array]:
+        z = self._engine.run("encode", as_inputs(x, self._x))
         if not all(has_length(value) for value in z.values()):
             raise InputError("x: its features are not finite or too large to square; scale it as the bundle's preprocessing expects")
         return z

@@ -53,12 +53,12 @@ def capture(learner: Learner, step: str) -> StepGraph:
     return trace(step, run, learner.init(), learner.inputs_of(step), modules)
 
 
-def capture_encode(trunk: nn.Module, x: TensorSpec, model: nn.Module | None = None) -> StepGraph:
+def capture_encode(trunk: nn.Module, x: Any, model: nn.Module | None = None) -> StepGraph:
     """Capture the frozen trunk as the step ``encode``.
 
     Args:
         trunk: Maps ``x`` to one tensor or to a mapping of named ones; in eval mode.
-        x: Spec of one input sample, batch dimension of 1 included.
+        x: Spec of one input sample, batch dimension of 1 included, or a mapping of input names to such.
         model: The part of the trunk whose module paths are the user's own; the trunk itself by default.
     """
 

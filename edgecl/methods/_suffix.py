@@ -79,8 +79,9 @@ class SuffixLearner(Learner):
         weights = {f"param.{name}": self.suffix.get_parameter(name).detach().clone() for name in self.trained}
         return {**weights, "count": torch.zeros(self.problem.max_classes)} if self.masks_unseen else weights
 
-    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
-        """Count a base sample that the network was already trained on."""
+    def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
+        """Count a base sample that the network was already trained on, with whatever weight: one is refused here."""
+        self.refuse_weight(weight)
         return {}, self.counted(state, target)
 
     def predict(self, state: State, z: Any) -> StepResult:

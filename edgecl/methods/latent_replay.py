@@ -119,9 +119,9 @@ class LatentReplay(Finetune):
         replay = {"z": z, "target": target, "weight": TensorSpec("weight", (rows,), "float32")}
         return {**super().step_inputs(), "replay": replay}
 
-    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
+    def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
         """Count a base sample and return its replay row."""
-        _, new = super().prime(state, z, target)
+        _, new = super().prime(state, z, target, weight)
         return self._row(self._encode(z)), new
 
     def predict(self, state: State, z: Any) -> StepResult:

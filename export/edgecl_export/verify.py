@@ -160,7 +160,7 @@ def _parity(case: _Case) -> str:
     for step in steps:
         compared[step] += compare_step(step, state, blank, eager, target, tally)
     for x in _samples(case, eager):
-        compare_outputs("encode", eager.run("encode", {"x": x}), target.run("encode", {"x": x}), tally)
+        compare_outputs("encode", eager.run("encode", x), target.run("encode", x), tally)
         compared["encode"] += 1
     target.close()
     for step in steps:
@@ -182,16 +182,18 @@ def _learned(case: _Case, eager: EagerEngine, state: Mapping[str, Array], inputs
     return eager.state()
 
 
-def _samples(case: _Case, eager: EagerEngine) -> list[Array]:
-    """Raw samples [1, ...] for the trunk: those that ``fit`` has seen, and a random one where the model takes it."""
-    real = [case.prepared.samples[i : i + 1] for i in range(len(case.prepared.samples))]
-    spec, generator = case.prepared.x, np.random.default_rng(0)
-    if np.dtype(spec.dtype).kind == "f":
-        drawn = _example_of(spec, generator)
-    else:
-        drawn = generator.integers(0, 2 if spec.dtype == "bool" else 256, spec.shape).astype(spec.dtype)
+def _samples(case: _Case, eager: EagerEngine) -> list[dict[str, Array]]:
+    """Inputs [1, ...] of the trunk: those that ``fit`` has seen, and random ones where the model takes them."""
+    seen, generator = flatten_tree({"x": case.prepared.samples}), np.random.default_rng(0)
+    real = [{name: part[i : i + 1] for name, part in seen.items()} for i in range(len(next(iter(seen.values()))))]
+    drawn = {}
+    for name, spec in flatten_tree({"x": case.prepared.x}).items():
+        if np.dtype(spec.dtype).kind == "f":
+            drawn[name] = _example_of(spec, generator)
+        else:
+            drawn[name] = generator.integers(0, 2 if spec.dtype == "bool" else 256, spec.shape).astype(spec.dtype)
     try:
-        taken = all(np.isfinite(z).all() for z in eager.run("encode", {"x": drawn}).values())
+        taken = all(np.isfinite(z).all() for z in eager.run("encode", drawn).values())
     except Exception:  # integers may be rows of a table in the user's code, which may raise anything for others
         taken = False
     return [*real, drawn] if taken else real
