@@ -9,7 +9,7 @@ from edgecl.engine import EagerEngine
 from edgecl.learner import Learner, Problem, State
 from edgecl.methods import METHODS
 from edgecl.prepare import Prepared, prepare
-from edgecl.preprocess import ImageU8
+from edgecl.preprocess import ImageU8, LogMel
 from edgecl.splitting import Split, SplitError, split, widen_head
 from edgecl.targets import DenseMap, MultiLabel, Vector
 
@@ -20,6 +20,7 @@ __all__ = [
     "EagerEngine",
     "ImageU8",
     "Learner",
+    "LogMel",
     "MultiLabel",
     "Prepared",
     "Problem",

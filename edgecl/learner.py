@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edgecl.trees import flatten_tree
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import UNSEEN_SCORE, ReplaySpec, TargetSpec, TensorSpec
 
@@ -158,6 +159,20 @@ def call_step(learner: Learner, step: str, state: State, inputs: Mapping[str, An
     """Run one step as every engine does: with the output ``finite``, bool [], when it writes state."""
     outputs, new_state = learner.steps[step](dict(state), **inputs)
     return ({**outputs, "finite": all_finite(new_state)} if new_state else outputs), new_state
+
+
+def call_encode(trunk: Any, x: Any, stream: State) -> StepResult:
+    """Run the trunk as every engine does: with the output ``finite`` when it carries state from frame to frame.
+
+    Args:
+        trunk: Maps ``x`` to ``z``; with a stream its ``advance`` maps ``x`` and state to ``z`` and new state.
+        x: One sample.
+        stream: The state that it carries; empty for a trunk that has none.
+    """
+    if not stream:
+        return flatten_tree({"z": trunk(x)}), {}
+    z, new = trunk.advance(x, stream)
+    return {**flatten_tree({"z": z}), "finite": all_finite(new)}, new
 
 
 def all_finite(state: State) -> Tensor:

@@ -18,7 +18,7 @@ from edgecl.targets import TargetKind, kind_of, room, target_arrays
 from edgecl.trees import flatten_tree, leaves, map_tree
 from edgecl_device.checks import as_float32, as_int, has_length
 from edgecl_device.errors import EdgeclError, InputError
-from edgecl_device.manifest import DTYPES, Array, TensorSpec
+from edgecl_device.manifest import DTYPES, STREAM, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory
 from edgecl_device.targets import target_of
 
@@ -40,10 +40,14 @@ class Trunk(nn.Module):
         preprocess: One module (or None) for each input.
         model: The frozen part.
         inputs: Names of its inputs in its order.
+        stream: What runs between the two and carries state from frame to frame, or None.
     """
 
-    def __init__(self, preprocess: Sequence[nn.Module | None], model: nn.Module, inputs: Sequence[str]) -> None:
+    def __init__(
+        self, preprocess: Sequence[nn.Module | None], model: nn.Module, inputs: Sequence[str], stream: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.stream = stream
         self.preprocess = nn.ModuleList([nn.Identity() if module is None else module for module in preprocess])
         self.model = model
         self.inputs = tuple(inputs)
@@ -55,8 +59,25 @@ class Trunk(nn.Module):
             return [module(part) for module, part in zip(self.preprocess, parts, strict=True)]
 
     def forward(self, x: Any) -> Any:
-        """Latents of ``x``."""
-        return self.model(*self.prepared(x))
+        """Latents of ``x``, of a stream's frame as the first one."""
+        return self.model(*self.prepared(x)) if self.stream is None else self.advance(x, self.initial_state())[0]
+
+    def advance(self, x: Any, state: State) -> tuple[Any, State]:
+        """Latents of a stream's next frame, and the state behind it."""
+        features, new = self.streamed(x, state)
+        return self.model(features), new
+
+    def streamed(self, x: Any, state: State) -> tuple[Tensor, State]:
+        """What the model gets of a frame, and the state behind it."""
+        stream: Any = self.stream
+        with traceback.annotate({"module": "stream"}):
+            features, new = stream(self.prepared(x)[0], {name.removeprefix(STREAM): tensor for name, tensor in state.items()})
+        return features, {f"{STREAM}{name}": tensor for name, tensor in new.items()}
+
+    def initial_state(self) -> State:
+        """The stream's state before its first frame, new tensors by name; nothing without a stream."""
+        stream: Any = self.stream
+        return {} if stream is None else {f"{STREAM}{name}": tensor.clone() for name, tensor in stream.initial_state().items()}
 
 
 class Prepared:
@@ -81,7 +102,7 @@ class Prepared:
         self.samples: Samples = example
         self.x: TensorSpec | dict[str, TensorSpec] = _specs(map_tree(example, torch.tensor), "x")
         self.learner = learner
-        self.state: State = learner.init()
+        self.state: State = {**learner.init(), **self.trunk.initial_state()}
         self.class_names = tuple(class_names)
         self._known = len(class_names)
         self.examples: list[tuple[Any, Array]] = []
@@ -106,8 +127,9 @@ class Prepared:
         """Latents of samples [N, ...], one tree of tensors [1, ...] a sample.
 
         Args:
-            x: Raw samples as the device will get them; of a model of several inputs a mapping of them.
-            batch: Samples a pass; 1 for trunks that take single samples only.
+            x: Raw samples as the device will get them; of a model of several inputs a mapping of them. For a stream its frames, in order,
+                from its start.
+            batch: Samples a pass; 1 for trunks that take single samples only; frames of a stream run one by one.
 
         Raises:
             InputError: when shape or dtype differ from the example's, a value is not finite, or a latent depends on the other samples
@@ -120,6 +142,8 @@ class Prepared:
         _check_like(x, self.x)
         tensors, count = map_tree(x, torch.tensor), len(leaves(x)[0])
         latents: list[Any] = []
+        if self.trunk.stream is not None:
+            return self._frames(tensors)
         with torch.no_grad():
             for start in range(0, count, batch):
                 rows = range(min(batch, count - start))
@@ -128,6 +152,14 @@ class Prepared:
                 if len(rows) > 1 and not latents:
                     _check_independent(z, self.trunk(map_tree(part, itemgetter(slice(1)))), len(rows))
                 latents += [map_tree(z, lambda t, i=i: t[i : i + 1].clone()) for i in rows]  # type: ignore[misc]
+        return latents
+
+    def _frames(self, frames: Tensor) -> list[Any]:
+        latents, state = [], self.trunk.initial_state()
+        with torch.no_grad():
+            for i in range(len(frames)):
+                z, state = self.trunk.advance(frames[i : i + 1], state)
+                latents.append(z)
         return latents
 
     def fit(
@@ -194,6 +226,7 @@ def prepare(
     classes: int | None = None,
     config: Any = None,
     preprocess: nn.Module | Mapping[str, nn.Module | None] | None = None,
+    stream: nn.Module | None = None,
     class_names: Sequence[str] = (),
     masks: Mapping[str, Tensor] | None = None,
 ) -> Prepared:
@@ -210,6 +243,9 @@ def prepare(
         config: The method's ``Config``, or None for its defaults.
         preprocess: Runs before the model, on the device too; copied; for instance :class:`edgecl.preprocess.ImageU8`. For several
             inputs a mapping of some of their names to modules.
+        stream: For streams of frames, such as audio: runs between preprocess and model and carries state from frame to frame; copied.
+            ``stream.initial_state()`` gives the state before the first frame, tensors by name; ``stream(x, state)`` the model's input
+            and the state behind the frame. ``example`` is one frame.
         class_names: Names of the first classes.
         masks: For methods that train the suffix: bool tensors by parameter name, of its shape; only where true is a weight
             updated. Names are the model's own, as in ``model.named_parameters()``.
@@ -241,10 +277,13 @@ def prepare(
     parts = split(model, at, list(example) if isinstance(example, Mapping) else None)
     if isinstance(example, Mapping):
         example = {name: example[name] for name in parts.inputs}
-    trunk = Trunk(_preprocessing(preprocess, example), parts.trunk, parts.inputs).eval()
+    carried = None if stream is None else _checked_stream(stream, example)
+    trunk = Trunk(_preprocessing(preprocess, example), parts.trunk, parts.inputs, carried).eval()
     try:
         with torch.no_grad():
             ready = trunk.prepared(map_tree(example, torch.tensor))
+            if carried is not None:
+                ready = [_first_frame(trunk, torch.tensor(example))]
             x = dict(zip(parts.inputs, ready, strict=True)) if isinstance(example, Mapping) else ready[0]
             # The model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
             output = check_values(model, parts, x)
@@ -290,6 +329,32 @@ def prepare(
     if masks and not extra:
         raise InputError(f"masks: {method} trains no parameter of the model, got masks for {list(masks)}; leave them out")
     return Prepared(trunk, example, kind(problem, config, **extra), class_names)
+
+
+def _checked_stream(stream: Any, example: Samples) -> nn.Module:
+    """A copy of a stream's module, its state checked."""
+    if not isinstance(stream, nn.Module) or not callable(getattr(stream, "initial_state", None)):
+        raise InputError(f"stream: must be a module with initial_state(), got {type(stream).__name__}; define it and forward(x, state)")
+    if isinstance(example, Mapping):
+        raise InputError(f"stream: is for models of one input, got {list(example)}; join them in one array")
+    module: Any = stream
+    state = module.initial_state()
+    if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"stream: initial_state() must return tensors by name, got {type(state).__name__}; return a dict")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or dtype_name(tensor.dtype) not in DTYPES or not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"stream: state {name!r} must be finite and of {', '.join(DTYPES)}, got {dtype_name(tensor.dtype)}; mend it")
+    return copied(stream, "stream").eval()
+
+
+def _first_frame(trunk: Trunk, frame: Tensor) -> Tensor:
+    """What the model gets of a stream's first frame; the state behind it must be like the one before."""
+    before = trunk.initial_state()
+    features, after = trunk.streamed(frame, before)
+    specs = [{name: (tuple(t.shape), t.dtype) for name, t in state.items()} for state in (before, after)]
+    if specs[0] != specs[1] or not isinstance(features, Tensor):
+        raise InputError(f"stream: must return a tensor and state as initial_state() has it, {specs[0]}, got {specs[1]}; keep its shapes")
+    return features
 
 
 def _check_weights(part: nn.Module) -> None:

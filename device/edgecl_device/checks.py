@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edgecl_device.errors import BundleError, InputError, PredictionError
-from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TargetSpec, TensorSpec
+from edgecl_device.manifest import DTYPES, STREAM, UNSEEN_SCORE, Array, Manifest, TargetSpec, TensorSpec
 
 TARGET = "target"
 REVISIONS = ("forget", "relabel")
@@ -92,13 +92,18 @@ def check_steps(manifest: Manifest) -> None:
     for name in ("encode", "predict"):
         if name not in manifest.steps:
             raise BundleError(f"steps: {name!r} is missing, got {', '.join(sorted(manifest.steps))}; export the bundle again")
-        if manifest.steps[name].state_out:
-            raise BundleError(f"step {name!r}: must not write state, writes {manifest.steps[name].state_out}; export the bundle again")
+    stream = {spec.name for spec in manifest.stream}
+    for name, step in manifest.steps.items():
+        wrong = set(step.state_out) - stream if name == "encode" else stream & {*step.state_in, *step.state_out}
+        if name == "predict":
+            wrong |= set(step.state_out)
+        if wrong:
+            raise BundleError(f"step {name!r}: must not write (or, of {STREAM}*, read) state {sorted(wrong)}; export the bundle again")
     classes, names = manifest.max_classes, list(manifest.class_names)
     known = {
         spec.name: spec
         for spec in (
-            *manifest.steps["encode"].outputs,
+            *manifest.features,
             manifest.target.spec("target"),
             manifest.target.spec("new_target"),
             TensorSpec("weight", (1,), "float32"),
@@ -112,6 +117,7 @@ def check_steps(manifest: Manifest) -> None:
         known.setdefault("replay.target", TensorSpec("replay.target", (r,), "int64"))
         known["replay.weight"] = TensorSpec("replay.weight", (r,), "float32")
     needed = {
+        "encode": [TensorSpec("finite", (), "bool")] if stream else [],
         "predict": [manifest.target.scores(classes)],
         "learn": [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
         **{name: [TensorSpec("finite", (), "bool")] for name in REVISIONS},

@@ -26,6 +26,7 @@ class Core:
         health: The method's figures after the last update.
         refused: Updates refused in this session.
         memory: The replay memory, if the method has one.
+        stream_start: What :attr:`stream` was before the first frame.
     """
 
     def __init__(self, manifest: Manifest, engine: Engine, state: Mapping[str, Array], rows: Mapping[str, Array] | None) -> None:
@@ -49,6 +50,8 @@ class Core:
         unnamed = manifest.max_classes - len(manifest.class_names)
         self.names: list[str | None] = [*manifest.class_names, *[None] * unnamed]
         self.counts = np.zeros(manifest.max_classes, np.int64)
+        self._stream = [spec.name for spec in manifest.stream]
+        self.stream_start = {name: state[name].copy() for name in self._stream}
         self._target = target_of(manifest.target, manifest.max_classes)
         self.totals = {"learned": 0, "forgotten": 0, "relabelled": 0}
         self.health: dict[str, float] = {}
@@ -64,6 +67,15 @@ class Core:
     def counter(self, value: int) -> None:
         if self.memory is not None:
             self.memory.generator.counter = value
+
+    @property
+    def stream(self) -> dict[str, Array]:
+        """Copies of the state that ``encode`` carries from frame to frame; empty but for streams."""
+        return self._engine.state(self._stream) if self._stream else {}
+
+    @stream.setter
+    def stream(self, state: Mapping[str, Array]) -> None:
+        self._engine.put(state)
 
     def propose(self, sample: Sample) -> dict[str, Array]:
         """Run ``learn`` on a sample and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.

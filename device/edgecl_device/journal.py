@@ -58,7 +58,7 @@ class Journal:
             UpdateRefusedError: when its result must not be kept.
             StoreFullError: when it cannot be logged.
         """
-        event = self._record.event(self._store.seq + 1, sample)
+        event = self._record.event(self._store.seq + 1, sample, self._core.stream)
         renewed = self._room(event)
         counter, commits = self._core.counter, self._store.commits
         try:
@@ -81,6 +81,15 @@ class Journal:
         with self._whole():
             self._append(event, renewed)
             self._core.names[label] = name
+        self.changed = True
+
+    def reset_stream(self) -> None:
+        """Let the stream begin anew."""
+        event = Event(self._store.seq + 1, "reset_stream")
+        renewed = self._room(event)
+        with self._whole():
+            self._append(event, renewed)
+            self._core.stream = self._core.stream_start
         self.changed = True
 
     def revise(self, sample_id: int, step: str, target: Array | None) -> None:
@@ -135,7 +144,9 @@ class Journal:
     def rollback(self, name: str) -> None:
         """Go back to a snapshot, which must exist, and drop what came later."""
         with self._whole(), self._core.reverting(), self._store.transaction(sync=True):
+            heard = self._core.stream
             self._core.restore(Snapshot.unpack(self._store.snapshot(name)))
+            self._core.stream = heard  # what was heard does not change with what is known
             self._store.drop_after(self._store.snapshots()[name])
             self._checkpoint()
         self._store.fold(force=True)
@@ -154,11 +165,15 @@ class Journal:
             if event.kind == "add_class":
                 self._core.names[int(event.label or 0)] = event.name
                 continue
+            if event.kind == "reset_stream":
+                self._core.stream = self._core.stream_start
+                continue
             sample = self._record.sample(event)
             try:
                 self._core.keep(sample, self._core.propose(sample))
             except UpdateRefusedError as error:
                 raise StoreError(f"store: event {event.seq} cannot be replayed ({error}); use the runtime version that wrote it") from error
+            self._core.stream = self._record.stream(event)
             self._pending.discard(sample.id)
 
     def _room(self, event: Event) -> bytes | None:

@@ -77,7 +77,7 @@ class Learner(OneAtATime):
         self._core = Core(manifest, engine, state, rows)
         self._x = manifest.steps["encode"].inputs
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
-        self._pending = Pending(manifest.steps["encode"].outputs, manifest.pending_capacity)
+        self._pending = Pending(manifest.features, manifest.pending_capacity)
         self._session = {"predicted": 0, "learned": 0, "macs": 0}
         self._target = target_of(manifest.target, manifest.max_classes)
         record = Record(manifest)
@@ -143,8 +143,8 @@ class Learner(OneAtATime):
         """Predict one sample and keep its features, so that its label may arrive later.
 
         Args:
-            x: One sample as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out. Of a model of several inputs a
-                mapping of their names.
+            x: One sample, or the next frame of a stream, as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out.
+                Of a model of several inputs a mapping of their names.
 
         Raises:
             InputError: when shape, dtype or values do not fit.
@@ -166,7 +166,7 @@ class Learner(OneAtATime):
         """Learn one sample.
 
         Args:
-            x: A sample, or the ``sample_id`` of an earlier prediction.
+            x: A sample, or the ``sample_id`` of an earlier prediction; for a stream the latter.
             y: Its target. A class: its index in [0, max_classes), or the name of a known one. A real vector: an array of float32 [D].
                 Labels: an array of zeros and ones [K], or a list of their names. A map: an array of integers [H, W].
             weight: Above 0; other than 1 only for methods whose ``learn`` takes it.
@@ -183,6 +183,8 @@ class Learner(OneAtATime):
         target = self._target.array(y, self._core.names)
         weight, lr = self._check_options(weight, lr)
         if isinstance(x, np.ndarray | Mapping):
+            if self.manifest.stream:
+                raise InputError("x: a stream's frames go through predict, each once and in order; pass the sample_id that it returned")
             z = self._encode(x)
             sample_id = self._store.new_id()
             macs = self._macs("encode", "learn")
@@ -265,6 +267,18 @@ class Learner(OneAtATime):
         return free[0]
 
     @verb
+    def reset_stream(self) -> None:
+        """Let the stream begin anew: the next frame is its first. What was learned, and predictions that wait, stay.
+
+        Raises:
+            StepMissingError: when the bundle's trunk carries no state.
+            StoreFullError: when it cannot be logged.
+        """
+        if not self.manifest.stream:
+            raise StepMissingError("reset_stream: this bundle's trunk carries no state from sample to sample; there is nothing to reset")
+        self._journal.reset_stream()
+
+    @verb
     def save(self, name: str | None = None) -> None:
         """Write a snapshot: a named one to roll back to, or the automatic one, from which the next start goes on.
 
@@ -280,7 +294,7 @@ class Learner(OneAtATime):
         """Go back to a snapshot. History is a line: what was learned, added or saved after it is dropped for good.
 
         It is erased from the store's files as by :meth:`forget`; ``report()["log"]["erased"]`` tells whether that is done.
-        Predictions that wait for a label keep waiting.
+        Predictions that wait for a label keep waiting, and a stream goes on where it is.
 
         Args:
             name: A named snapshot; None is the automatic one (of the last ``save()``, ``forget``, ``relabel``, ``rollback``, close
@@ -347,9 +361,11 @@ class Learner(OneAtATime):
             stack.callback(self._store.close)
 
     def _encode(self, x: Array | Mapping[str, Array]) -> dict[str, Array]:
-        z = self._engine.run("encode", as_inputs(x, self._x))
-        if not all(has_length(value) for value in z.values()):
+        outputs = self._engine.run("encode", as_inputs(x, self._x))
+        z = {spec.name: outputs[spec.name] for spec in self._pending.specs}
+        if not outputs.get("finite", np.True_) or not all(has_length(value) for value in z.values()):
             raise InputError("x: its features are not finite or too large to square; scale it as the bundle's preprocessing expects")
+        self._engine.commit()  # a stream's next frame; nothing else
         return z
 
     def _called(self, index: int) -> str:

@@ -27,8 +27,10 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"
 DEFAULT_LOG_BYTES = 16 << 20
 DEFAULT_PENDING = 256
-DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")
+DTYPES = ("float32", "float64", "int16", "int32", "int64", "uint8", "bool")
 """Types that a tensor of a bundle may have, by NumPy's names."""
+STREAM = "encode."
+"""Start of the names of state that ``encode`` carries from frame to frame, and that no other step reads or writes."""
 UNSEEN_SCORE = -1e30
 """Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
 
@@ -43,7 +45,7 @@ class TensorSpec:
     Attributes:
         name: Dotted name, for instance ``replay.z``.
         shape: Sizes of all dimensions, the batch dimension included; ``()`` is a scalar.
-        dtype: NumPy's name, one of :data:`DTYPES`: ``float32``, ``float64``, ``int32``, ``int64``, ``uint8`` or ``bool``.
+        dtype: NumPy's name, one of :data:`DTYPES`: ``float32``, ``float64``, ``int16``, ``int32``, ``int64``, ``uint8`` or ``bool``.
     """
 
     name: str
@@ -223,6 +225,16 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = "onnx"
     schema: int = SCHEMA
+
+    @property
+    def features(self) -> tuple[TensorSpec, ...]:
+        """What ``encode`` gives of a sample: ``z``, or each ``z.NAME``."""
+        return tuple(spec for spec in self.steps["encode"].outputs if spec.name != "finite")
+
+    @property
+    def stream(self) -> tuple[TensorSpec, ...]:
+        """The state that ``encode`` carries from frame to frame; none but for streams."""
+        return tuple(spec for spec in self.state if spec.name.startswith(STREAM))
 
 
 def to_json(manifest: Manifest) -> str:

@@ -37,26 +37,27 @@ class Sample:
 
 
 class Record:
-    """How the log keeps a sample: a class index in the column of its own; any other target behind the features.
+    """How the log keeps a sample: a class index in the column of its own; any other target, and the state of a stream, behind the features.
 
     Args:
         manifest: Of the bundle; no store has entries of two bundles.
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self._features = Layout(manifest.steps["encode"].outputs)
+        self._features = Layout(manifest.features)
         self._target = manifest.target
         stored = manifest.target.stored(manifest.max_classes)
         self._behind = Layout([] if stored is None else [stored])
+        self._stream = Layout(manifest.stream)
 
     @property
     def nbytes(self) -> int:
         """Bytes of a sample's features and of what is kept behind them."""
-        return self._features.nbytes + self._behind.nbytes
+        return self._features.nbytes + self._behind.nbytes + self._stream.nbytes
 
-    def event(self, seq: int, sample: Sample) -> Event:
-        """The entry of a learned sample."""
-        kept = self._features.pack(sample.z) + self._kept(sample.target)
+    def event(self, seq: int, sample: Sample, stream: Mapping[str, Array]) -> Event:
+        """The entry of a learned sample, with the state of the stream at that time."""
+        kept = self._features.pack(sample.z) + self._kept(sample.target) + self._stream.pack(stream)
         return Event(seq, "learn", sample.id, self._label(sample.target), sample.weight, sample.lr, None, kept)
 
     def sample(self, event: Event) -> Sample:
@@ -65,7 +66,7 @@ class Record:
         Raises:
             InputError: when its bytes are of another length.
         """
-        features, behind = self._parts(event)
+        features, behind, _ = self._parts(event)
         z, kept = self._features.unpack(features), self._behind.unpack(behind)
         target = kept["target"][None].astype(self._target.dtype) if kept else np.array([event.label], np.int64)
         return Sample(int(event.sample_id or 0), z, target, _number(event.weight), _number(event.lr))
@@ -74,16 +75,22 @@ class Record:
         """The features of an entry as :meth:`edgecl_device.pending.Pending.pack` writes them."""
         return self._parts(event)[0]
 
+    def stream(self, event: Event) -> dict[str, Array]:
+        """The state of the stream when a sample was learned."""
+        return self._stream.unpack(self._parts(event)[2])
+
     def relabelled(self, event: Event, target: Array) -> Event:
         """The same entry with another target."""
-        features = self._parts(event)[0] + self._kept(target)
+        features, _, stream = self._parts(event)
+        features += self._kept(target) + stream
         return dataclasses.replace(event, label=self._label(target), features=features)
 
-    def _parts(self, event: Event) -> tuple[bytes, bytes]:
+    def _parts(self, event: Event) -> tuple[bytes, bytes, bytes]:
         data = event.features or b""
         if len(data) != self.nbytes:
             raise InputError(f"features: must be {self.nbytes} bytes, got {len(data)}; log the sample again")
-        return data[: self._features.nbytes], data[self._features.nbytes :]
+        first, second = self._features.nbytes, self._features.nbytes + self._behind.nbytes
+        return data[:first], data[first:second], data[second:]
 
     def _label(self, target: Array) -> int | None:
         return None if self._behind.specs else int(target[0])
