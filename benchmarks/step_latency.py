@@ -68,7 +68,7 @@ def inputs_of(prepared: Prepared) -> dict[str, Any]:
     z, label = prepared.examples[0]
     values: dict[str, Any] = {
         "z": z.numpy(),
-        "target": np.array([label]),
+        "target": label,
         "weight": np.ones(1, np.float32),
         "lr": np.array(prepared.learner.default_lr, np.float32),
     }

@@ -9,21 +9,26 @@ from edgecl.engine import EagerEngine
 from edgecl.learner import Learner, Problem, State
 from edgecl.methods import METHODS
 from edgecl.prepare import Prepared, prepare
-from edgecl.preprocess import ImageU8
+from edgecl.preprocess import ImageU8, LogMel
 from edgecl.splitting import Split, SplitError, split, widen_head
 from edgecl.taps import taps
+from edgecl.targets import DenseMap, MultiLabel, Vector
 
 __all__ = [
     "METHODS",
     "Codec",
+    "DenseMap",
     "EagerEngine",
     "ImageU8",
     "Learner",
+    "LogMel",
+    "MultiLabel",
     "Prepared",
     "Problem",
     "Split",
     "SplitError",
     "State",
+    "Vector",
     "prepare",
     "split",
     "taps",

@@ -27,8 +27,9 @@ from edgecl.learner import Problem
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.options import example_of, load_model, parse_bytes, parse_config, place, preprocessing
-from edgecl.prepare import MOST_CLASSES, prepare
+from edgecl.prepare import prepare
 from edgecl.profiling import Profile, profile, split_points
+from edgecl.targets import MOST_CLASSES
 from edgecl_device.cli import read_stream
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import TensorSpec

@@ -1,14 +1,14 @@
 """The eager engine: runs the step functions themselves, in PyTorch, behind the same interface as a device runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgecl.learner import Learner, State, call_step
-from edgecl.trees import flatten_tree, unflatten_like
-from edgecl_device.manifest import Array
+from edgecl.learner import Learner, State, call_encode, call_step
+from edgecl.trees import unflatten_like
+from edgecl_device.manifest import STREAM, Array
 
 
 class EagerEngine:
@@ -32,16 +32,23 @@ class EagerEngine:
         self._state = {name: to_tensor(value) for name, value in state.items()}
         self._pending = {}
 
-    def state(self) -> dict[str, Array]:
-        """Copies of every state tensor."""
-        return {name: value.detach().numpy().copy() for name, value in self._state.items()}
+    def state(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        """Copies of every state tensor, or of those named."""
+        return {name: self._state[name].detach().numpy().copy() for name in (self._state if names is None else names)}
+
+    def put(self, state: Mapping[str, Array]) -> None:
+        """Copy some state tensors in, which fit."""
+        self._state = {**self._state, **{name: to_tensor(value) for name, value in state.items()}}
 
     def run(self, step: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one step and return its outputs; inputs that the step does not take are ignored."""
         tensors = {name: to_tensor(value) for name, value in inputs.items()}
         with torch.no_grad():
             if step == "encode":
-                return to_arrays(flatten_tree({"z": self._trunk(tensors["x"])}))
+                x = tensors["x"] if "x" in tensors else {name.removeprefix("x."): value for name, value in tensors.items()}
+                stream = {name: tensor for name, tensor in self._state.items() if name.startswith(STREAM)}
+                outputs, self._pending = call_encode(self._trunk, x, stream)
+                return to_arrays(outputs)
             tree = unflatten_like(self._learner.inputs_of(step), tensors)
             outputs, self._pending = call_step(self._learner, step, self._state, tree)
         return to_arrays(outputs)

@@ -16,20 +16,20 @@ GRADIENT = 1e-4
 """Largest difference of a gradient, relative to the parameter's own and at least a millionth of the largest."""
 
 
-def check_values(model: nn.Module, parts: Split, x: Tensor) -> Any:
+def check_values(model: nn.Module, parts: Split, x: Any) -> Any:
     """Check that the parts compute what the model does, to the bit, and return the model's output.
 
     Args:
         model: The user's model; left as it is.
         parts: Its trunk and suffix.
-        x: An input [1, ...] as the model takes it.
+        x: An input [1, ...] as the model takes it, or a mapping of its inputs.
 
     Raises:
         SplitError: when two runs of the model differ, or the parts differ from it.
     """
     whole = copied(model).eval()
     with torch.no_grad():
-        first, again, found = whole(x.clone()), whole(x.clone()), parts.suffix(parts.trunk(x.clone()))
+        first, again, found = whole(*_copies(parts, x)), whole(*_copies(parts, x)), parts.suffix(parts.trunk(*_copies(parts, x)))
     if not _same(first, again):
         raise SplitError(
             "model: must give one result for one input in eval mode, two runs differ; take random numbers, and buffers that forward "
@@ -43,13 +43,13 @@ def check_values(model: nn.Module, parts: Split, x: Tensor) -> Any:
     return first
 
 
-def check_gradients(model: nn.Module, parts: Split, x: Tensor) -> None:
+def check_gradients(model: nn.Module, parts: Split, x: Any) -> None:
     """Check that the suffix has the model's own gradients; parameters that the trunk uses, too, are left out.
 
     Args:
         model: The user's model; left as it is.
         parts: Its trunk and suffix.
-        x: An input [1, ...] as the model takes it.
+        x: As for :func:`check_values`.
 
     Raises:
         SplitError: naming the first parameter whose gradient differs.
@@ -58,9 +58,9 @@ def check_gradients(model: nn.Module, parts: Split, x: Tensor) -> None:
     known = dict(whole.named_parameters(remove_duplicate=False))
     frozen = {id(known[name]) for name, _ in parts.trunk.named_parameters(remove_duplicate=False)}  # whatever else they are called
     names = [name for name, _ in parts.suffix.named_parameters() if id(known[name]) not in frozen]
-    wanted = _gradients(whole, names, x.clone())  # a model may change its input in place
+    wanted = _gradients(whole, names, *_copies(parts, x))
     with torch.no_grad():
-        z = parts.trunk(x.clone())
+        z = parts.trunk(*_copies(parts, x))
     found = _gradients(suffix, names, z)
     largest = max((g.abs().max().item() for g in wanted.values() if g.numel()), default=0.0)
     for name, gradient in wanted.items():
@@ -72,13 +72,18 @@ def check_gradients(model: nn.Module, parts: Split, x: Tensor) -> None:
             )
 
 
-def _gradients(module: nn.Module, names: list[str], x: Any) -> dict[str, Tensor]:
+def _copies(parts: Split, x: Any) -> list[Tensor]:
+    """The inputs in the order of the model's forward, which may change them in place."""
+    return [x.clone()] if isinstance(x, Tensor) else [x[name].clone() for name in parts.inputs]
+
+
+def _gradients(module: nn.Module, names: list[str], *inputs: Any) -> dict[str, Tensor]:
     """Gradients of a fixed random projection of the output; zeros for parameters that it does not depend on."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for parameter in parameters.values():
         parameter.requires_grad_(parameter.is_floating_point())  # indices may be parameters, too, but have no gradient
     with torch.enable_grad():
-        output = module(x)
+        output = module(*inputs)
         cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
         loss = (output * cotangent).sum()
         chosen = [parameters[name] for name in names]

@@ -11,14 +11,15 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from edgecl.trees import flatten_tree
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import UNSEEN_SCORE, ReplaySpec, TensorSpec
+from edgecl_device.manifest import UNSEEN_SCORE, ReplaySpec, TargetSpec, TensorSpec
 
 State = dict[str, Tensor]
 StepResult = tuple[dict[str, Tensor], State]
@@ -35,18 +36,17 @@ class Problem:
 
     Attributes:
         features: Spec of one encoded sample ``z``, batch dimension of 1 included: one tensor, or a mapping of named ones.
-        max_classes: Classes that the state has room for; unseen ones are masked.
-        target: Kind of target. ``class``: one class index, int64 [1].
+        max_classes: Classes or labels that the state has room for, of real vectors the number of values: scores are [1, max_classes],
+            for a map [1, max_classes, H, W].
+        target: What a sample's target is; one class index by default.
     """
 
     features: TensorSpec | dict[str, TensorSpec]
     max_classes: int
-    target: str = "class"
+    target: TargetSpec = field(default_factory=TargetSpec)
 
     def __post_init__(self) -> None:
-        if self.target != "class":
-            raise InputError(f"target: must be 'class', got {self.target!r}; other targets are not there yet")
-        if self.max_classes < 2:
+        if self.target.kind in ("class", "map") and self.max_classes < 2:
             raise InputError(f"max_classes: must be at least 2, got {self.max_classes}; leave room for new classes")
 
     @property
@@ -66,10 +66,14 @@ class Learner(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type]
+    targets: ClassVar[tuple[str, ...]] = ("class",)
+    """Kinds of targets (:class:`edgecl_device.manifest.TargetSpec`) that the method learns."""
     host_only: ClassVar[bool] = False
     """Whether the method has no step for the device, as offline training."""
 
     def __init__(self, problem: Problem, config: Any = None) -> None:
+        if problem.target.kind not in self.targets:
+            raise InputError(f"target: {self.name} serves {', '.join(self.targets)}, got {problem.target.kind}; take another method")
         self.problem = problem
         self.config = self.Config() if config is None else config
         if not isinstance(self.config, self.Config):
@@ -84,24 +88,34 @@ class Learner(ABC):
 
     @abstractmethod
     def predict(self, state: State, z: Any) -> StepResult:
-        """Scores float32 [1, max_classes] under the name ``scores``; unseen classes score :data:`UNSEEN`."""
+        """Scores float32 [1, max_classes, ...] under the name ``scores``; unseen classes score :data:`UNSEEN`."""
 
     def step_inputs(self) -> dict[str, Nested | TensorSpec]:
         """Specs of the inputs that this method's steps may name as parameters."""
         return {
             "z": self.problem.features,
-            "target": TensorSpec("target", (1,), "int64"),
+            "target": self.problem.target.spec("target"),
             "weight": TensorSpec("weight", (1,), "float32"),
             "lr": TensorSpec("lr", (), "float32"),
         }
 
-    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
-        """Take in a base sample on the host, before export: ``learn`` with weight 1, unless the method says otherwise.
+    def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
+        """Take in a base sample on the host, before export: ``learn`` with ``weight`` (1), unless the method says otherwise.
 
         Outputs named ``row.NAME`` are the sample's replay row.
+
+        Raises:
+            InputError: when a weight is given that the method does not take.
         """
-        weight = {"weight": torch.ones(1)} if "weight" in self.inputs_of("learn") else {}
-        return self.steps["learn"](state, z, target, **weight)
+        if "weight" in self.inputs_of("learn"):
+            return self.steps["learn"](state, z, target, weight=torch.ones(1) if weight is None else weight)
+        self.refuse_weight(weight)
+        return self.steps["learn"](state, z, target)
+
+    def refuse_weight(self, weight: Tensor | None) -> None:
+        """Refuse a base sample's weight."""
+        if weight is not None:
+            raise InputError(f"weight: {self.name} takes no weight of a base sample; leave it out, or repeat samples")
 
     def calibrate(self, latents: Any) -> None:  # noqa: B027  # most methods have nothing to fit
         """Fit what is frozen, such as a codec's range, on latents [N, ...] of the first base samples, before they are taken in."""
@@ -114,6 +128,10 @@ class Learner(ABC):
     def codebooks(self) -> tuple[Tensor, ...]:
         """Frozen tables of the replay codecs, each once: part of the frozen weights, and a line of their own in the ledger."""
         return ()
+
+    def threshold(self, probability: float) -> float:
+        """The score of a label at this probability: its logit, unless the method says otherwise."""
+        return math.log(probability / (1 - probability))
 
     @property
     def default_lr(self) -> float:
@@ -152,6 +170,20 @@ def call_step(learner: Learner, step: str, state: State, inputs: Mapping[str, An
     return ({**outputs, "finite": all_finite(new_state)} if new_state else outputs), new_state
 
 
+def call_encode(trunk: Any, x: Any, stream: State) -> StepResult:
+    """Run the trunk as every engine does: with the output ``finite`` when it carries state from frame to frame.
+
+    Args:
+        trunk: Maps ``x`` to ``z``; with a stream its ``advance`` maps ``x`` and state to ``z`` and new state.
+        x: One sample.
+        stream: The state that it carries; empty for a trunk that has none.
+    """
+    if not stream:
+        return flatten_tree({"z": trunk(x)}), {}
+    z, new = trunk.advance(x, stream)
+    return {**flatten_tree({"z": z}), "finite": all_finite(new)}, new
+
+
 def all_finite(state: State) -> Tensor:
     """Whether no tensor holds NaN or infinity, bool []. A sum is not finite when one of its terms is not."""
     total = torch.zeros(())
@@ -176,8 +208,8 @@ def one_hot(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
 
 
 def mask_unseen(scores: Tensor, count: Tensor) -> Tensor:
-    """Scores [1, K] with :data:`UNSEEN` in place of the classes whose count [K] is zero."""
-    return torch.where(count.unsqueeze(0) > 0, scores, UNSEEN)
+    """Scores [1, K, ...] with :data:`UNSEEN` in place of the classes whose count [K] is zero."""
+    return torch.where(count.reshape(1, -1, *[1] * (scores.dim() - 2)) > 0, scores, UNSEEN)
 
 
 def flatten_features(z: Any) -> Tensor:

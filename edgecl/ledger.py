@@ -39,13 +39,15 @@ def ledger(
     Returns:
         ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``,
         ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for ``graphs`` and ``replay_file``;
-        ``logged_features_per_update``: features of one sample as the log holds them, to which the store adds its own
+        ``logged_features_per_update``: features of one sample, and a stream's state, as the log holds them, to which the store adds its own
         (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with its file, and codebooks;
         ``not_counted``.
     """
     written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
     state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
-    features = sum(p.spec.nbytes for p in steps["encode"].graph.outputs)
+    encoded = steps["encode"].graph.outputs
+    features = sum(p.spec.nbytes for p in encoded if p.kind == "data" and p.name != "finite")
+    stream = sum(p.spec.nbytes for p in encoded if p.kind == "state")
     ports = [p.spec.nbytes for step in steps.values() for p in (*step.graph.inputs, *step.graph.outputs) if p.kind == "data"]
     return {
         "frozen_weights": weight_bytes,
@@ -58,7 +60,7 @@ def ledger(
         "replay_file": replay_bytes[1],
         "inputs_outputs": sum(ports),
         "pending_features": pending * features,
-        "logged_features_per_update": features,
+        "logged_features_per_update": features + stream,
         "beyond_trunk": sum(state_bytes.values()) + sum(replay_bytes) + codebook_bytes,
         "not_counted": NOT_COUNTED,
     }

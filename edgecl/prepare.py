@@ -1,6 +1,7 @@
 """From a PyTorch model to a learner that is ready for export: split, choose a method, take in base samples."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,13 @@ from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.splitting import check_backward, copied, split
 from edgecl.taps import tapped
-from edgecl.trees import flatten_tree
-from edgecl_device.checks import as_int, has_length
+from edgecl.targets import TargetKind, kind_of, room, target_arrays
+from edgecl.trees import flatten_tree, leaves, map_tree
+from edgecl_device.checks import as_float32, as_int, has_length
 from edgecl_device.errors import EdgeclError, InputError
-from edgecl_device.manifest import DTYPES, Array, TensorSpec
+from edgecl_device.manifest import DTYPES, STREAM, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory
-
-MOST_CLASSES = 1 << 20
-"""More room than any label space needs; beyond, a state cannot be allocated."""
+from edgecl_device.targets import target_of
 
 KEPT = 32
 """Latents of base samples kept for the checks at export."""
@@ -30,20 +30,55 @@ KEPT_RAW = 8
 """Raw base samples kept for the same."""
 
 
+Samples = Array | Mapping[str, Array]
+"""Raw samples [N, ...], or a mapping of a model's inputs to such."""
+
+
 class Trunk(nn.Module):
-    """Preprocessing, then the frozen part of the model."""
+    """Preprocessing, then the frozen part of the model.
 
-    def __init__(self, preprocess: nn.Module | None, model: nn.Module) -> None:
+    Args:
+        preprocess: One module (or None) for each input.
+        model: The frozen part.
+        inputs: Names of its inputs in its order.
+        stream: What runs between the two and carries state from frame to frame, or None.
+    """
+
+    def __init__(
+        self, preprocess: Sequence[nn.Module | None], model: nn.Module, inputs: Sequence[str], stream: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.preprocess = preprocess
+        self.stream = stream
+        self.preprocess = nn.ModuleList([nn.Identity() if module is None else module for module in preprocess])
         self.model = model
+        self.inputs = tuple(inputs)
 
-    def forward(self, x: Tensor) -> Any:
-        """Latents of ``x``."""
-        if self.preprocess is not None:
-            with traceback.annotate({"module": "preprocess"}):  # for the errors of capture
-                x = self.preprocess(x)
-        return self.model(x)
+    def prepared(self, x: Any) -> list[Tensor]:
+        """The model's inputs, in its order, from one tensor or a mapping of named ones."""
+        parts = [x] if isinstance(x, Tensor) else [x[name] for name in self.inputs]
+        with traceback.annotate({"module": "preprocess"}):  # for the errors of capture
+            return [module(part) for module, part in zip(self.preprocess, parts, strict=True)]
+
+    def forward(self, x: Any) -> Any:
+        """Latents of ``x``, of a stream's frame as the first one."""
+        return self.model(*self.prepared(x)) if self.stream is None else self.advance(x, self.initial_state())[0]
+
+    def advance(self, x: Any, state: State) -> tuple[Any, State]:
+        """Latents of a stream's next frame, and the state behind it."""
+        features, new = self.streamed(x, state)
+        return self.model(features), new
+
+    def streamed(self, x: Any, state: State) -> tuple[Tensor, State]:
+        """What the model gets of a frame, and the state behind it."""
+        stream: Any = self.stream
+        with traceback.annotate({"module": "stream"}):
+            features, new = stream(self.prepared(x)[0], {name.removeprefix(STREAM): tensor for name, tensor in state.items()})
+        return features, {f"{STREAM}{name}": tensor for name, tensor in new.items()}
+
+    def initial_state(self) -> State:
+        """The stream's state before its first frame, new tensors by name; nothing without a stream."""
+        stream: Any = self.stream
+        return {} if stream is None else {f"{STREAM}{name}": tensor.clone() for name, tensor in stream.initial_state().items()}
 
 
 class Prepared:
@@ -51,27 +86,28 @@ class Prepared:
 
     Attributes:
         trunk: Maps a raw sample to its latent ``z``.
-        example: One raw sample, batch dimension of 1 included; real once ``fit`` has seen samples.
+        example: One raw sample, batch dimension of 1 included, or a mapping of its inputs; real once ``fit`` has seen samples.
         samples: Some raw samples [N, ...], which the checks at export encode; the example until ``fit`` has seen others.
-        x: Its spec.
+        x: Its spec, or a mapping of input names to specs.
         learner: The method.
         state: Its state after the base samples.
         memory: Its replay memory, or None.
-        class_names: Names of the first classes.
-        examples: Latents and classes of some base samples, which the checks at export start from.
+        class_names: Names of the first classes, labels or values.
+        examples: Latents and targets [1, ...] of some base samples, which the checks at export start from.
         reconstruction: Squared error of the first base samples' latents as replay rows hold them, over their square; 0 without loss.
     """
 
-    def __init__(self, trunk: Trunk, example: Array, learner: Learner, class_names: Sequence[str] = ()) -> None:
+    def __init__(self, trunk: Trunk, example: Samples, learner: Learner, class_names: Sequence[str] = ()) -> None:
         _check_names(class_names, learner.problem.max_classes)
         self.trunk = trunk.eval().requires_grad_(False)
-        self.example = self.samples = example
-        self.x = TensorSpec("x", example.shape, example.dtype.name)
+        self.example: Samples = example
+        self.samples: Samples = example
+        self.x: TensorSpec | dict[str, TensorSpec] = _specs(map_tree(example, torch.tensor), "x")
         self.learner = learner
-        self.state: State = learner.init()
+        self.state: State = {**learner.init(), **self.trunk.initial_state()}
         self.class_names = tuple(class_names)
         self._known = len(class_names)
-        self.examples: list[tuple[Any, int]] = []
+        self.examples: list[tuple[Any, Array]] = []
         self.reconstruction = 0.0
         self.memory: ReplayMemory | None = None
         if learner.replay is not None:
@@ -90,12 +126,13 @@ class Prepared:
             names.append(name)
         return tuple(names)
 
-    def encode(self, x: Array, batch: int = 64) -> list[Any]:
+    def encode(self, x: Samples, batch: int = 64) -> list[Any]:
         """Latents of samples [N, ...], one tree of tensors [1, ...] a sample.
 
         Args:
-            x: Raw samples as the device will get them.
-            batch: Samples a pass; 1 for trunks that take single samples only.
+            x: Raw samples as the device will get them; of a model of several inputs a mapping of them. For a stream its frames, in order,
+                from its start.
+            batch: Samples a pass; 1 for trunks that take single samples only; frames of a stream run one by one.
 
         Raises:
             InputError: when shape or dtype differ from the example's, a value is not finite, or a latent depends on the other samples
@@ -105,63 +142,84 @@ class Prepared:
         batch = as_int("batch", batch)
         if batch < 1:
             raise InputError(f"batch: must be at least 1 sample, got {batch}; 64 is usual")
-        if x.shape[1:] != self.x.shape[1:] or x.dtype.name != self.x.dtype:
-            sizes = ", ".join(map(str, ("N", *self.x.shape[1:])))
-            raise InputError(f"x: must be {self.x.dtype} [{sizes}] as the example, got {x.dtype} {list(x.shape)}; convert or resize it")
+        _check_like(x, self.x)
+        tensors, count = map_tree(x, torch.tensor), len(leaves(x)[0])
         latents: list[Any] = []
+        if self.trunk.stream is not None:
+            return self._frames(tensors)
         with torch.no_grad():
-            for part in torch.split(torch.tensor(x), batch):
+            for start in range(0, count, batch):
+                rows = range(min(batch, count - start))
+                part = map_tree(tensors, itemgetter(slice(start, start + batch)))
                 z = self.trunk(part)
-                if len(part) > 1 and not latents:
-                    _check_independent(z, self.trunk(part[:1]), len(part))
-                rows = range(len(part))
-                latents += [_map(z, lambda t, i=i: t[i : i + 1].clone()) for i in rows]  # type: ignore[misc]
+                if len(rows) > 1 and not latents:
+                    _check_independent(z, self.trunk(map_tree(part, itemgetter(slice(1)))), len(rows))
+                latents += [map_tree(z, lambda t, i=i: t[i : i + 1].clone()) for i in rows]  # type: ignore[misc]
         return latents
 
-    def fit(self, x: Array, y: Array, batch: int = 64, progress: Callable[[int, int], None] | None = None) -> "Prepared":
+    def _frames(self, frames: Tensor) -> list[Any]:
+        latents, state = [], self.trunk.initial_state()
+        with torch.no_grad():
+            for i in range(len(frames)):
+                z, state = self.trunk.advance(frames[i : i + 1], state)
+                latents.append(z)
+        return latents
+
+    def fit(
+        self,
+        x: Samples,
+        y: Array,
+        batch: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+        weight: Array | None = None,
+    ) -> "Prepared":
         """Take in base samples: what the model already knows becomes part of the state and of the replay memory.
 
         May be called again with more samples. The first call calibrates the replay codec.
 
         Args:
-            x: Raw samples [N, ...].
-            y: Classes [N].
+            x: Raw samples [N, ...]; of a model of several inputs a mapping of them.
+            y: Targets [N, ...]: classes [N], real values [N, D], zeros and ones [N, K], or maps [N, H, W].
             batch: As in :meth:`encode`.
             progress: Called with samples done and in all.
+            weight: Sample weights [N], above 0; for methods whose base samples go through ``learn`` and that take weights.
 
         Raises:
             InputError: when shapes, types, values or labels do not fit; state and memory are unchanged then.
         """
         latents = self.encode(x, batch)
-        labels = self._labels(y, len(x))
-        if not all(has_length(t.numpy()) for z in latents for t in _leaves(z)):
+        problem = self.learner.problem
+        targets = target_arrays(y, problem.target, problem.max_classes, len(latents))
+        if not all(has_length(t.numpy()) for z in latents for t in leaves(z)):
             raise InputError("x: features must be finite, and so must their squares; check the model's weights and the preprocessing")
+        weights = [None] * len(latents) if weight is None else _weights(weight, len(latents))
         if not self.examples:
             self.learner.calibrate(_stack(latents))
             self.reconstruction = self.learner.reconstruction(_stack(latents))
-        fields = self.memory.spec.fields if self.memory is not None else ()
         state, rows = self.state, []
-        for i, (z, label) in enumerate(zip(latents, labels, strict=True)):
+        for i, (z, target, one) in enumerate(zip(latents, targets, weights, strict=True)):
             with torch.no_grad():
-                outputs, new = self.learner.prime(state, z, torch.tensor([label]))
+                outputs, new = self.learner.prime(state, z, torch.tensor(target), one)
             state = {**state, **new}
             if not bool(outputs.get("guard", True)) or not _finite(new.values()):
                 raise InputError(f"x: sample {i} must leave a finite state within the method's guard, it does not; scale the features")
-            rows.append({f.name: outputs[f"row.{f.name}"][0].numpy() for f in fields})
+            rows.append({name.removeprefix("row."): row[0].numpy() for name, row in outputs.items() if name.startswith("row.")})
             if progress is not None:
                 progress(i + 1, len(latents))
         self.state = state
-        self._known = max(self._known, max(labels) + 1)
+        named = target_of(problem.target, problem.max_classes)
+        self._known = max(self._known, *(int(named.classes_of(target).max(initial=-1)) + 1 for target in targets))
         x = _samples("x", x)
-        self.example = x[:1].copy()
-        self.samples = x[np.linspace(0, len(x) - 1, min(len(x), KEPT_RAW)).astype(int)]  # samples are often sorted by class
-        self.examples = (self.examples + list(zip(latents, labels, strict=True)))[:KEPT]
+        self.example = map_tree(x, lambda a: a[:1].copy())
+        chosen = np.linspace(0, len(latents) - 1, min(len(latents), KEPT_RAW)).astype(int)  # samples are often sorted by class
+        self.samples = map_tree(x, lambda a: a[chosen])
+        self.examples = (self.examples + list(zip(latents, targets, strict=True)))[:KEPT]
         if self.memory is not None:
-            for row, label in zip(rows, labels, strict=True):
-                self.memory.offer(row, label, -1)
+            for row, target in zip(rows, targets, strict=True):
+                self.memory.offer(row, target[0], -1)
         return self
 
-    def reconstruction_of(self, x: Array, batch: int = 64) -> float:
+    def reconstruction_of(self, x: Samples, batch: int = 64) -> float:
         """Squared error of other samples' latents as replay rows hold them, over their square: what the codec loses on held-out samples.
 
         Args:
@@ -174,30 +232,18 @@ class Prepared:
         """
         return self.learner.reconstruction(_stack(self.encode(x, batch)))
 
-    def _labels(self, y: Array, samples: int) -> list[int]:
-        classes = self.learner.problem.max_classes
-        try:
-            y = np.asarray(y)
-        except ValueError as error:
-            raise InputError(
-                f"y: must be integers [{samples}], one label a sample, got rows of several lengths; pass a flat list"
-            ) from error
-        if y.shape != (samples,) or y.dtype.kind not in "iu":
-            raise InputError(f"y: must be integers [{samples}], one label a sample, got {y.dtype} {list(y.shape)}; convert it with astype")
-        if not 0 <= y.min() <= y.max() < classes:
-            raise InputError(f"y: labels must be in [0, {classes}), got {y.min()} to {y.max()}; prepare with more classes")
-        return [int(label) for label in y]
-
 
 def prepare(
     model: nn.Module,
     *,
     at: str | Sequence[str],
-    example: Array,
+    example: Samples,
     method: str = "ridge",
-    classes: int,
+    target: TargetKind = "class",
+    classes: int | None = None,
     config: Any = None,
-    preprocess: nn.Module | None = None,
+    preprocess: nn.Module | Mapping[str, nn.Module | None] | None = None,
+    stream: nn.Module | None = None,
     class_names: Sequence[str] = (),
     masks: Mapping[str, Tensor] | None = None,
 ) -> Prepared:
@@ -205,13 +251,19 @@ def prepare(
 
     Args:
         model: Any traceable module; copied.
-        at: Name of the last module of the frozen trunk; or names of several modules, whose pooled outputs become one feature vector
-            (:func:`edgecl.taps.taps`), with a linear layer from zero as the part that learns.
-        example: One raw sample with a batch dimension of 1, as the device will get it.
+        at: Name of the last module of the frozen trunk; or names of several modules of a model of one input, whose pooled outputs become
+            one feature vector (:func:`edgecl.taps.taps`), with a linear layer from zero as the part that learns.
+        example: One raw sample with a batch dimension of 1, as the device will get it. For a model of several inputs a mapping of the
+            names of its forward's parameters to such.
         method: Name of a method (:data:`edgecl.methods.METHODS`).
-        classes: Classes that the learner has room for, new ones included.
+        target: What a sample's target is: ``class``, or :class:`edgecl.Vector`, :class:`edgecl.MultiLabel`, :class:`edgecl.DenseMap`.
+        classes: For ``class``: classes that the learner has room for, new ones included.
         config: The method's ``Config``, or None for its defaults.
-        preprocess: Runs before the model, on the device too; copied; for instance :class:`edgecl.preprocess.ImageU8`.
+        preprocess: Runs before the model, on the device too; copied; for instance :class:`edgecl.preprocess.ImageU8`. For several
+            inputs a mapping of some of their names to modules.
+        stream: For streams of frames, such as audio: runs between preprocess and model and carries state from frame to frame; copied.
+            ``stream.initial_state()`` gives the state before the first frame, tensors by name; ``stream(x, state)`` the model's input
+            and the state behind the frame. ``example`` is one frame.
         class_names: Names of the first classes.
         masks: For methods that train the suffix: bool tensors by parameter name, of its shape; only where true is a weight
             updated. Names are the model's own, as in ``model.named_parameters()``.
@@ -226,29 +278,42 @@ def prepare(
     kind = METHODS[method]
     if config is not None and not isinstance(config, kind.Config):
         raise InputError(f"config: must be METHODS[{method!r}].Config or None, got {config!r}; make one of that class")
-    classes = as_int("classes", classes)
-    if not 2 <= classes <= MOST_CLASSES:
-        raise InputError(f"classes: must be an integer of 2 to {MOST_CLASSES:,}, got {classes!r}; count the classes to come, too")
+    wanted = kind_of(target)
+    if wanted not in kind.targets:
+        serving = ", ".join(name for name, other in METHODS.items() if wanted in other.targets)
+        raise InputError(f"target: {method} serves {', '.join(kind.targets)}, got {wanted}; methods for {wanted} are {serving}")
+    if isinstance(target, str):
+        classes = room("classes", classes, 2)
+    elif classes is not None or class_names:
+        raise InputError("classes, class_names: are for target='class', got them beside another; say them in the target itself")
     example = _samples("example", example)
-    if example.dtype.name not in DTYPES:
-        raise InputError(f"example: must be of {', '.join(DTYPES)}, got {example.dtype}; convert it to float32 or uint8")
-    if example.shape[0] != 1:
-        raise InputError(f"example: must have a batch dimension of 1, got {example.dtype} {list(example.shape)}; use x[:1]")
-    preprocess = None if preprocess is None else copied(preprocess, "preprocess")
+    for name, part in flatten_tree(example, "example").items():
+        if part.dtype.name not in DTYPES:
+            raise InputError(f"{name}: must be of {', '.join(DTYPES)}, got {part.dtype}; convert it to float32 or uint8")
+        if part.shape[0] != 1:
+            raise InputError(f"{name}: must have a batch dimension of 1, got {part.dtype} {list(part.shape)}; use x[:1]")
+    carried = None if stream is None else _checked_stream(stream, example)
     try:
         with torch.no_grad():
-            x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
             if not isinstance(at, str):
-                model, at = tapped(model, at, x, classes), "taps"
-            parts = split(model, at)
-            trunk = Trunk(preprocess, parts.trunk).eval()
+                if isinstance(example, Mapping):
+                    raise InputError(f"at: several modules are for models of one input, got {list(example)}; pass one name")
+                outputs = as_int("classes", classes) if isinstance(target, str) else target.resolved(None)[1]
+                front = Trunk(_preprocessing(preprocess, example), nn.Identity(), ("x",), carried).eval()
+                model, at = tapped(model, at, _model_inputs(front, example), outputs), "taps"
+            parts = split(model, at, list(example) if isinstance(example, Mapping) else None)
+            if isinstance(example, Mapping):
+                example = {name: example[name] for name in parts.inputs}
+            trunk = Trunk(_preprocessing(preprocess, example), parts.trunk, parts.inputs, carried).eval()
+            x = _model_inputs(trunk, example)
             # The model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
             output = check_values(model, parts, x)
-            z = trunk(torch.tensor(example))
+            z = trunk(map_tree(example, torch.tensor))
     except EdgeclError:
         raise
     except (Exception, SystemExit) as error:  # the code of model and preprocess may raise anything for shapes and types that do not fit
-        got = f"{example.dtype} {list(example.shape)} ({type(error).__name__}: {error})"
+        shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in leaves(example))
+        got = f"{shapes} ({type(error).__name__}: {error})"
         raise InputError(f"example: must suit preprocess and model, got {got}; pass a raw sample as the device will get it") from error
     for used in (parts.trunk, parts.suffix) if issubclass(kind, SuffixLearner) else (parts.trunk,):
         _check_weights(used)
@@ -275,11 +340,50 @@ def prepare(
             raise InputError(f"model: must return one tensor of scores for {method}, got {got}; wrap it in a module that does")
         check_backward(parts)
         check_gradients(model, parts, x)
-    problem = Problem(_specs(z), classes)
+    if isinstance(target, str):
+        problem = Problem(_specs(z, "z"), as_int("classes", classes))
+    else:
+        output_shape = tuple(output.shape) if issubclass(kind, SuffixLearner) else None
+        spec, count, class_names = target.resolved(output_shape)
+        problem = Problem(_specs(z, "z"), count, spec)
     extra: dict[str, Any] = {"suffix": parts.suffix, "masks": masks} if issubclass(kind, SuffixLearner) else {}
     if masks and not extra:
         raise InputError(f"masks: {method} trains no parameter of the model, got masks for {list(masks)}; leave them out")
     return Prepared(trunk, example, kind(problem, config, **extra), class_names)
+
+
+def _checked_stream(stream: Any, example: Samples) -> nn.Module:
+    """A copy of a stream's module, its state checked."""
+    if not isinstance(stream, nn.Module) or not callable(getattr(stream, "initial_state", None)):
+        raise InputError(f"stream: must be a module with initial_state(), got {type(stream).__name__}; define it and forward(x, state)")
+    if isinstance(example, Mapping):
+        raise InputError(f"stream: is for models of one input, got {list(example)}; join them in one array")
+    module: Any = stream
+    state = module.initial_state()
+    if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"stream: initial_state() must return tensors by name, got {type(state).__name__}; return a dict")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or dtype_name(tensor.dtype) not in DTYPES or not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"stream: state {name!r} must be finite and of {', '.join(DTYPES)}, got {dtype_name(tensor.dtype)}; mend it")
+    return copied(stream, "stream").eval()
+
+
+def _model_inputs(trunk: Trunk, example: Samples) -> Any:
+    """What the model takes for the example: a tensor, or a mapping of its inputs to such."""
+    if trunk.stream is not None:
+        return _first_frame(trunk, torch.tensor(example))
+    ready = trunk.prepared(map_tree(example, torch.tensor))
+    return dict(zip(trunk.inputs, ready, strict=True)) if isinstance(example, Mapping) else ready[0]
+
+
+def _first_frame(trunk: Trunk, frame: Tensor) -> Tensor:
+    """What the model gets of a stream's first frame; the state behind it must be like the one before."""
+    before = trunk.initial_state()
+    features, after = trunk.streamed(frame, before)
+    specs = [{name: (tuple(t.shape), t.dtype) for name, t in state.items()} for state in (before, after)]
+    if specs[0] != specs[1] or not isinstance(features, Tensor):
+        raise InputError(f"stream: must return a tensor and state as initial_state() has it, {specs[0]}, got {specs[1]}; keep its shapes")
+    return features
 
 
 def _check_weights(part: nn.Module) -> None:
@@ -302,7 +406,7 @@ def _check_names(names: Any, most: int) -> None:
 
 def _check_independent(z: Any, alone: Any, batch: int) -> None:
     """The first row of a batch of latents must be the latent of the first sample alone, which is how the device computes it."""
-    for together, single in zip(_leaves(z), _leaves(alone), strict=True):
+    for together, single in zip(leaves(z), leaves(alone), strict=True):
         ok = len(together) == batch and len(single) == 1
         if not ok or not torch.allclose(together[:1].double(), single.double(), rtol=1e-3, atol=1e-4 * float(single.double().abs().max())):
             raise InputError(
@@ -310,8 +414,38 @@ def _check_independent(z: Any, alone: Any, batch: int) -> None:
             )
 
 
-def _samples(name: str, x: Any) -> Array:
-    """Samples as a plain array in this machine's byte order."""
+def _preprocessing(given: Any, example: Samples) -> list[nn.Module | None]:
+    """Copies of the modules in front of each input, in their order."""
+    if not isinstance(example, Mapping):
+        return [None if given is None else copied(given, "preprocess")]
+    if not isinstance(given, Mapping | None) or not set(given or ()) <= set(example):
+        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+        raise InputError(f"preprocess: must be None or a mapping of some of {list(example)} to modules, got {got}; pass a dict")
+    modules = [(given or {}).get(name) for name in example]
+    return [None if module is None else copied(module, "preprocess") for module in modules]
+
+
+def _check_like(x: Samples, wanted: Any) -> None:
+    if isinstance(x, Mapping) != isinstance(wanted, Mapping) or (isinstance(x, Mapping) and set(x) != set(wanted)):
+        names = list(wanted) if isinstance(wanted, Mapping) else "one array"
+        raise InputError(f"x: must have the inputs of the example, {names}, got {list(x) if isinstance(x, Mapping) else 'one array'}")
+    specs = flatten_tree({"x": wanted})
+    for name, part in flatten_tree({"x": x}).items():
+        spec = specs[name]
+        if part.shape[1:] != spec.shape[1:] or part.dtype.name != spec.dtype:
+            sizes = ", ".join(map(str, ("N", *spec.shape[1:])))
+            raise InputError(
+                f"{name}: must be {spec.dtype} [{sizes}] as the example, got {part.dtype} {list(part.shape)}; convert or resize it"
+            )
+
+
+def _samples(name: str, x: Any) -> Any:
+    """Samples as plain arrays in this machine's byte order: one, or a mapping of inputs to equally many."""
+    if isinstance(x, Mapping) and x and all(isinstance(key, str) and key.isidentifier() for key in x):
+        parts = {key: _samples(f"{name}.{key}", part) for key, part in x.items()}
+        if len({len(part) for part in parts.values()}) > 1:
+            raise InputError(f"{name}: inputs must have equally many samples, got {[len(part) for part in parts.values()]}; cut the longer")
+        return parts
     if isinstance(x, np.ma.MaskedArray) or not isinstance(x, np.ndarray) or x.ndim < 2 or not len(x):
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
         raise InputError(f"{name}: must be a numpy array [N, ...] of at least one sample, got {got}; use numpy.asarray, or x[None] for one")
@@ -322,22 +456,21 @@ def _samples(name: str, x: Any) -> Array:
     return np.ascontiguousarray(x, x.dtype.newbyteorder("="))
 
 
+def _weights(weight: Any, samples: int) -> list[Tensor]:
+    found = np.asarray(weight)
+    if found.shape != (samples,):
+        raise InputError(f"weight: must be numbers [{samples}], one a sample, got {found.dtype} {list(found.shape)}; reshape it")
+    return [torch.tensor([as_float32(f"weight of sample {i}", value, positive=True)]) for i, value in enumerate(found)]
+
+
 def _finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def _specs(z: Any) -> Any:
-    if isinstance(z, Tensor):
-        return TensorSpec("z", tuple(z.shape), dtype_name(z.dtype))
-    return {key: TensorSpec(f"z.{key}", tuple(t.shape), dtype_name(t.dtype)) for key, t in z.items()}
-
-
-def _map(z: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    return function(z) if isinstance(z, Tensor) else {key: function(t) for key, t in z.items()}
-
-
-def _leaves(z: Any) -> list[Tensor]:
-    return [z] if isinstance(z, Tensor) else list(z.values())
+def _specs(tensors: Any, name: str) -> Any:
+    if isinstance(tensors, Tensor):
+        return TensorSpec(name, tuple(tensors.shape), dtype_name(tensors.dtype))
+    return {key: TensorSpec(f"{name}.{key}", tuple(t.shape), dtype_name(t.dtype)) for key, t in tensors.items()}
 
 
 def _stack(latents: Sequence[Any]) -> Any:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecl_device.errors import InputError
@@ -56,3 +57,73 @@ class ImageU8(nn.Module):
         elif self.layout == "HW":
             x = x.unsqueeze(1)
         return x.to(torch.float32) * self.scale + self.shift
+
+
+class LogMel(nn.Module):
+    """PCM audio as log-mel energies: windows, their DFT as two matrices, the power, a mel filter bank, the logarithm.
+
+    ``log(M |DFT(w x)|^2 + eps)`` with a periodic Hann window w and triangular filters M of peak 1, whose corners are equidistant in
+    mel, ``mel(f) = 2595 log10(1 + f / 700)``. Windows start every ``hop`` samples; none is padded, so that frames of a stream
+    overlap only by what the caller hands in twice.
+
+    Source: Davis, Mermelstein, "Comparison of parametric representations for monosyllabic word recognition in continuously spoken
+    sentences", 1980 (the filter bank); O'Shaughnessy, "Speech communication: human and machine", 1987 (the mel formula).
+
+    Args:
+        rate_hz: Samples a second.
+        window: Samples of a window, the length of the DFT.
+        hop: Samples from one window to the next.
+        mels: Filters.
+        low_hz: Lower corner of the first filter.
+        high_hz: Upper corner of the last; None is half of the rate.
+        eps: Added to each energy, which is that of samples in [-1, 1].
+
+    Raises:
+        InputError: when a number does not fit.
+
+    Shapes:
+        x: int16 (divided by 32,768) or float32 [N, S]; the result is float32 [N, mels, 1 + (S - window) // hop].
+
+    >>> LogMel(8000, window=64, hop=32, mels=4)(torch.zeros(1, 128)).shape
+    torch.Size([1, 4, 3])
+    """
+
+    dft: Tensor
+    bank: Tensor
+
+    def __init__(
+        self, rate_hz: int, window: int, hop: int, mels: int, low_hz: float = 0.0, high_hz: float | None = None, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        high = rate_hz / 2 if high_hz is None else high_hz
+        if min(rate_hz, window - 1, hop, mels) < 1:
+            raise InputError(f"rate_hz, window, hop, mels: must be at least 1, window 2, got {rate_hz}, {window}, {hop}, {mels}")
+        if not 0 <= low_hz < high <= rate_hz / 2:
+            raise InputError(f"low_hz, high_hz: must rise within 0 to {rate_hz / 2:g}, got {low_hz:g} and {high:g}; give them in hertz")
+        if not 0 < eps < math.inf:
+            raise InputError(f"eps: must be finite and above 0, got {eps}; 1e-6 is usual")
+        self.hop = hop
+        self.eps = eps
+        bins = window // 2 + 1
+        time = torch.arange(window, dtype=torch.float64)
+        angle = 2 * math.pi / window * torch.arange(bins, dtype=torch.float64).unsqueeze(1) * time
+        hann = 0.5 - 0.5 * torch.cos(2 * math.pi / window * time)
+        self.register_buffer("dft", (torch.cat([angle.cos(), angle.sin()]) * hann).float().unsqueeze(1))
+        low, top = (2595 * math.log10(1 + f / 700) for f in (low_hz, high))
+        corners = 700 * (10 ** (torch.linspace(low, top, mels + 2, dtype=torch.float64) / 2595) - 1)
+        hertz = torch.arange(bins, dtype=torch.float64) * rate_hz / window
+        rising = (hertz - corners[:-2].unsqueeze(1)) / (corners[1:-1] - corners[:-2]).unsqueeze(1)
+        falling = (corners[2:].unsqueeze(1) - hertz) / (corners[2:] - corners[1:-1]).unsqueeze(1)
+        bank = torch.minimum(rising, falling).clamp_min(0)
+        if not bool((bank.sum(1) > 0).all()):
+            empty = int((bank.sum(1) == 0).sum())
+            raise InputError(f"mels: must leave a DFT bin to each filter, {empty} of {mels} have none; take fewer, or a longer window")
+        self.register_buffer("bank", bank.float().unsqueeze(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log-mel energies of ``x``."""
+        wave = x.to(torch.float32) * (1 / 32768) if x.dtype == torch.int16 else x
+        parts = F.conv1d(wave.unsqueeze(1), self.dft, stride=self.hop)
+        bins = self.bank.shape[1]
+        power = parts[:, :bins] * parts[:, :bins] + parts[:, bins:] * parts[:, bins:]
+        return torch.log(F.conv1d(power, self.bank) + self.eps)

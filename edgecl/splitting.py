@@ -10,7 +10,7 @@ import keyword
 import operator
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,16 +34,18 @@ class Split:
     Attributes:
         trunk: From the input up to and including the named module.
         suffix: The rest.
+        inputs: Names of the parameters of the model's forward, in its order, which is the trunk's.
         features: Names of the tensors that cross the cut. One: trunk returns it and suffix takes it as a plain tensor.
             Several: trunk returns and suffix takes a ``dict[str, Tensor]`` with these keys.
     """
 
     trunk: fx.GraphModule
     suffix: fx.GraphModule
+    inputs: tuple[str, ...]
     features: tuple[str, ...]
 
 
-def split(model: nn.Module, at: str) -> Split:
+def split(model: nn.Module, at: str, inputs: Sequence[str] | None = None) -> Split:
     """Cut ``model`` after the module named ``at``.
 
     The cut follows the order of execution: what runs until ``at`` has ended is the trunk. A tensor that skips past ``at``
@@ -53,12 +55,13 @@ def split(model: nn.Module, at: str) -> Split:
     ``torch.autograd.Function`` defines: before training the suffix call :func:`check_backward`.
 
     Args:
-        model: Any module with one tensor input that ``torch.fx`` can trace.
+        model: Any module of tensor inputs that ``torch.fx`` can trace.
         at: Dotted name of a container or a leaf, as in ``model.named_modules()``.
+        inputs: Names of the parameters of its forward, in any order; None for a model of one input, whatever it is called.
 
     Raises:
-        SplitError: when the name is unknown, is called more than once, or leaves a part empty; when the model takes more
-            than one input, cannot be copied or traced, or holds float16 or bfloat16; when a value that is no tensor would
+        SplitError: when the name is unknown, is called more than once, or leaves a part empty; when the model takes other
+            inputs or does not use one, cannot be copied or traced, or holds float16 or bfloat16; when a value that is no tensor would
             cross the cut.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -71,7 +74,7 @@ def split(model: nn.Module, at: str) -> Split:
     """
     if not isinstance(at, str):
         raise SplitError(f"at: must be the name of a module, got {at!r}; pass one of model.named_modules()")
-    whole, tracer, graph = traced(model)
+    whole, tracer, graph, names = traced(model, inputs)
     nodes = [node for node in graph.nodes if node.op != "output"]
     ends = {name: spans[0][1] for name, spans in tracer.spans.items() if len(spans) == 1 and spans[0][0] < spans[0][1] < len(nodes)}
     if at not in ends:
@@ -89,14 +92,14 @@ def split(model: nn.Module, at: str) -> Split:
     keys = set(model.state_dict())
     trunk = _trunk(whole, [node for node in nodes if node in front], crossing, keys)
     suffix = _suffix(copy.deepcopy(whole), back, crossing, keys)
-    return Split(trunk, suffix, tuple(node.name for node in crossing))
+    return Split(trunk, suffix, names, tuple(node.name for node in crossing))
 
 
-def traced(model: nn.Module) -> tuple[nn.Module, "_Tracer", fx.Graph]:
-    """A copy of ``model`` in eval mode, the tracer that went through it, and the graph of it.
+def traced(model: nn.Module, inputs: Sequence[str] | None = None) -> tuple[nn.Module, "_Tracer", fx.Graph, tuple[str, ...]]:
+    """A copy of ``model`` in eval mode, the tracer that went through it, the graph of it, and the names of its inputs in their order.
 
     Raises:
-        SplitError: when the model cannot be copied or traced, takes more than one input, or holds float16 or bfloat16.
+        SplitError: when the model cannot be copied or traced, takes other inputs (see :func:`split`), or holds float16 or bfloat16.
     """
     whole = copied(model).eval()
     for path, _ in whole.named_modules():
@@ -109,7 +112,8 @@ def traced(model: nn.Module) -> tuple[nn.Module, "_Tracer", fx.Graph]:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             raise SplitError(f"model: {name} must be of a type that bundles have, got {tensor.dtype}; call model.float()")
     tracer = _Tracer()
-    return whole, tracer, _trace(tracer, whole)
+    graph = _trace(tracer, whole)
+    return whole, tracer, graph, _inputs(graph, inputs)
 
 
 def check_backward(parts: Split) -> None:
@@ -241,10 +245,23 @@ def _trace(tracer: _Tracer, model: nn.Module) -> fx.Graph:
             f"model: cannot be traced, in {_place(tracer.place)}{line}: {error}; make this code independent of the input's values,"
             " or cut a submodule of the model that does not contain it"
         ) from error
-    inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise SplitError(f"model: forward must take one tensor, got {inputs}; wrap it in a module whose forward takes one")
     return graph
+
+
+def _inputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Parameters of the model's forward, which must be the wanted ones."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    names = tuple(str(node.target) for node in nodes)
+    if wanted is None and len(names) != 1:
+        raise SplitError(
+            f"model: forward must take one tensor, got {list(names)}; pass a mapping of them, or wrap it in a module that takes one"
+        )
+    if wanted is not None and sorted(wanted) != sorted(names):
+        raise SplitError(f"model: forward must take {sorted(wanted)}, as the example has them, got {sorted(names)}; name them alike")
+    unused = [str(node.target) for node in nodes if not node.users]
+    if unused:
+        raise SplitError(f"model: forward must use every input, does not use {unused}; leave it out")
+    return names
 
 
 def _place(module: str) -> str:

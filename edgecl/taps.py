@@ -52,7 +52,7 @@ def taps(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.GraphModule:
     """
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise SplitError(f"at: must be different names of modules, got {names!r}; pass some of model.named_modules()")
-    whole, tracer, graph = traced(model)
+    whole, tracer, graph, _ = traced(model)
     once = {name: tracer.results[name] for name, spans in tracer.spans.items() if len(spans) == 1}
     for name in names:
         if not isinstance(once.get(name), fx.Proxy):

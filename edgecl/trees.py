@@ -1,7 +1,21 @@
 """Nested mappings of named tensors and their flat form with dotted names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def map_tree(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """The same nesting with ``function`` of every leaf.
+
+    >>> map_tree({"image": 1, "sensor": 2}, lambda leaf: leaf + 1), map_tree(1, lambda leaf: leaf + 1)
+    ({'image': 2, 'sensor': 3}, 2)
+    """
+    return {key: map_tree(value, function) for key, value in tree.items()} if isinstance(tree, Mapping) else function(tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves, in the mappings' order."""
+    return list(flatten_tree(tree).values())
 
 
 def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -395,7 +395,7 @@ def test_two_inputs_are_refused():
         def forward(self, left: Tensor, right: Tensor) -> Tensor:
             return left + right
 
-    with pytest.raises(SplitError, match=re.escape("must take one tensor, got ['left', 'right']; wrap it")):
+    with pytest.raises(SplitError, match=re.escape("must take one tensor, got ['left', 'right']; pass a mapping")):
         split(Sum(), at="left")
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from edgecl import METHODS, prepare
 from edgecl.methods import Finetune, Frozen, LatentReplay
-from edgecl.methods._suffix import cross_entropy
+from edgecl.methods._losses import cross_entropy
 from edgecl.profiling import profile
 from edgecl_device import Learner
 from edgecl_device.errors import InputError
@@ -369,7 +369,7 @@ def test_trainable_patterns_choose_what_learns(toy, patterns, names):
     assert sorted(ready.learner.trained) == sorted(names)
     before = {k: v.clone() for k, v in ready.learner.suffix.state_dict().items()}
     z, label = ready.examples[0]
-    _, new = ready.learner.learn(ready.state, z, torch.tensor([label]), torch.ones(1), torch.tensor(0.1))
+    _, new = ready.learner.learn(ready.state, z, torch.tensor(label), torch.ones(1), torch.tensor(0.1))
     assert set(new) == {"count", *(f"param.{name}" for name in names)}
     assert all(not torch.equal(new[f"param.{name}"], ready.state[f"param.{name}"]) for name in names)
     assert all(torch.equal(v, before[k]) for k, v in ready.learner.suffix.state_dict().items())
@@ -454,7 +454,7 @@ def test_joint_trains_across_a_cut_with_several_tensors(toy):
 def test_features_of_the_replay_row(toy):
     ready = toy.prepared("latent_replay")
     z, label = ready.examples[0]
-    outputs, _ = ready.learner.prime(ready.state, z, torch.tensor([label]))
+    outputs, _ = ready.learner.prime(ready.state, z, torch.tensor(label))
     assert ready.learner.replay.fields == (TensorSpec("z", (6, 4, 4), "uint8"),)
     assert torch.equal(outputs["row.z"], ready.learner.codecs[""].encode(z))
     assert isinstance(ready.learner, LatentReplay)

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from edgecl_device.errors import BundleError, InputError, PredictionError
 from edgecl_device.generator import WORD
-from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TensorSpec
+from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TargetSpec, TensorSpec
 
+TARGET = "target"
 REVISIONS = ("forget", "relabel")
 MOST_ELEMENTS = 1 << 40
 MOST_THREADS = 64
@@ -27,12 +28,12 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         BundleError: naming the field, step or tensor.
     """
-    if manifest.target != "class" or not 1 <= manifest.max_classes <= 1 << 24 or manifest.pending_capacity < 0:
-        got = f"{short(manifest.target)}, {manifest.max_classes} and {manifest.pending_capacity}"
+    if not 1 <= manifest.max_classes <= 1 << 24 or manifest.pending_capacity < 0:
+        got = f"{manifest.max_classes} and {manifest.pending_capacity}"
         raise BundleError(
-            "manifest: target must be 'class', max_classes in [1, 2**24] and pending_capacity at least 0, "
-            f"got {got}; export the bundle again"
+            f"manifest: must have max_classes in [1, 2**24] and pending_capacity at least 0, got {got}; export the bundle again"
         )
+    _check_target(manifest.target, manifest.max_classes)
     if not _SHA256.fullmatch(manifest.bundle_id):
         raise BundleError(f"manifest: bundle_id must be a SHA-256 in hexadecimal, got {short(manifest.bundle_id)}; export the bundle again")
     if manifest.forgets and "forget" not in manifest.steps:
@@ -64,6 +65,21 @@ def check_manifest(manifest: Manifest) -> None:
     check_steps(manifest)
 
 
+def _check_target(spec: TargetSpec, classes: int) -> None:
+    height_width = (spec.shape * 3)[1:3]
+    known = {
+        "class": TargetSpec(),
+        "vector": TargetSpec("vector", (1, classes), "float32"),
+        "multilabel": TargetSpec("multilabel", (1, classes), "float32", threshold=spec.threshold),
+        "map": TargetSpec("map", (1, *height_width), "int64", spec.ignore),
+    }
+    if known.get(spec.kind) != spec or min(spec.shape) < 1 or not -(1 << 31) <= (spec.ignore or 0) < 1 << 31:
+        raise BundleError(
+            f"manifest: target must be one of {', '.join(known)} with the shape, type and values of its kind, got {short(spec)} for "
+            f"max_classes {classes}; export the bundle again"
+        )
+
+
 def _check_tensors(where: str, specs: Sequence[TensorSpec]) -> None:
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names) or "" in names:
@@ -86,15 +102,23 @@ def check_steps(manifest: Manifest) -> None:
     for name in ("encode", "predict"):
         if name not in manifest.steps:
             raise BundleError(f"steps: {name!r} is missing, got {', '.join(sorted(manifest.steps))}; export the bundle again")
-        if manifest.steps[name].state_out:
-            raise BundleError(f"step {name!r}: must not write state, writes {manifest.steps[name].state_out}; export the bundle again")
+    stream = {spec.name for spec in manifest.stream}
+    for name, step in manifest.steps.items():
+        written = set(step.state_out) - (stream if name == "encode" else set())
+        if name in ("encode", "predict") and written:
+            raise BundleError(f"step {name!r}: must not write state, got {short(sorted(written))}; export the bundle again")
+        heard = stream & {*step.state_in, *step.state_out}
+        if name != "encode" and heard:
+            raise BundleError(
+                f"step {name!r}: must leave the stream's state to encode, got {short(sorted(heard))}; export the bundle again"
+            )
     classes, names = manifest.max_classes, list(manifest.class_names)
     known = {
         spec.name: spec
         for spec in (
-            *manifest.steps["encode"].outputs,
-            TensorSpec("target", (1,), "int64"),
-            TensorSpec("new_target", (1,), "int64"),
+            *manifest.features,
+            manifest.target.spec("target"),
+            manifest.target.spec("new_target"),
             TensorSpec("weight", (1,), "float32"),
             TensorSpec("lr", (), "float32"),
         )
@@ -103,18 +127,25 @@ def check_steps(manifest: Manifest) -> None:
     if replay is not None:
         r = replay.rows_per_step
         known |= {f"replay.{f.name}": TensorSpec(f"replay.{f.name}", (r, *f.shape), f.dtype) for f in replay.fields}
-        known["replay.target"] = TensorSpec("replay.target", (r,), "int64")
+        known.setdefault("replay.target", TensorSpec("replay.target", (r,), "int64"))
         known["replay.weight"] = TensorSpec("replay.weight", (r,), "float32")
         known |= {draw.tensor.name: draw.tensor for draw in replay.draws}
     needed = {
-        "predict": [TensorSpec("scores", (1, classes), "float32")],
-        "learn": [TensorSpec("scores", (1, classes), "float32"), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
+        "encode": [TensorSpec("finite", (), "bool")] if stream else [],
+        "predict": [manifest.target.scores(classes)],
+        "learn": [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
         **{name: [TensorSpec("finite", (), "bool")] for name in REVISIONS},
     }
     if replay is not None:
-        needed["learn"] += [TensorSpec(f"row.{f.name}", (1, *f.shape), f.dtype) for f in replay.fields]
-    if [spec.name for spec in manifest.steps["encode"].inputs] != ["x"]:
-        raise BundleError("step 'encode': must have one input, x; export the bundle again")
+        stored = manifest.target.stored(classes)
+        if [f for f in replay.fields if f.name == TARGET] != ([] if stored is None else [stored]):
+            raise BundleError(
+                f"replay: rows must have the field {stored} for such targets, got {list(replay.fields)}; export the bundle again"
+            )
+        needed["learn"] += [TensorSpec(f"row.{f.name}", (1, *f.shape), f.dtype) for f in replay.fields if f.name != TARGET]
+    inputs = [spec.name for spec in manifest.steps["encode"].inputs]
+    if inputs != ["x"] and not (inputs and all(name.startswith("x.") and len(name) > 2 for name in inputs)):
+        raise BundleError(f"step 'encode': inputs must be x, or x.NAME each, got {short(inputs)}; export the bundle again")
     for name, step in manifest.steps.items():
         for spec in step.inputs if name != "encode" else ():
             if known.get(spec.name) != spec:
@@ -153,6 +184,21 @@ def as_sample(x: Any, spec: TensorSpec) -> Array:
     if isinstance(x, np.ndarray) and x.shape == spec.shape[1:] and len(spec.shape) > x.ndim:
         x = x[None]
     return spec.check(x)
+
+
+def as_inputs(x: Any, specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """One sample as ``encode`` takes it: of a model of several inputs a mapping of their names.
+
+    Raises:
+        InputError: when an input is missing or unknown, or its shape, dtype or values do not fit.
+    """
+    if specs[0].name == "x":
+        return {"x": as_sample(x, specs[0])}
+    names = [spec.name.removeprefix("x.") for spec in specs]
+    if not isinstance(x, Mapping) or set(x) != set(names):
+        got = list(x) if isinstance(x, Mapping) else type(x).__name__
+        raise InputError(f"x: must be a mapping with the inputs {', '.join(names)}, got {short(got)}; pass each as a numpy array")
+    return {spec.name: as_sample(x[name], spec) for spec, name in zip(specs, names, strict=True)}
 
 
 def as_int(name: str, value: Any) -> int:
@@ -248,6 +294,18 @@ def read_tensors(path: Path) -> dict[str, Array]:
         raise BundleError(f"{path}: cannot be read as safetensors ({error}); copy the bundle again") from error
 
 
+def check_scores(scores: Array) -> None:
+    """Check that every score is finite.
+
+    Raises:
+        PredictionError: when one is not.
+    """
+    if not np.isfinite(scores).all():
+        raise PredictionError(
+            f"scores: must be finite, got {short(scores.tolist())}; the state has grown too large: roll back, and lower the learning rate"
+        )
+
+
 def best_class(scores: Array) -> int | None:
     """Index of the highest score float32 [K] of a class that was learned, or None when there is none yet.
 
@@ -257,10 +315,7 @@ def best_class(scores: Array) -> int | None:
     >>> best_class(np.array([UNSEEN_SCORE, -3, -2], np.float32))
     2
     """
-    if not np.isfinite(scores).all():
-        raise PredictionError(
-            f"scores: must be finite, got {short(scores.tolist())}; the state has grown too large: roll back, and lower the learning rate"
-        )
+    check_scores(scores)
     learned = scores != np.float32(UNSEEN_SCORE)
     return int(np.where(learned, scores, -np.inf).argmax()) if learned.any() else None
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import as_sample, check_manifest
+from edgecl_device.checks import as_float32, as_inputs, check_manifest
 from edgecl_device.errors import EdgeclError, InputError, UpdateRefusedError
 from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
-from edgecl_device.manifest import Array, Manifest, TensorSpec, read_manifest
+from edgecl_device.manifest import Array, Manifest, TargetSpec, TensorSpec, read_manifest
+from edgecl_device.reports import Prediction
+from edgecl_device.targets import example_target, target_of
 
 _NO_STREAM = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 CLEAR_LINE = "\r\x1b[K"
@@ -60,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
         command.add_argument("bundle", type=Path, help="folder that edgecl export wrote")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
         command.set_defaults(call=call)
-    command.add_argument("--data", type=Path, required=True, help="npz file with x [n, ...] and y [n]")
+    command.add_argument("--data", type=Path, required=True, help="npz file with x [n, ...], y [n, ...] and, if wanted, weight [n]")
     command.add_argument("--store", type=Path, help="store file, made when there is none; without it nothing is kept")
     command.add_argument("--rows", type=Path, help="file of the replay rows, for a bundle that keeps them in one; goes with --store")
     command.add_argument("--limit", type=int, help="stop after so many samples")
@@ -96,11 +98,12 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
         }
         for name, step in manifest.steps.items()
     ]
-    x = manifest.steps["encode"].inputs[0]
+    inputs = manifest.steps["encode"].inputs
     return {
         "method": manifest.method,
         "config": manifest.config,
-        "input": f"{x.dtype} {list(x.shape)}",
+        "input": ", ".join(f"{x.name.removeprefix('x.')} " * (len(inputs) > 1) + f"{x.dtype} {list(x.shape)}" for x in inputs),
+        "target": manifest.target.kind,
         "classes": f"{len(manifest.class_names)} named of {manifest.max_classes}",
         "class_names": list(manifest.class_names),
         "forgets": manifest.forgets,
@@ -120,11 +123,11 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     checks = []
     with Learner.load(args.bundle) as learner:
         checks.append({"check": "schema, hashes, state, graphs", "result": f"{len(manifest.files)} files"})
-        seen = learner.predict(made_up(manifest.steps["encode"].inputs[0]))
-        checks.append({"check": "predict", "result": "no class yet" if seen.label is None else f"class {seen.label}"})
+        seen = learner.predict(one_of({x.name: made_up(x) for x in manifest.steps["encode"].inputs}))
+        checks.append({"check": "predict", "result": _told(seen)})
         if "learn" in manifest.steps:
             try:
-                result = f"loss {learner.learn(seen.sample_id, 0).loss:.6g}"
+                result = f"loss {learner.learn(seen.sample_id, example_target(manifest)).loss:.6g}"
             except UpdateRefusedError as error:
                 result = f"refused by its own check: {error}"
             checks.append({"check": "learn", "result": result})
@@ -140,25 +143,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--limit: must be at least 0, got {args.limit}; leave it out to run everything")
     manifest = read_manifest(args.bundle)
     check_manifest(manifest)
-    xs, ys = read_stream(args.data)
+    names = [spec.name for spec in manifest.steps["encode"].inputs]
+    xs, ys = read_streams(args.data, names, manifest.target)
+    weights = read_weights(args.data, len(ys))
     n = len(ys) if args.limit is None else min(len(ys), args.limit)
-    check_stream(xs[:n], ys[:n], manifest)
-    hits, refused = 0, 0
-    by_class: dict[int, tuple[int, int]] = {}
+    kind = target_of(manifest.target, manifest.max_classes)
+    check_stream({name: x[:n] for name, x in xs.items()}, ys[:n], manifest)
+    measured, refused = 0.0, 0
+    by_class: dict[int, tuple[float, int]] = {}
     with Learner.load(args.bundle, args.store, threads=args.threads, rows=args.rows) as learner:
         start = time.perf_counter()
         for i in progress(n):
-            label = int(ys[i])
+            target = kind.array(ys[i], ())
             with named(i):
-                seen = learner.predict(xs[i])
+                seen = learner.predict(one_of({name: x[i] for name, x in xs.items()}))
                 try:
                     if "learn" in manifest.steps:
-                        learner.learn(seen.sample_id, label)
+                        learner.learn(seen.sample_id, ys[i], weight=1.0 if weights is None else weights[i])
                 except UpdateRefusedError:
                     refused += 1
-            hit, seen_of_class = by_class.get(label, (0, 0))
-            by_class[label] = (hit + (seen.label == label), seen_of_class + 1)
-            hits += seen.label == label
+            found = kind.measured(seen.outcome, target)
+            measured += found
+            if manifest.target.kind == "class":
+                hit, seen_of_class = by_class.get(int(target[0]), (0.0, 0))
+                by_class[int(target[0])] = (hit + found, seen_of_class + 1)
         seconds = time.perf_counter() - start
         if args.store is not None:
             learner.save()  # what closing would write is then in the report
@@ -167,7 +175,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "method": report["method"],
         "samples": n,
-        "prequential_accuracy": hits / n if n else None,
+        f"prequential_{kind.measure}": measured / n if n else None,
         "refused": refused,
         "samples_per_second": n / seconds if n else None,
         "macs": report["session"]["macs"],
@@ -183,31 +191,70 @@ def read_stream(path: Path) -> tuple[Array, Array]:
     Raises:
         InputError: when the file or one of them is missing or does not fit.
     """
+    xs, ys = read_streams(path, ["x"], TargetSpec())
+    return xs["x"], ys
+
+
+def read_streams(path: Path, inputs: Sequence[str], target: TargetSpec) -> tuple[dict[str, Array], Array]:
+    """The inputs [n, ...] by name, ``x`` or ``x.NAME``, and the targets ``y`` of an npz file: integers [n] for classes, else [n, ...].
+
+    Raises:
+        InputError: when the file or one of them is missing or does not fit.
+    """
+    names = [*inputs, "y"]
+    listed = f"{', '.join(inputs)} and y"
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
-            xs, ys = data["x"], data["y"]
+            found = {name: data[name] for name in names}
     except _NO_STREAM as error:
-        raise InputError(f"{path}: must be an npz file with arrays x and y ({error}); write one with numpy.savez") from error
-    if not isinstance(xs, np.ndarray) or not isinstance(ys, np.ndarray):  # numpy hands out other members as bytes
-        raise InputError(f"{path}: x and y must be arrays; write them with numpy.savez")
-    xs = np.atleast_1d(xs)
-    if ys.ndim != 1 or len(xs) != len(ys) or ys.dtype.kind not in "iu":
-        raise InputError(f"{path}: y must hold one integer a sample, got {ys.dtype} {list(ys.shape)} for {len(xs)} samples; write y again")
+        raise InputError(f"{path}: must be an npz file with arrays {listed} ({error}); write one with numpy.savez") from error
+    if not all(isinstance(array, np.ndarray) for array in found.values()):  # numpy hands out other members as bytes
+        raise InputError(f"{path}: {listed} must be arrays; write them with numpy.savez")
+    ys = found.pop("y")
+    xs = {name: np.atleast_1d(x) for name, x in found.items()}
+    n = len(xs[inputs[0]])
+    if any(len(x) != n for x in xs.values()):
+        raise InputError(f"{path}: inputs must have equally many samples, got {[len(x) for x in xs.values()]}; write them again")
+    if target.kind != "class":
+        if ys.ndim != len(target.shape) or len(ys) != n:
+            wanted = f"[{', '.join(map(str, (n, *target.shape[1:])))}]"
+            raise InputError(f"{path}: y must hold one {target.kind} target a sample, {wanted}, got {list(ys.shape)}; write y again")
+    elif ys.ndim != 1 or n != len(ys) or ys.dtype.kind not in "iu":
+        raise InputError(f"{path}: y must hold one integer a sample, got {ys.dtype} {list(ys.shape)} for {n} samples; write y again")
     return xs, ys
 
 
-def check_stream(xs: Array, ys: Array, manifest: Manifest) -> None:
-    """Check every sample and label of a stream.
+def one_of(inputs: dict[str, Array]) -> Any:
+    """One sample as :meth:`edgecl_device.Learner.predict` takes it."""
+    return inputs["x"] if "x" in inputs else {name.removeprefix("x."): x for name, x in inputs.items()}
+
+
+def read_weights(path: Path, samples: int) -> list[float] | None:
+    """Sample weights ``weight`` [n] of an npz file, or None when it has none.
+
+    Raises:
+        InputError: when they are not one number above 0 a sample.
+    """
+    with np.load(path, allow_pickle=False) as data:
+        found = data.get("weight")
+    if found is None:
+        return None
+    if found.shape != (samples,) or found.dtype.kind not in "fiu":
+        raise InputError(f"{path}: weight must hold one number a sample, got {found.dtype} {list(found.shape)}; write it again")
+    return [as_float32(f"{path}: weight of sample {i}", value, positive=True) for i, value in enumerate(found)]
+
+
+def check_stream(xs: dict[str, Array], ys: Array, manifest: Manifest) -> None:
+    """Check every sample and target of a stream.
 
     Raises:
         InputError: naming the first sample that does not fit.
     """
-    x, classes = manifest.steps["encode"].inputs[0], manifest.max_classes
-    for i, (sample, label) in enumerate(zip(xs, ys, strict=True)):
+    inputs, target = manifest.steps["encode"].inputs, target_of(manifest.target, manifest.max_classes)
+    for i, y in enumerate(ys):
         with named(i):
-            as_sample(sample, x)
-            if not 0 <= label < classes:
-                raise InputError(f"y: must be in [0, {classes}), the bundle's max_classes, got {label}; export with more max_classes")
+            as_inputs(one_of({name: x[i] for name, x in xs.items()}), inputs)
+            target.array(y, ())
 
 
 @contextmanager
@@ -238,6 +285,12 @@ def progress(n: int) -> Iterable[int]:
         yield i
     if show:
         print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+def _told(seen: Prediction) -> str:
+    if seen.outcome is None:
+        return "no class yet"
+    return f"class {seen.label}" if seen.label is not None else f"scores {list(seen.scores.shape)}"
 
 
 def _on_terminal() -> bool:

@@ -10,23 +10,25 @@ import numpy as np
 from edgecl_device.checks import check_state, short
 from edgecl_device.engines import Engine
 from edgecl_device.errors import RESTORE, BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
-from edgecl_device.event import Event
 from edgecl_device.manifest import Array, Manifest, ReplaySpec
 from edgecl_device.memory import ReplayMemory, memory_layout
+from edgecl_device.record import Sample
 from edgecl_device.rows import RowFile
 from edgecl_device.snapshot import Snapshot
+from edgecl_device.targets import target_of
 
 
 class Core:
-    """Applies events to engine, memory and counts, each either whole or not at all.
+    """Applies samples to engine, memory and counts, each either whole or not at all.
 
     Attributes:
         names: Class names by index, None where a class has none.
-        counts: Samples learned by class, less the forgotten: int64 [K].
+        counts: Samples learned by class or label, less the forgotten: int64 [K]; a map counts for every class that it shows.
         totals: ``learned``, ``forgotten`` and ``relabelled`` over the learner's life.
         health: The method's figures after the last update.
         refused: Updates refused in this session.
         memory: The replay memory, if the method has one.
+        stream_start: What :attr:`stream` was before the first frame.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Core:
             if manifest.replay is not None:
                 self.memory = _memory(manifest.replay, manifest.max_classes, row_file, new)
                 if new or row_file is None:  # else the file has rows, and the store its own of everything beside them
-                    self.memory.fill(rows or {"replay.target": np.empty(0, np.int64), **_empty_rows(manifest)})
+                    self.memory.fill(rows or _empty_rows(manifest))
                 if not len(self.memory) <= manifest.replay.seen < 1 << 62 or manifest.replay.counter >= 1 << 62:
                     raise InputError(
                         f"seen: must be at least the {len(self.memory)} rows kept, and with counter below 2**62, "
@@ -61,6 +63,9 @@ class Core:
         unnamed = manifest.max_classes - len(manifest.class_names)
         self.names: list[str | None] = [*manifest.class_names, *[None] * unnamed]
         self.counts = np.zeros(manifest.max_classes, np.int64)
+        self._stream = [spec.name for spec in manifest.stream]
+        self.stream_start = {name: state[name].copy() for name in self._stream}
+        self._target = target_of(manifest.target, manifest.max_classes)
         self.totals = {"learned": 0, "forgotten": 0, "relabelled": 0}
         self.health: dict[str, float] = {}
         self.refused = 0
@@ -76,6 +81,15 @@ class Core:
         if self.memory is not None:
             self.memory.generator.counter = value
 
+    @property
+    def stream(self) -> dict[str, Array]:
+        """Copies of the state that ``encode`` carries from frame to frame; empty but for streams."""
+        return self._engine.state(self._stream) if self._stream else {}
+
+    @stream.setter
+    def stream(self, state: Mapping[str, Array]) -> None:
+        self._engine.put(state)
+
     def settle(self) -> None:
         """Call it when an automatic snapshot of the present is in the store for good: rows in a file go there."""
         if self.memory is not None and self.memory.file is not None:
@@ -88,44 +102,41 @@ class Core:
             if self.memory is not None and self.memory.file is not None:
                 stack.callback(self.memory.file.close)
 
-    def propose(self, event: Event, z: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a ``learn`` event and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.
+    def propose(self, sample: Sample) -> dict[str, Array]:
+        """Run ``learn`` on a sample and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.
 
         Raises:
             UpdateRefusedError: when its result must not be kept.
         """
         rows = self.memory.draw() if self.memory is not None else {}
-        return self._run("learn", {**z, **_scalars(event), **rows}, f"sample {event.sample_id}")
+        return self._run("learn", {**sample.inputs(), **rows}, f"sample {sample.id}")
 
-    def keep(self, event: Event, outputs: Mapping[str, Array]) -> None:
+    def keep(self, sample: Sample, outputs: Mapping[str, Array]) -> None:
         """Make what :meth:`propose` found the present."""
         self._engine.commit()
-        label, sample_id = int(event.label or 0), int(event.sample_id or 0)
         if self.memory is not None:
-            self.memory.offer({f.name: outputs[f"row.{f.name}"][0] for f in self.memory.spec.fields}, label, sample_id)
-        self.counts[label] += 1
+            row = {name.removeprefix("row."): value[0] for name, value in outputs.items() if name.startswith("row.")}
+            self.memory.offer(row, sample.target[0], sample.id)
+        self.counts[self._target.classes_of(sample.target)] += 1
         self.totals["learned"] += 1
         self.health = _health(outputs)
 
-    def revise(self, event: Event, z: Mapping[str, Array], step: str, label: int | None, what: str) -> None:
-        """Unlearn a sample (``label`` None) or give it another label. Not undone on failure: see :meth:`reverting`."""
-        values = {**z, **_scalars(event)}
-        if label is not None:
-            values["new_target"] = np.array([label], np.int64)
+    def revise(self, sample: Sample, step: str, target: Array | None, what: str) -> None:
+        """Unlearn a sample (``target`` None) or give it another target. Not undone on failure: see :meth:`reverting`."""
+        values = sample.inputs() if target is None else {**sample.inputs(), "new_target": target}
         outputs = self._run(step, values, what)
         self._engine.commit()
         self.health = _health(outputs)
-        self.counts[int(event.label or 0)] -= 1
-        sample_id = int(event.sample_id or 0)
-        if label is None:
+        self.counts[self._target.classes_of(sample.target)] -= 1
+        if target is None:
             self.totals["forgotten"] += 1
             if self.memory is not None:
-                self.memory.remove(sample_id)
+                self.memory.remove(sample.id)
         else:
             self.totals["relabelled"] += 1
-            self.counts[label] += 1
+            self.counts[self._target.classes_of(target)] += 1
             if self.memory is not None:
-                self.memory.relabel(sample_id, label)
+                self.memory.relabel(sample.id, target[0])
 
     def capture(self) -> Snapshot:
         """Copies of everything that :meth:`restore` needs."""
@@ -191,14 +202,6 @@ class Core:
         return outputs
 
 
-def _scalars(event: Event) -> dict[str, Array]:
-    return {
-        "target": np.array([event.label], np.int64),
-        "weight": np.array([event.weight], np.float32),
-        "lr": np.array(event.lr, np.float32),
-    }
-
-
 def _health(outputs: Mapping[str, Array]) -> dict[str, float]:
     return {name.removeprefix("health."): float(value) for name, value in outputs.items() if name.startswith("health.")}
 
@@ -210,4 +213,5 @@ def _memory(spec: ReplaySpec, classes: int, row_file: Path | None, new: bool) ->
 
 def _empty_rows(manifest: Manifest) -> dict[str, Array]:
     fields = manifest.replay.fields if manifest.replay else ()
-    return {f"replay.{field.name}": np.empty((0, *field.shape), field.dtype) for field in fields}
+    rows = {f"replay.{field.name}": np.empty((0, *field.shape), field.dtype) for field in fields}
+    return {"replay.target": np.empty(0, np.int64), **rows}

@@ -13,14 +13,15 @@ class Event:
 
     Attributes:
         seq: Its number; they rise by one.
-        kind: ``learn`` or ``add_class``. Forgetting and relabelling change the log itself and renew the snapshot, so that
+        kind: ``learn``, ``add_class`` or ``reset_stream``. Forgetting and relabelling change the log itself and renew the snapshot, so that
             nothing is left to replay.
         sample_id: The sample, or None.
         label: Class index, or None.
         weight: Sample weight, or None.
         lr: Learning rate, or None.
         name: Class name, or None.
-        features: The encoded sample's raw little-endian bytes, or None.
+        features: The encoded sample's raw little-endian bytes, behind them those of a target that is no class index and of
+            a stream's state (:class:`edgecl_device.record.Record`), or None.
     """
 
     seq: int

@@ -1,6 +1,6 @@
 """Keeps what a learner knows and its store in step: every change is in both or in neither."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from edgecl_device.core import Core
@@ -8,6 +8,7 @@ from edgecl_device.errors import RESTORE, EdgeclError, ForgetRefusedError, Store
 from edgecl_device.event import Event
 from edgecl_device.manifest import Array
 from edgecl_device.pending import Pending
+from edgecl_device.record import Record, Sample
 from edgecl_device.snapshot import Snapshot
 from edgecl_device.store import AUTOMATIC, Store
 
@@ -21,8 +22,9 @@ class Journal:
             tell: nothing more may be done with this learner.
     """
 
-    def __init__(self, core: Core, pending: Pending, store: Store) -> None:
+    def __init__(self, core: Core, pending: Pending, store: Store, record: Record) -> None:
         self._core = core
+        self._record = record
         self._pending = pending
         self._store = store
         self.changed = False
@@ -49,21 +51,22 @@ class Journal:
             raise StoreError(f"store: its content does not fit the bundle ({error}); {RESTORE}") from error
         self._store.fold()  # what a process that died has erased
 
-    def learn(self, event: Event, z: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a ``learn`` event, log it and keep what it found; returns the step's outputs.
+    def learn(self, sample: Sample) -> dict[str, Array]:
+        """Learn a sample, log it and keep what it found; returns the step's outputs.
 
         Raises:
             UpdateRefusedError: when its result must not be kept.
             StoreFullError: when it cannot be logged.
         """
+        event = self._record.event(self._store.seq + 1, sample, self._core.stream)
         renewed = self._room(event)
         counter, commits = self._core.counter, self._store.commits
         try:
-            outputs = self._core.propose(event, z)
+            outputs = self._core.propose(sample)
             with self._whole():
                 self._append(event, renewed)
-                self._core.keep(event, outputs)
-                self._pending.discard(int(event.sample_id or 0))
+                self._core.keep(sample, outputs)
+                self._pending.discard(sample.id)
         except BaseException:
             if self._store.commits == commits:
                 self._core.counter = counter
@@ -80,8 +83,17 @@ class Journal:
             self._core.names[label] = name
         self.changed = True
 
-    def revise(self, sample_id: int, step: str, label: int | None) -> None:
-        """Unlearn a sample (``label`` None) or give it another label, here and in every named snapshot.
+    def reset_stream(self) -> None:
+        """Let the stream begin anew."""
+        event = Event(self._store.seq + 1, "reset_stream")
+        renewed = self._room(event)
+        with self._whole():
+            self._append(event, renewed)
+            self._core.stream = self._core.stream_start
+        self.changed = True
+
+    def revise(self, sample_id: int, step: str, target: Array | None) -> None:
+        """Unlearn a sample (``target`` None) or give it another target, here and in every named snapshot.
 
         What waits with the features of an unlearned sample is discarded.
 
@@ -93,21 +105,21 @@ class Journal:
         event = store.sample(sample_id)
         if event is None:
             raise ForgetRefusedError(f"{step}: {store.why_missing(sample_id)}")
-        z = self._pending.unpack(event.features or b"")
+        sample = self._record.sample(event)
         store.fold()
         with self._whole(), core.reverting() as before, self._pending.reverting(), store.transaction(sync=True):
             for name, seq in store.snapshots().items():
                 if name != AUTOMATIC and seq >= event.seq:
                     core.restore(Snapshot.unpack(store.snapshot(name)))
-                    core.revise(event, z, step, label, f"sample {sample_id} in snapshot {name!r}")
+                    core.revise(sample, step, target, f"sample {sample_id} in snapshot {name!r}")
                     store.put_snapshot(name, seq, core.capture().pack())
             core.restore(before)
-            core.revise(event, z, step, label, f"sample {sample_id}")
-            if label is None:
+            core.revise(sample, step, target, f"sample {sample_id}")
+            if target is None:
                 store.erase(event)
-                self._discard_alike(event.features or b"")
+                self._discard_alike(self._record.features(event))
             else:
-                store.set_label(event, label)
+                store.replace(event, self._record.relabelled(event, target))
             self._checkpoint()
         core.settle()
         store.fold(force=True)  # the write-ahead log still holds what was erased
@@ -136,7 +148,9 @@ class Journal:
     def rollback(self, name: str) -> None:
         """Go back to a snapshot, which must exist, and drop what came later."""
         with self._whole(), self._core.reverting(), self._store.transaction(sync=True):
+            heard = self._core.stream
             self._core.restore(Snapshot.unpack(self._store.snapshot(name)))
+            self._core.stream = heard  # what was heard does not change with what is known
             self._store.drop_after(self._store.snapshots()[name])
             self._checkpoint()
         self._core.settle()
@@ -156,11 +170,16 @@ class Journal:
             if event.kind == "add_class":
                 self._core.names[int(event.label or 0)] = event.name
                 continue
+            if event.kind == "reset_stream":
+                self._core.stream = self._core.stream_start
+                continue
+            sample = self._record.sample(event)
             try:
-                self._core.keep(event, self._core.propose(event, self._pending.unpack(event.features or b"")))
+                self._core.keep(sample, self._core.propose(sample))
             except UpdateRefusedError as error:
                 raise StoreError(f"store: event {event.seq} cannot be replayed ({error}); use the runtime version that wrote it") from error
-            self._pending.discard(int(event.sample_id or 0))
+            self._core.stream = self._record.stream(event)
+            self._pending.discard(sample.id)
 
     def _room(self, event: Event) -> bytes | None:
         """A new automatic snapshot, packed, when the log has no room for the event without one."""

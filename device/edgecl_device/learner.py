@@ -14,11 +14,10 @@ import numpy as np
 
 from edgecl_device.checks import (
     as_float32,
+    as_inputs,
     as_int,
     as_name,
     as_path,
-    as_sample,
-    best_class,
     check_manifest,
     check_state,
     has_length,
@@ -30,12 +29,14 @@ from edgecl_device.engines import Engine
 from edgecl_device.engines.executorch import ExecutorchEngine
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.errors import BundleError, InputError, StepMissingError
-from edgecl_device.event import EVENT_OVERHEAD, Event
+from edgecl_device.event import EVENT_OVERHEAD
 from edgecl_device.journal import Journal
 from edgecl_device.manifest import Array, Manifest, check_files, read_manifest
 from edgecl_device.pending import Pending
-from edgecl_device.reports import LearnReport, Prediction
+from edgecl_device.record import Record, Sample
+from edgecl_device.reports import LearnReport, Prediction, predicted
 from edgecl_device.store import AUTOMATIC, Store
+from edgecl_device.targets import target_of
 from edgecl_device.turns import OneAtATime, verb
 
 ENGINES: dict[str, Callable[[Path, Manifest, int], Engine]] = {"onnx": OnnxEngine, "executorch": ExecutorchEngine}
@@ -76,14 +77,15 @@ class Learner(OneAtATime):
         self.manifest = manifest
         self._engine = engine
         self._core = Core(manifest, engine, state, rows, row_file, new=store is None or AUTOMATIC not in store.snapshots())
-        self._x = manifest.steps["encode"].inputs[0]
+        self._x = manifest.steps["encode"].inputs
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
-        self._pending = Pending(manifest.steps["encode"].outputs, manifest.pending_capacity)
+        self._pending = Pending(manifest.features, manifest.pending_capacity)
         self._session = {"predicted": 0, "learned": 0, "macs": 0}
-        self._event_bytes = EVENT_OVERHEAD + sum(spec.nbytes for spec in self._pending.specs)
+        self._target = target_of(manifest.target, manifest.max_classes)
+        record = Record(manifest)
         self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
-        self._store.has_room(self._event_bytes)
-        self._journal = Journal(self._core, self._pending, self._store)
+        self._store.has_room(EVENT_OVERHEAD + record.nbytes)
+        self._journal = Journal(self._core, self._pending, self._store, record)
         self._journal.start()
 
     @classmethod
@@ -148,11 +150,12 @@ class Learner(OneAtATime):
         return learner
 
     @verb
-    def predict(self, x: Array) -> Prediction:
+    def predict(self, x: Array | Mapping[str, Array]) -> Prediction:
         """Predict one sample and keep its features, so that its label may arrive later.
 
         Args:
-            x: One sample as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out.
+            x: One sample, or the next frame of a stream, as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out.
+                Of a model of several inputs a mapping of their names.
 
         Raises:
             InputError: when shape, dtype or values do not fit.
@@ -160,22 +163,23 @@ class Learner(OneAtATime):
             StoreFullError: when the disk is full and the next 1,024 sample ids cannot be reserved.
         """
         z = self._encode(x)
-        scores: Array = self._engine.run("predict", z)["scores"][0]
-        label = best_class(scores)
+        scores = self._engine.run("predict", z)["scores"]
+        found = self._target.read(scores)
         sample_id = self._store.new_id()
         self._pending.add(sample_id, z)
         self._journal.changed = True
         self._session["predicted"] += 1
         self._session["macs"] += self._macs("encode", "predict")
-        return Prediction(scores, label, None if label is None else self._core.names[label], sample_id)
+        return predicted(self.manifest.target.kind, scores[0], found, self._core.names, sample_id)
 
     @verb
-    def learn(self, x: Array | int, y: int | str, weight: float = 1.0, lr: float | None = None) -> LearnReport:
+    def learn(self, x: Array | Mapping[str, Array] | int, y: Any, weight: float = 1.0, lr: float | None = None) -> LearnReport:
         """Learn one sample.
 
         Args:
-            x: A sample, or the ``sample_id`` of an earlier prediction.
-            y: Class index in [0, max_classes), or the name of a known class.
+            x: A sample, or the ``sample_id`` of an earlier prediction; for a stream the latter.
+            y: Its target. A class: its index in [0, max_classes), or the name of a known one. A real vector: an array of float32 [D].
+                Labels: an array of zeros and ones [K], or a list of their names. A map: an array of integers [H, W].
             weight: Above 0; other than 1 only for methods whose ``learn`` takes it.
             lr: At least 0; None is the bundle's; only for methods whose ``learn`` takes it.
 
@@ -187,9 +191,11 @@ class Learner(OneAtATime):
         """
         start, written = perf_counter(), self._store.written
         self._check_step("learn")
-        label = self._label(y)
+        target = self._target.array(y, self._core.names)
         weight, lr = self._check_options(weight, lr)
-        if isinstance(x, np.ndarray):
+        if isinstance(x, np.ndarray | Mapping):
+            if self.manifest.stream:
+                raise InputError("x: a stream's frames go through predict, each once and in order; pass the sample_id that it returned")
             z = self._encode(x)
             sample_id = self._store.new_id()
             macs = self._macs("encode", "learn")
@@ -202,12 +208,12 @@ class Learner(OneAtATime):
             z = self._pending.get(sample_id)
             macs = self._macs("learn")
         self._store.fold()
-        event = Event(self._store.seq + 1, "learn", sample_id, label, weight, lr, None, self._pending.pack(z))
-        outputs = self._journal.learn(event, z)
+        outputs = self._journal.learn(Sample(sample_id, z, target, weight, lr))
         self._session["learned"] += 1
         self._session["macs"] += macs
-        loss, predicted, written = float(outputs["loss"]), best_class(outputs["scores"][0]), self._store.written - written
-        return LearnReport(sample_id, loss, predicted, label, dict(self._core.health), macs, written, perf_counter() - start)
+        before, told, written = self._target.read(outputs["scores"]), self._target.told(target), self._store.written - written
+        loss = float(outputs["loss"])
+        return LearnReport(sample_id, loss, before, told, dict(self._core.health), macs, written, perf_counter() - start)
 
     @verb
     def forget(self, sample_id: int) -> bool:
@@ -237,25 +243,31 @@ class Learner(OneAtATime):
         return self._store.erased
 
     @verb
-    def relabel(self, sample_id: int, y: int | str) -> None:
-        """Correct the label of a learned sample, here and in every named snapshot. Costs one snapshot's bytes.
+    def relabel(self, sample_id: int, y: Any) -> None:
+        """Correct the target of a learned sample, here and in every named snapshot. Costs one snapshot's bytes.
+
+        Args:
+            sample_id: Of the update.
+            y: Its target, as :meth:`learn` takes it.
 
         Raises:
             StepMissingError: when the method has no ``relabel``.
             ForgetRefusedError: when the sample is not in the log (any more).
-            InputError: when the label does not fit.
+            InputError: when the target does not fit.
             UpdateRefusedError: when the method's guard refuses, here or in a named snapshot; nothing is changed then.
         """
         self._check_step("relabel")
-        self._journal.revise(as_int("sample_id", sample_id), "relabel", self._label(y))
+        self._journal.revise(as_int("sample_id", sample_id), "relabel", self._target.array(y, self._core.names))
 
     @verb
     def add_class(self, name: str) -> int:
         """Name the next free class, one without a name and without a learned sample; returns its index.
 
         Raises:
-            InputError: when the name is taken, or all of the bundle's classes are.
+            InputError: when the name is taken, or all of the bundle's classes are; when targets are real vectors.
         """
+        if self.manifest.target.kind == "vector":
+            raise InputError(f"name: targets of kind vector have no classes, got {short(name)}; name the values when preparing")
         names, name = self._core.names, as_name(name)
         if name in names:
             raise InputError(f"name: class {short(name)} exists at index {names.index(name)}; learn samples of it under that name")
@@ -264,6 +276,18 @@ class Learner(OneAtATime):
             raise InputError(f"name: all {len(names)} classes of this bundle are taken, got {short(name)}; export with more max_classes")
         self._journal.add_class(name, free[0])
         return free[0]
+
+    @verb
+    def reset_stream(self) -> None:
+        """Let the stream begin anew: the next frame is its first. What was learned, and predictions that wait, stay.
+
+        Raises:
+            StepMissingError: when the bundle's trunk carries no state.
+            StoreFullError: when it cannot be logged.
+        """
+        if not self.manifest.stream:
+            raise StepMissingError("reset_stream: this bundle's trunk carries no state from sample to sample; there is nothing to reset")
+        self._journal.reset_stream()
 
     @verb
     def save(self, name: str | None = None) -> None:
@@ -287,7 +311,7 @@ class Learner(OneAtATime):
         """Go back to a snapshot. History is a line: what was learned, added or saved after it is dropped for good.
 
         It is erased from the store's files as by :meth:`forget`; ``report()["log"]["erased"]`` tells whether that is done.
-        Predictions that wait for a label keep waiting.
+        Predictions that wait for a label keep waiting, and a stream goes on where it is.
 
         Args:
             name: A named snapshot; None is the automatic one (of the last ``save()``, ``forget``, ``relabel``, ``rollback``, close
@@ -353,27 +377,19 @@ class Learner(OneAtATime):
             stack.callback(self._core.close)
             stack.callback(self._store.close)
 
-    def _encode(self, x: Array) -> dict[str, Array]:
-        z = self._engine.run("encode", {"x": as_sample(x, self._x)})
-        if not all(has_length(value) for value in z.values()):
+    def _encode(self, x: Array | Mapping[str, Array]) -> dict[str, Array]:
+        outputs = self._engine.run("encode", as_inputs(x, self._x))
+        z = {spec.name: outputs[spec.name] for spec in self._pending.specs}
+        if not outputs.get("finite", np.True_) or not all(has_length(value) for value in z.values()):
             raise InputError("x: its features are not finite or too large to square; scale it as the bundle's preprocessing expects")
+        if self.manifest.stream:
+            self._engine.commit()
         return z
 
     def _called(self, index: int) -> str:
         """A class's name, or its index where that is nobody's name."""
         names = self._core.names
         return names[index] or (str(index) if str(index) not in names else f"{index} (no name)")
-
-    def _label(self, y: int | str) -> int:
-        names = self._core.names
-        if isinstance(y, str):
-            if y not in names:
-                raise InputError(f"y: no class {short(y)}, known are {short([n for n in names if n])}; call add_class first")
-            return names.index(y)
-        label = as_int("y (a class index, or a class name)", y)
-        if not 0 <= label < len(names):
-            raise InputError(f"y: must be in [0, {len(names)}), the bundle's max_classes, got {label}; export with more max_classes")
-        return label
 
     def _check_options(self, weight: float, lr: float | None) -> tuple[float, float]:
         weight = as_float32("weight", weight, positive=True)

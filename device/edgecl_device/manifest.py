@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 
 from edgecl_device.errors import BundleError, InputError, SchemaError
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of the manifest that is written. Version 1, in which ``target`` is the word ``class``, is read as well."""
+
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"
 DEFAULT_LOG_BYTES = 16 << 20
 DEFAULT_PENDING = 256
-DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")
+DTYPES = ("float32", "float64", "int16", "int32", "int64", "uint8", "bool")
 """Types that a tensor of a bundle may have, by NumPy's names."""
+STREAM = "encode."
+"""Start of the names of state that ``encode`` carries from frame to frame, and that no other step reads or writes."""
 UNSEEN_SCORE = -1e30
 """Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
 
@@ -41,7 +45,7 @@ class TensorSpec:
     Attributes:
         name: Dotted name, for instance ``replay.z``.
         shape: Sizes of all dimensions, the batch dimension included; ``()`` is a scalar.
-        dtype: NumPy's name, one of :data:`DTYPES`: ``float32``, ``float64``, ``int32``, ``int64``, ``uint8`` or ``bool``.
+        dtype: NumPy's name, one of :data:`DTYPES`: ``float32``, ``float64``, ``int16``, ``int32``, ``int64``, ``uint8`` or ``bool``.
     """
 
     name: str
@@ -75,6 +79,41 @@ class TensorSpec:
             bad = int(value.size - np.isfinite(value).sum())
             raise InputError(f"{self.name}: values must be finite, got {bad} NaN or infinite of {value.size}; drop or repair this sample")
         return value
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a sample's target is.
+
+    Attributes:
+        kind: ``class`` (one class index), ``vector`` (real values), ``multilabel`` (any number of labels) or ``map`` (a class a pixel).
+        shape: Shape of one target, batch dimension of 1 included: [1], [1, D], [1, K] or [1, H, W].
+        dtype: ``int64`` for classes, ``float32`` else; a label is 1 or 0.
+        ignore: Value of the pixels of a map that count for nothing, or None.
+        threshold: A label whose score is above it is predicted.
+    """
+
+    kind: str = "class"
+    shape: tuple[int, ...] = (1,)
+    dtype: str = "int64"
+    ignore: int | None = None
+    threshold: float = 0.0
+
+    def spec(self, name: str) -> TensorSpec:
+        """One target as the input ``name`` of a step."""
+        return TensorSpec(name, self.shape, self.dtype)
+
+    def scores(self, classes: int) -> TensorSpec:
+        """The output ``scores``: float32 [1, K], for a map [1, K, H, W]."""
+        return TensorSpec("scores", (1, classes, *(self.shape[1:] if self.kind == "map" else ())), "float32")
+
+    def stored(self, classes: int) -> TensorSpec | None:
+        """One target as log and replay rows keep it, without a batch dimension; None for a class index, which costs no bytes there."""
+        if self.kind == "class":
+            return None
+        small = 0 <= (0 if self.ignore is None else self.ignore) < 256 and classes <= 256
+        dtype = {"vector": "float32", "multilabel": "uint8", "map": "uint8" if small else "int32"}[self.kind]
+        return TensorSpec("target", self.shape[1:], dtype)
 
 
 @dataclass(frozen=True)
@@ -133,7 +172,8 @@ class ReplaySpec:
     """Replay memory: what one row holds, how many fit, and which row goes when it is full.
 
     Attributes:
-        fields: One row's tensors as the ``learn`` step returns them (``row.NAME``), without a batch dimension.
+        fields: One row's tensors as the ``learn`` step returns them (``row.NAME``), without a batch dimension. A field ``target`` comes
+            from the loop: the sample's target (:meth:`TargetSpec.stored`) where that is no class index.
         rows_per_step: Rows drawn for one update.
         capacity_bytes: Budget for the whole memory, labels and bookkeeping included.
         policy: ``reservoir`` or ``largest-class``.
@@ -173,8 +213,8 @@ class Manifest:
         schema: Version of this structure.
         method: Registered name of the method, for instance ``ridge``.
         config: The method's hyperparameters.
-        target: Kind of target; ``class`` is one class index.
-        max_classes: Classes that the state has room for.
+        target: What a sample's target is.
+        max_classes: Classes or labels that the state has room for; of real vectors the number of values.
         class_names: Names of the first classes; the others are free for new ones.
         steps: The steps by name; ``encode`` maps ``x`` to ``z``.
         state: Every state tensor.
@@ -194,7 +234,7 @@ class Manifest:
 
     method: str
     config: dict[str, Any]
-    target: str
+    target: TargetSpec
     max_classes: int
     class_names: tuple[str, ...]
     steps: dict[str, StepSpec]
@@ -212,6 +252,16 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = "onnx"
     schema: int = SCHEMA
+
+    @property
+    def features(self) -> tuple[TensorSpec, ...]:
+        """What ``encode`` gives of a sample: ``z``, or each ``z.NAME``."""
+        return tuple(spec for spec in self.steps["encode"].outputs if spec.name != "finite")
+
+    @property
+    def stream(self) -> tuple[TensorSpec, ...]:
+        """The state that ``encode`` carries from frame to frame; none but for streams."""
+        return tuple(spec for spec in self.state if spec.name.startswith(STREAM))
 
 
 def to_json(manifest: Manifest) -> str:
@@ -253,6 +303,8 @@ def from_json(text: str, where: str = MANIFEST) -> Manifest:
     if data.get(MANIFEST_HASH) != sealed(data)[MANIFEST_HASH]:
         raise BundleError(f"{where}: does not match its own {MANIFEST_HASH}, the file was altered; copy or export the bundle again")
     del data[MANIFEST_HASH]
+    if schema == 1 and data.get("target") == "class":
+        data["target"] = {}
     return typing.cast(Manifest, _parse(Manifest, data, where))
 
 

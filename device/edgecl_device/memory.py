@@ -42,8 +42,10 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
     if spec.rows_per_step < 1:
         raise InputError(f"rows_per_step: must be at least 1, got {spec.rows_per_step}; export the bundle again")
     field_bytes = sum(field.nbytes for field in spec.fields)
+    if has_targets(spec) and spec.policy == "largest-class":
+        raise InputError("policy: must be 'reservoir' for rows whose target is no class index, got 'largest-class'; take 'reservoir'")
     drawn = sum(draw.tensor.nbytes for draw in spec.draws)
-    fixed = spec.rows_per_step * (field_bytes + 8 + 4) + 4 * (classes + 2) + drawn
+    fixed = spec.rows_per_step * (field_bytes + (4 if has_targets(spec) else 8 + 4)) + 4 * (_segments(spec, classes) + 2) + drawn
     row = field_bytes + _ROW_OVERHEAD
     rows = (spec.capacity_bytes - fixed) // row
     if rows < 1:
@@ -73,6 +75,15 @@ def memory_bytes(spec: ReplaySpec, classes: int) -> tuple[int, int]:
     return nbytes - in_rows, HEADER_BYTES + in_rows
 
 
+def has_targets(spec: ReplaySpec) -> bool:
+    """Whether rows hold their targets as a field ``target``, as those that are no class index."""
+    return any(field.name == "target" for field in spec.fields)
+
+
+def _segments(spec: ReplaySpec, classes: int) -> int:
+    return 1 if has_targets(spec) else classes
+
+
 class ReplayMemory:
     """Rows of past samples with their labels, drawn without replacement.
 
@@ -88,11 +99,12 @@ class ReplayMemory:
     ``j`` is below the number of rows. After a removal, random pairing keeps it uniform. Beyond 2**32 offers n stays at that.
     ``largest-class`` evicts, when full, a random row of the class with the most rows, the offered sample counted among
     them, so that it may be the one that goes; of equally large classes, the one of the lowest index.
+    Rows with a field ``target`` have no class: they form one segment.
     """
 
     def __init__(self, spec: ReplaySpec, classes: int, file: RowFile | None = None) -> None:
         self.spec = spec
-        self.classes = classes
+        self.classes = _segments(spec, classes)
         self.rows, nbytes = memory_layout(spec, classes)
         self.generator = Generator(spec.seed, spec.counter)
         self.file = file
@@ -107,13 +119,14 @@ class ReplayMemory:
 
     def _allocate(self) -> None:
         spec, classes = self.spec, self.classes
+        self._labelled = not has_targets(spec)
         self._ids = np.full(self.rows, -1, np.int64)
         self._slots = np.arange(self.rows, dtype=np.int32)
         self._starts = np.zeros(classes + 2, np.int32)
         self._starts[-1] = self.rows
         r = spec.rows_per_step
         self._batch = {f"replay.{field.name}": np.zeros((r, *field.shape), field.dtype) for field in spec.fields}
-        self._target = np.zeros(r, np.int64)
+        self._target = np.zeros(r if self._labelled else 0, np.int64)
         self._weight = np.zeros(r, np.float32)
         self._draws = {draw.tensor.name: draw.tensor.zeros() for draw in spec.draws}
 
@@ -140,25 +153,28 @@ class ReplayMemory:
         """Rows by class: int64 [classes]."""
         return np.diff(self._starts[:-1]).astype(np.int64)
 
-    def offer(self, row: Mapping[str, Array], label: int, sample_id: int) -> int | None:
+    def offer(self, row: Mapping[str, Array], target: Array | int, sample_id: int) -> int | None:
         """Offer one sample; returns the slot that it now fills, or None when the policy does not keep it.
 
         Args:
-            row: One array a field, without a batch dimension.
-            label: Class index.
+            row: One array a field but ``target``, without a batch dimension.
+            target: Class index; for rows with a field ``target`` its value.
             sample_id: The id by which :meth:`remove` and :meth:`relabel` find it.
         """
         self._seen += 1
+        label = int(target) if self._labelled else 0
         place = self._place_reservoir() if self.spec.policy == "reservoir" else self._place_largest(label)
         if place is None:
             return None
         slot = self._move(place, label)
-        self._rows.write(slot, row)
+        self._rows.write(slot, row if self._labelled else {**row, "target": np.asarray(target)})
         self._ids[slot] = sample_id
         return slot
 
     def draw(self) -> dict[str, Array]:
-        """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r], ``replay.weight`` float32 [r]; each ``draw.NAME``.
+        """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r] where no field is one, ``replay.weight`` float32 [r].
+
+        Beside them each ``draw.NAME``.
 
         The arrays are the memory's own and are filled anew by the next draw. With fewer rows than r the rest is filled
         with zeros at weight zero. Only the generator's counter changes: set it back to undo a draw.
@@ -171,13 +187,14 @@ class ReplayMemory:
             batch = self._batch[f"replay.{name}"]
             batch[:k] = values
             batch[k:] = 0
-        self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
-        self._target[k:] = 0
         self._weight[:k] = 1
         self._weight[k:] = 0
         for draw, array in zip(self.spec.draws, self._draws.values(), strict=True):
             array.reshape(-1)[:] = [self.generator.below(draw.below) for _ in range(array.size)]
-        return {**self._batch, "replay.target": self._target, "replay.weight": self._weight, **self._draws}
+        if self._labelled:
+            self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
+            self._target[k:] = 0
+        return {"replay.target": self._target, **self._batch, "replay.weight": self._weight, **self._draws}
 
     def remove(self, sample_id: int) -> bool:
         """Erase an offered sample; returns whether it was still kept. Searches all rows: O(rows)."""
@@ -192,12 +209,17 @@ class ReplayMemory:
         self._ids[slot] = -1
         return True
 
-    def relabel(self, sample_id: int, label: int) -> bool:
-        """Move a sample to another class; returns whether it was still kept. Searches all rows: O(rows)."""
+    def relabel(self, sample_id: int, target: Array | int) -> bool:
+        """Give a sample another class or ``target``; returns whether it was still kept. Searches all rows: O(rows)."""
         place = self._find(sample_id)
         if place is None:
             return False
-        self._move(place, label)
+        if self._labelled:
+            self._move(place, int(target))
+        else:
+            slots = self._slots[place : place + 1]
+            row = {name: values[0] for name, values in self._rows.read(slots).items()}
+            self._rows.write(int(slots[0]), {**row, "target": np.asarray(target)})
         return True
 
     def rows_by_name(self) -> dict[str, Array]:
@@ -205,7 +227,8 @@ class ReplayMemory:
         places = np.arange(len(self))
         slots = self._slots[: len(self)]
         rows = {f"replay.{name}": values for name, values in self._rows.read(slots).items()}
-        return {**rows, "replay.target": np.searchsorted(self._starts, places, side="right") - 1, "replay.sample_id": self._ids[slots]}
+        labels = {"replay.target": np.searchsorted(self._starts, places, side="right") - 1} if self._labelled else {}
+        return {**rows, **labels, "replay.sample_id": self._ids[slots]}
 
     def fill(self, rows: Mapping[str, Array]) -> None:
         """Set the rows of an empty memory, grouped by class (in their order within it), without offering them.
@@ -213,12 +236,15 @@ class ReplayMemory:
         A memory filled with another one's :meth:`rows_by_name`, at the same counter, draws the same rows.
 
         Args:
-            rows: ``replay.FIELD`` [n, ...] and ``replay.target`` int64 [n]; optional ``replay.sample_id`` int64 [n], else -1.
+            rows: ``replay.FIELD`` [n, ...] and, where no field is one, ``replay.target`` int64 [n]; optional ``replay.sample_id``
+                int64 [n], else -1.
 
         Raises:
             InputError: when names, shapes, dtypes or labels do not fit, or there are more rows than fit.
         """
         target = rows.get("replay.target")
+        if not self._labelled and target is not None:
+            target = np.zeros(len(target), np.int64)  # one segment
         if target is None or target.ndim != 1 or target.dtype != np.int64:
             raise InputError("replay.target: must be an int64 array [n]; write the rows again")
         n = len(target)

@@ -1,4 +1,4 @@
-"""Encoded samples: those that wait for a label, and their form in the log."""
+"""Encoded samples that wait for a label."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import Array, TensorSpec
 from edgecl_device.memory import take
+from edgecl_device.record import Layout
 
 
 class Pending:
@@ -23,6 +24,7 @@ class Pending:
 
     def __init__(self, specs: Sequence[TensorSpec], capacity: int) -> None:
         self.specs = specs
+        self._layout = Layout(specs)
         self.capacity = capacity
         self.samples: OrderedDict[int, dict[str, Array]] = OrderedDict()
 
@@ -86,19 +88,4 @@ class Pending:
 
     def pack(self, z: Mapping[str, Array]) -> bytes:
         """One sample's features as the log keeps them: raw little-endian values, in the order of the specs."""
-        return b"".join(z[spec.name].tobytes() for spec in self.specs)
-
-    def unpack(self, data: bytes) -> dict[str, Array]:
-        """The inverse of :meth:`pack`.
-
-        Raises:
-            InputError: when it is of another length.
-        """
-        size = sum(spec.nbytes for spec in self.specs)
-        if len(data) != size:
-            raise InputError(f"features: must be {size} bytes, got {len(data)}; log the sample again")
-        z, offset = {}, 0
-        for spec in self.specs:
-            z[spec.name] = np.frombuffer(data[offset : offset + spec.nbytes], spec.dtype).reshape(spec.shape)
-            offset += spec.nbytes
-        return z
+        return self._layout.pack(z)

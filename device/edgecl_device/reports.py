@@ -1,6 +1,8 @@
 """What the loop returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edgecl_device.manifest import Array
 
@@ -10,16 +12,47 @@ class Prediction:
     """One prediction.
 
     Attributes:
-        scores: float32 [K]; a class that was never learned scores :data:`edgecl_device.manifest.UNSEEN_SCORE`.
+        scores: float32 [K], of a map [K, H, W]; a class that was never learned scores :data:`edgecl_device.manifest.UNSEEN_SCORE`.
         label: Class of the highest score, or None when no score is above that: no class was learned yet.
         class_name: Its name, or None when it has none.
-        sample_id: Pass it to ``learn`` when the label arrives.
+        sample_id: Pass it to ``learn`` when the target arrives.
+        value: Of real vectors: float32 [D], the scores themselves.
+        labels: Of several labels: those whose score is above the bundle's threshold.
+        label_names: Their names, None where one has none.
+        label_map: Of maps: class of the highest score of every pixel, int64 [H, W]; None when no class was learned yet.
     """
 
     scores: Array
     label: int | None
     class_name: str | None
     sample_id: int
+    value: Array | None = None
+    labels: tuple[int, ...] | None = None
+    label_names: tuple[str | None, ...] | None = None
+    label_map: Array | None = None
+
+    @property
+    def outcome(self) -> Any:
+        """``label``, ``value``, ``labels`` or ``label_map``, whichever the bundle's target has; None when no class was learned yet."""
+        found = (self.label, self.value, self.labels, self.label_map)
+        return next((each for each in found if each is not None), None)
+
+
+def predicted(kind: str, scores: Array, found: Any, names: Sequence[str | None], sample_id: int) -> Prediction:
+    """The prediction of one kind of target.
+
+    Args:
+        kind: One of :data:`edgecl_device.targets.KINDS`.
+        scores: float32 [K, ...].
+        found: What :meth:`edgecl_device.targets.Target.read` found in them.
+        names: Names of classes or labels.
+        sample_id: The sample.
+    """
+    if kind == "class":
+        return Prediction(scores, found, None if found is None else names[found], sample_id)
+    if kind == "multilabel":
+        return Prediction(scores, None, None, sample_id, labels=found, label_names=tuple(names[i] for i in found))
+    return Prediction(scores, None, None, sample_id, **{"value" if kind == "vector" else "label_map": found})
 
 
 @dataclass(frozen=True)
@@ -29,8 +62,9 @@ class LearnReport:
     Attributes:
         sample_id: Pass it to ``forget`` or ``relabel``.
         loss: The step's loss, as the method defines it.
-        predicted: Class predicted before the update, or None when no class was learned yet.
-        label: Class learned.
+        predicted: What was predicted before the update: the class, None when none was learned yet; or, by kind, ``value``, ``labels`` or
+            ``label_map`` as :class:`Prediction` has them.
+        label: What was learned, in the same form.
         health: The method's health figures after the update.
         macs: Canonical multiply-accumulates spent, ``encode`` included when it ran.
         bytes_written: What the store wrote in this call: the transaction's whole pages in the write-ahead log, and, when they fell
@@ -41,8 +75,8 @@ class LearnReport:
 
     sample_id: int
     loss: float
-    predicted: int | None
-    label: int
+    predicted: Any
+    label: Any
     health: dict[str, float]
     macs: int
     bytes_written: int

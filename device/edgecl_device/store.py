@@ -11,7 +11,6 @@ between; for what the log's cap drops, whenever that comes next. Blocks that a f
 controller keeps in worn ones are beyond it. One process at a time may have a store open.
 """
 
-import dataclasses
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -231,10 +230,11 @@ class Store:
         self._log_bytes -= event.nbytes
         self.erasure_due = True
 
-    def set_label(self, event: Event, label: int) -> None:
-        """Change the label of a learned sample. Call inside a transaction."""
-        relabelled = dataclasses.replace(event, label=label)
-        self._db.execute("UPDATE events SET label = ?, crc = ? WHERE seq = ?", (label, relabelled.crc, event.seq))
+    def replace(self, event: Event, changed: Event) -> None:
+        """Replace label, and features where they differ, of a learned sample. Call inside a transaction."""
+        self._db.execute("UPDATE events SET label = ?, crc = ? WHERE seq = ?", (changed.label, changed.crc, event.seq))
+        if changed.features != event.features:  # SQLite would write them anew
+            self._db.execute("UPDATE events SET features = ? WHERE seq = ?", (changed.features, event.seq))
 
     def snapshots(self) -> dict[str, int]:
         """Every snapshot's event number by name; the automatic one has the empty name."""

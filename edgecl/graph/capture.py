@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgecl.graph.canonical import CANONICAL
 from edgecl.graph.phases import module_paths, phase
 from edgecl.graph.step import GraphError, Kind, Port, StepGraph, unsupported, where_in_model
-from edgecl.learner import Learner, call_step, dtype_name
+from edgecl.learner import Learner, State, call_encode, call_step, dtype_name
 from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import DTYPES, TensorSpec
@@ -53,20 +53,21 @@ def capture(learner: Learner, step: str) -> StepGraph:
     return trace(step, run, learner.init(), learner.inputs_of(step), modules)
 
 
-def capture_encode(trunk: nn.Module, x: TensorSpec, model: nn.Module | None = None) -> StepGraph:
+def capture_encode(trunk: nn.Module, x: Any, model: nn.Module | None = None, stream: State | None = None) -> StepGraph:
     """Capture the frozen trunk as the step ``encode``.
 
     Args:
         trunk: Maps ``x`` to one tensor or to a mapping of named ones; in eval mode.
-        x: Spec of one input sample, batch dimension of 1 included.
+        x: Spec of one input sample, batch dimension of 1 included, or a mapping of input names to such.
         model: The part of the trunk whose module paths are the user's own; the trunk itself by default.
+        stream: The state that it carries from frame to frame, if any.
     """
 
     def run(state: dict[str, Tensor], data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with phase("encode"), torch.no_grad():
-            return flatten_tree({"z": trunk(data["x"])}), {}
+            return call_encode(trunk, data["x"], state)
 
-    return trace("encode", run, {}, {"x": x}, [model or trunk])
+    return trace("encode", run, stream or {}, {"x": x}, [model or trunk])
 
 
 def trace(

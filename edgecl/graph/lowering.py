@@ -68,6 +68,6 @@ def build(prepared: "Prepared", engine: str = "onnx") -> dict[str, BuiltStep]:
     """
     if engine not in tuple(RULES):
         raise InputError(f"engine: must be one of {', '.join(RULES)}, got {str(engine)[:80]!r}; pass one of them")
-    captured = [capture_encode(prepared.trunk, prepared.x, prepared.trunk.model)]
+    captured = [capture_encode(prepared.trunk, prepared.x, prepared.trunk.model, prepared.trunk.initial_state())]
     captured += [capture(prepared.learner, name) for name in prepared.learner.steps]
     return {graph.name: build_step(graph, engine) for graph in captured}

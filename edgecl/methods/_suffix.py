@@ -1,4 +1,4 @@
-"""What methods that train a part of the network share: the suffix as state, masked cross-entropy, one update."""
+"""What methods that train a part of the network share: the suffix as state, masked scores, checks."""
 
 import copy
 import math
@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgecl.learner import UNSEEN, Learner, Problem, State, StepResult, mask_unseen, one_hot
+from edgecl.learner import Learner, Problem, State, StepResult, mask_unseen, one_hot
 from edgecl.methods._features import check_types, require
 from edgecl_device.errors import InputError
+from edgecl_device.manifest import TargetSpec
 
+_WIDEN = "give the model's last layer one output a class with edgecl.widen_head"
+_HEADS = {
+    "class": _WIDEN,
+    "multilabel": _WIDEN,
+    "vector": "give the model's last layer one output a value, or set target=Vector(size) to its outputs",
+    "map": "give the model's last layer one channel a class",
+}
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -20,16 +28,17 @@ class SuffixLearner(Learner):
     """A learner that predicts with the suffix of a network.
 
     Trained parameters are state, named ``param.NAME``; everything else in the suffix is frozen, batch norm with its
-    stored statistics. Class counts mask classes that have not been seen.
+    stored statistics. For targets of one class, a sample or a pixel, ``count`` float32 [K] (samples, or pixels, by class) masks
+    the classes that have not been seen.
 
     Args:
         problem: The task.
         config: Hyperparameters.
-        suffix: Maps the features to scores float32 [N, max_classes]; copied.
+        suffix: Maps the features to scores float32 [N, max_classes], for maps [N, max_classes, H, W]; copied.
         masks: bool tensors by parameter name, of its shape: only where true is a weight updated.
 
     Raises:
-        InputError: when the suffix does not give ``max_classes`` scores, or a mask or pattern fits no parameter.
+        InputError: when the suffix does not give such scores, or a mask or pattern fits no parameter.
     """
 
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -39,11 +48,9 @@ class SuffixLearner(Learner):
             raise InputError(f"masks: must be a mapping of parameter names to bool tensors, got {type(masks).__name__}; pass a dict")
         self.masks = dict(masks or {})
         scores = self.suffix(_zeros(problem.features))
-        if tuple(scores.shape) != (1, problem.max_classes):
-            raise InputError(
-                f"suffix: must return scores [1, {problem.max_classes}], got {list(scores.shape)}; "
-                "give the model's last layer one output a class with edgecl.widen_head"
-            )
+        wanted = problem.target.scores(problem.max_classes).shape
+        if tuple(scores.shape) != wanted:
+            raise InputError(f"suffix: must return scores {list(wanted)}, got {list(scores.shape)}; {_HEADS[problem.target.kind]}")
         parameters = dict(self.suffix.named_parameters())
         self.trained = [name for name in parameters if any(fnmatchcase(name, p) for p in self._patterns())]
         if not self.trained and hasattr(self.config, "trainable"):
@@ -70,22 +77,42 @@ class SuffixLearner(Learner):
     def init(self) -> State:
         """The suffix's own weights, no class seen."""
         weights = {f"param.{name}": self.suffix.get_parameter(name).detach().clone() for name in self.trained}
-        return {**weights, "count": torch.zeros(self.problem.max_classes)}
+        return {**weights, "count": torch.zeros(self.problem.max_classes)} if self.masks_unseen else weights
 
-    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
-        """Count a base sample that the network was already trained on."""
-        return {}, {"count": state["count"] + one_hot(target, self.problem.max_classes).reshape(-1)}
+    def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
+        """Count a base sample that the network was already trained on, with whatever weight: one is refused here."""
+        self.refuse_weight(weight)
+        return {}, self.counted(state, target)
 
     def predict(self, state: State, z: Any) -> StepResult:
-        """Scores of the suffix, float32 [1, K]."""
-        return {"scores": mask_unseen(self.scores(self.parameters(state), z), state["count"]).to(torch.float32)}, {}
+        """Scores of the suffix, float32 [1, K, ...]."""
+        return {"scores": self.masked(self.scores(self.parameters(state), z), state).to(torch.float32)}, {}
+
+    @property
+    def masks_unseen(self) -> bool:
+        """Whether classes are counted and unseen ones masked."""
+        return self.problem.target.kind in ("class", "map")
+
+    def counted(self, state: State, target: Tensor) -> State:
+        """``count`` after a sample [1, ...], or nothing where nothing is counted."""
+        if not self.masks_unseen:
+            return {}
+        hot = one_hot(target.reshape(-1), self.problem.max_classes)
+        spec: TargetSpec = self.problem.target
+        if spec.ignore is not None:
+            hot = hot * (target.reshape(-1, 1) != spec.ignore).to(torch.float32)
+        return {"count": state["count"] + (hot.sum(0) if spec.kind == "map" else hot.reshape(-1))}
+
+    def masked(self, scores: Tensor, state: State) -> Tensor:
+        """Scores, unseen classes masked."""
+        return mask_unseen(scores, state["count"]) if self.masks_unseen else scores
 
     def parameters(self, state: State) -> dict[str, Tensor]:
         """The trained tensors by their names in the suffix."""
         return {name: state[f"param.{name}"] for name in self.trained}
 
     def scores(self, parameters: dict[str, Tensor], z: Any) -> Tensor:
-        """The suffix with these parameters: float32 [N, K]."""
+        """The suffix with these parameters: float32 [N, K, ...]."""
         scores: Tensor = torch.func.functional_call(self.suffix, parameters, (z,))
         return scores
 
@@ -101,20 +128,6 @@ def check_training(config: Any) -> None:
     patterns = config.trainable
     ok = patterns is None or (isinstance(patterns, tuple) and all(isinstance(p, str) for p in patterns))
     require(ok, "trainable", "be None or a tuple of patterns", patterns, "use ('fc.*',) for one")
-
-
-def cross_entropy(scores: Tensor, target: Tensor, allowed: Tensor) -> Tensor:
-    """Cross-entropy of each row, [N], over the classes that ``allowed`` (bool [K] or [N, K]) leaves.
-
-    Written out: the loss that ships with PyTorch translates to ONNX with another gradient at batch sizes above one.
-    """
-    return soft_cross_entropy(scores, one_hot(target, scores.shape[1]), allowed)
-
-
-def soft_cross_entropy(scores: Tensor, truth: Tensor, allowed: Tensor) -> Tensor:
-    """The same for targets that are shares of classes, float32 [N, K]."""
-    log_probability = torch.log_softmax(torch.where(allowed, scores, UNSEEN), 1)
-    return -(log_probability * truth).sum(1)
 
 
 def _zeros(features: Any) -> Any:

@@ -1,7 +1,8 @@
 """Naive fine-tuning: one optimiser step on each sample, nothing against forgetting.
 
 Source: the usual lower bound of class-incremental studies (van de Ven & Tolias 2019, "Three scenarios for continual
-learning"). Deviation: classes not seen yet are masked out of the softmax.
+learning"). Deviation: classes not seen yet are masked out of the softmax. The loss is that of the target's kind
+(:mod:`edgecl.methods._losses`): cross-entropy, mean squared error, binary cross-entropy, or cross-entropy a pixel.
 """
 
 from dataclasses import dataclass
@@ -11,19 +12,21 @@ import torch
 from torch import Tensor
 
 from edgecl.graph.phases import value_and_gradient
-from edgecl.learner import State, StepResult, mask_unseen, one_hot
+from edgecl.learner import State, StepResult
+from edgecl.methods._losses import losses
 from edgecl.methods._optim import Optimiser
-from edgecl.methods._suffix import SuffixLearner, check_training, cross_entropy
+from edgecl.methods._suffix import SuffixLearner, check_training
 
 
 class Finetune(SuffixLearner):
     """SGD on the suffix, one sample at a time.
 
-    State: 4 (P + K) bytes for P trained weights, two or three times P with momentum or Adam. MACs a sample: forward, and
+    State: 4 (P + K) bytes for P trained weights and K class counts, two or three times P with momentum or Adam. MACs a sample: forward, and
     backward down to the shallowest trained tensor.
     """
 
     name = "finetune"
+    targets = ("class", "vector", "multilabel", "map")
     summary = "naive fine-tuning of the suffix, one sample at a time"
 
     @dataclass(frozen=True)
@@ -62,15 +65,16 @@ class Finetune(SuffixLearner):
         return {**state, **self.config.optimiser().slots(self.parameters(state))}
 
     def learn(self, state: State, z: Any, target: Tensor, weight: Tensor, lr: Tensor) -> StepResult:
-        """One step on the cross-entropy of this sample times ``weight`` [1]."""
-        count = state["count"] + one_hot(target, self.problem.max_classes).reshape(-1)
+        """One step on the loss of this sample times ``weight`` [1]."""
+        counted = self.counted(state, target)
+        allowed = counted["count"] > 0 if counted else None
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             scores = self.scores(parameters, z)
-            return (cross_entropy(scores, target, count > 0) * weight).sum(), scores
+            return (losses(self.problem.target, scores, target, allowed) * weight).sum(), scores
 
         value, scores, new = self.descend(state, loss, lr)
-        return {"scores": mask_unseen(scores, state["count"]).to(torch.float32), "loss": value.to(torch.float32)}, {**new, "count": count}
+        return {"scores": self.masked(scores, state).to(torch.float32), "loss": value.to(torch.float32)}, {**new, **counted}
 
     def descend(self, state: State, loss: Any, lr: Tensor) -> tuple[Tensor, Tensor, State]:
         """Loss, its auxiliary result, and the new weights and slots after one optimiser step."""

@@ -8,10 +8,11 @@ from edgecl.methods._suffix import SuffixLearner
 class Frozen(SuffixLearner):
     """The pretrained network; classes that it was not trained on are never predicted.
 
-    State: 4 K bytes (class counts). MACs a prediction: those of the suffix.
+    State: 4 K bytes (class counts, where there are classes). MACs a prediction: those of the suffix.
     """
 
     name = "frozen"
+    targets = ("class", "vector", "multilabel", "map")
     summary = "the pretrained network, unchanged"
 
     @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from edgecl.learner import State
 from edgecl.methods._features import require
-from edgecl.methods._suffix import SuffixLearner, check_training, cross_entropy
+from edgecl.methods._losses import cross_entropy
+from edgecl.methods._suffix import SuffixLearner, check_training
 
 
 class Joint(SuffixLearner):

@@ -26,23 +26,23 @@ from torch import Tensor, nn
 
 from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
-from edgecl.learner import Problem, State, StepResult, mask_unseen, one_hot
+from edgecl.learner import Problem, State, StepResult, one_hot
 from edgecl.methods._augment import ENTRIES, MOST_SIDE, PLACES, beta_quantiles, crop, crop_sizes, mix
 from edgecl.methods._features import SMALLEST_NORM, require
-from edgecl.methods._suffix import soft_cross_entropy
+from edgecl.methods._losses import losses, soft_cross_entropy
 from edgecl.methods.finetune import Finetune
 from edgecl_device.manifest import DrawSpec, ReplaySpec, TensorSpec
 from edgecl_device.memory import POLICIES
 
 
 class LatentReplay(Finetune):
-    """Experience replay on latents: ``loss = new_weight * CE(new sample) + mean of CE(r stored rows)``.
+    """Experience replay on latents: ``loss = new_weight * L(new sample) + mean of L(r stored rows)``, L that of the target's kind.
 
     ``health.reconstruction`` is the squared error of this sample's decoded latent over its square, for codecs that lose something: far
     above the figure in the manifest it says that the samples have drifted from those that the codec was fitted on.
 
-    State: that of finetune, 4 K bytes for the window, and the trained weights again with ``average``; beside it the replay memory. MACs
-    a sample: (1 + r) times the suffix's forward and backward pass.
+    State: that of finetune, for targets of one class 4 K bytes for the window, and the trained weights again with ``average``; beside it
+    the replay memory. MACs a sample: (1 + r) times the suffix's forward and backward pass.
     """
 
     name = "latent_replay"
@@ -59,8 +59,8 @@ class LatentReplay(Finetune):
             bits: Of the ``packed`` codec, 1 to 8 a value.
             subquantizers: Of the ``pq`` codec, bytes a position.
             centroids: Of the ``pq`` codec, codewords a sub-quantiser.
-            policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows).
-            loss: ``er`` or ``er-ace``.
+            policy: ``reservoir`` or ``largest-class`` (evict from the class with the most rows; for targets of one class only).
+            loss: ``er``, or for targets of one class ``er-ace``.
             new_weight: Weight of the new sample's loss beside the mean of the stored rows'; 1 is ER's. Below 1 a run of samples of
                 one class pulls less.
             average: Decay of the running average of the trained weights with which ``predict`` works; 0 is the weights themselves.
@@ -136,6 +136,11 @@ class LatentReplay(Finetune):
         features = {"": problem.features} if isinstance(problem.features, TensorSpec) else problem.features
         for spec in features.values():
             require(spec.dtype == "float32", spec.name, "be float32 features", spec.dtype, "convert the model with float()")
+        kind = problem.target.kind
+        if kind != "class":
+            for name, plain in (("loss", "er"), ("mixup", 0.0), ("lr_decay", 1.0), *([("crop", False)] if kind == "map" else [])):
+                value = getattr(self.config, name)
+                require(value == plain, name, f"be {plain!r} for targets of kind {kind}", value, f"use {plain!r}")
         self._names = list(features)
         self.codecs = {name: CODECS[self.config.codec].of(self.config) for name in self._names}
         self._rows = {name: self.codecs[name].row_spec(spec) for name, spec in features.items()}
@@ -150,7 +155,8 @@ class LatentReplay(Finetune):
 
     def init(self) -> State:
         """Finetune's state, for each class the samples since it was last seen and, with a schedule, those learned."""
-        state = {**super().init(), "age": torch.full((self.problem.max_classes,), float(self.config.window))}
+        ages = {"age": torch.full((self.problem.max_classes,), float(self.config.window))} if self._ages else {}
+        state = {**super().init(), **ages}
         averages = {f"average.{name}": state[f"param.{name}"].clone() for name in self.trained} if self.config.average else {}
         schedule = {"learned": torch.zeros(self.problem.max_classes)} if self.config.lr_decay < 1 else {}
         return {**state, **averages, **schedule}
@@ -173,13 +179,15 @@ class LatentReplay(Finetune):
     @property
     def replay(self) -> ReplaySpec:
         """Rows of codes, drawn and evicted by the device."""
-        fields = tuple(TensorSpec(f"z.{name}" if name else "z", row.shape, row.dtype) for name, row in self._rows.items())
+        fields = [TensorSpec(f"z.{name}" if name else "z", row.shape, row.dtype) for name, row in self._rows.items()]
+        stored = self.problem.target.stored(self.problem.max_classes)
+        fields += [] if stored is None else [stored]
         config, draws = self.config, []
         if config.crop:
             draws += [DrawSpec("size", (1 + self._drawn,), ENTRIES), DrawSpec("place", (1 + self._drawn, 2), PLACES)]
         if config.mixup:
             draws.append(DrawSpec("share", (1,), ENTRIES))
-        return ReplaySpec(fields, self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
+        return ReplaySpec(tuple(fields), self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
 
     @property
     def _drawn(self) -> int:
@@ -190,20 +198,21 @@ class LatentReplay(Finetune):
     def step_inputs(self) -> dict[str, Any]:
         """Those of finetune; ``replay``: rows of codes, their targets, and 1 for a real row or 0 for filler; ``draw``: random integers."""
         memory, rows = self.replay, self._drawn
-        specs = [TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in memory.fields]
-        z = specs[0] if self._names == [""] else dict(zip(self._names, specs, strict=True))
-        replay = {"z": z, "target": TensorSpec("target", (rows,), "int64"), "weight": TensorSpec("weight", (rows,), "float32")}
+        specs = {f.name: TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in memory.fields}
+        target = specs.pop("target", TensorSpec("target", (rows,), "int64"))
+        z = specs["z"] if self._names == [""] else dict(zip(self._names, specs.values(), strict=True))
+        replay = {"z": z, "target": target, "weight": TensorSpec("weight", (rows,), "float32")}
         return {**super().step_inputs(), "replay": replay, "draw": {draw.name: draw.tensor for draw in memory.draws}}
 
-    def prime(self, state: State, z: Any, target: Tensor) -> StepResult:
+    def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
         """Count a base sample and return its replay row."""
-        _, new = super().prime(state, z, target)
+        _, new = super().prime(state, z, target, weight)
         return self._row(self._encode(z)), new
 
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores float32 [1, K] of the latent as a row would hold it."""
         scores = self.scores(self._predictors(state), self._decode(self._encode(z)))
-        return {"scores": mask_unseen(scores, state["count"])}, {}
+        return {"scores": self.masked(scores, state)}, {}
 
     # Steps are fed by the names of their inputs, never through the base class.
     def learn(  # type: ignore[override]
@@ -217,42 +226,63 @@ class LatentReplay(Finetune):
         draw: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> StepResult:
         """One step on the new sample and r stored rows; ``row.z`` is the sample's own row."""
-        config, classes, rows = self.config, self.problem.max_classes, self.config.rows_per_step
+        config, rows = self.config, self.config.rows_per_step
         code = self._encode(z)
-        fresh = one_hot(target, classes).reshape(-1)
-        count = state["count"] + fresh
-        age = torch.where(fresh > 0, 0.0, state["age"] + 1.0)
-        seen = (count > 0).unsqueeze(0)
+        counted = {**self.counted(state, target), **self._aged(state, target)}
+        allowed = self._allowed(counted)
         decoded, real = self._decode(code), replay["weight"]
         batch = self._join(decoded, self._decode(self._filled(replay["z"], code, real)))
         if config.crop:
             with phase("augment"):
                 maps = crop(self._parts(batch)[self._names[0]], draw["size"], draw["place"], self._sizes)
                 batch = self._whole({self._names[0]: maps})
-        truth = one_hot(torch.cat([target, replay["target"]]), classes)
+        targets = torch.cat([target, replay["target"].to(target.dtype)])
         if config.mixup:
             with phase("augment"):
-                batch, truth = self._mixed(batch, truth, draw["share"], real[rows:])
+                batch, targets = self._mixed(batch, one_hot(targets, self.problem.max_classes), draw["share"], real[rows:])
             real = real[:rows]
-        allowed = torch.cat([self._current(age, seen), seen.expand(rows, -1)])
         weights = torch.cat([weight * config.new_weight, real / real.sum().clamp_min(1.0)])
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             scores = self.scores(parameters, batch)
-            return (soft_cross_entropy(scores, truth, allowed) * weights).sum(), scores
+            if config.mixup:
+                return (soft_cross_entropy(scores, targets, allowed) * weights).sum(), scores
+            return (losses(self.problem.target, scores, targets, allowed) * weights).sum(), scores
 
         schedule: State = {}
         if config.lr_decay < 1:
+            fresh = one_hot(target, self.problem.max_classes).reshape(-1)
             lr = lr * config.lr_decay ** ((state["learned"] * fresh).sum() / config.lr_decay_every).floor()
             schedule = {"learned": state["learned"] + fresh}
         value, scores, new = self.descend(state, loss, lr)
         if config.average or config.crop:
             with phase("forward"):
                 scores = self.scores(self._predictors(state), decoded)
-        outputs = {"scores": mask_unseen(scores[:1], state["count"]), "loss": value, **self._row(code)}
+        outputs = {"scores": self.masked(scores[:1], state), "loss": value, **self._row(code)}
         if not CODECS[config.codec].lossless:
             outputs["health.reconstruction"] = self._error(z, decoded)
-        return outputs, {**new, **self._average(state, new), **schedule, "count": count, "age": age}
+        return outputs, {**new, **self._average(state, new), **schedule, **counted}
+
+    @property
+    def _ages(self) -> bool:
+        return self.problem.target.kind == "class"
+
+    def _aged(self, state: State, target: Tensor) -> State:
+        """Samples since each class was last seen, this one included."""
+        if not self._ages:
+            return {}
+        return {"age": torch.where(one_hot(target, self.problem.max_classes).reshape(-1) > 0, 0.0, state["age"] + 1.0)}
+
+    def _allowed(self, counted: State) -> Tensor | None:
+        """Classes that the loss of each row runs over: seen ones, for the new sample under ``er-ace`` the current ones."""
+        if not counted:
+            return None
+        seen = counted["count"] > 0
+        if not self._ages:
+            return seen
+        current = seen if self.config.loss == "er" else counted["age"] < self.config.window
+        current = torch.where(current.to(torch.float32).sum() < 2, seen, current)  # over one class its gradient is zero
+        return torch.cat([current.unsqueeze(0), seen.unsqueeze(0).expand(self.config.rows_per_step, -1)])
 
     def _mixed(self, batch: Any, truth: Tensor, drawn: Tensor, partners: Tensor) -> tuple[Any, Tensor]:
         """The new sample, and each stored row mixed with its partner, where it has a real one; maps and targets alike."""
@@ -260,13 +290,6 @@ class LatentReplay(Finetune):
         share = torch.where(partners > 0, self._shares.index_select(0, drawn), 1.0)
         mixed = {name: torch.cat([part[:1], mix(part[1:], share, rows)]) for name, part in self._parts(batch).items()}
         return self._whole(mixed), torch.cat([truth[:1], mix(truth[1:], share, rows)])
-
-    def _current(self, age: Tensor, seen: Tensor) -> Tensor:
-        """Classes that the new sample's softmax runs over, bool [1, K]."""
-        if self.config.loss == "er":
-            return seen
-        window = (age < self.config.window).unsqueeze(0)
-        return torch.where(window.to(torch.float32).sum() < 2, seen, window)
 
     def _filled(self, rows: Any, code: Any, real: Tensor) -> Any:
         """Rows with this sample's code in place of filler: of zeros a suffix may make NaN, which no weight of zero takes away."""

@@ -1,7 +1,7 @@
-"""Recursive ridge regression on one-hot targets: learn, weight, relabel and forget exactly, one sample at a time.
+"""Recursive ridge regression: learn, weight, relabel and forget exactly, one sample at a time.
 
 The readout is at every moment the solution of  min_W  sum_i w_i |W^T phi_i - t_i|^2 + gamma |W|^2,  where phi is the
-sample's feature vector (optionally relu(z A) with a fixed random A) and t its one-hot target. With
+sample's feature vector (optionally relu(z A) with a fixed random A) and t its target: one-hot, real values, or a 1 for each label. With
 R = (sum_i w_i phi_i phi_i^T + gamma I)^-1, one sample changes it by
 
     e = t - W^T phi        g = R phi        s = 1 + w phi.g
@@ -59,7 +59,7 @@ class Ridge(Learner):
     """Recursive ridge regression.
 
     State: ``inverse`` [M, M], the R above; ``readout`` [M, K], the W above, both of ``Config.dtype``; ``count``
-    float32 [K], samples by class (not weights); ``min_s`` float32 [], the smallest s of any update so far.
+    float32 [K], samples by class (not weights), for other targets [1], samples; ``min_s`` float32 [], the smallest s of any update.
 
     >>> from edgecl.learner import Problem
     >>> learner = Ridge(Problem(TensorSpec("z", (1, 2), "float32"), max_classes=3), Ridge.Config(gamma=1.0))
@@ -72,6 +72,7 @@ class Ridge(Learner):
     """
 
     name = "ridge"
+    targets = ("class", "vector", "multilabel")
     summary = "recursive ridge regression; learns, weights, relabels and forgets exactly"
 
     @dataclass(frozen=True)
@@ -143,13 +144,17 @@ class Ridge(Learner):
         return {
             "inverse": torch.eye(self._size, dtype=self._dtype) / self.config.gamma,
             "readout": torch.zeros(self._size, self.problem.max_classes, dtype=self._dtype),
-            "count": torch.zeros(self.problem.max_classes),
+            "count": torch.zeros(self.problem.max_classes if self._classes else 1),
             "min_s": torch.ones(()),
         }
 
     def step_inputs(self) -> dict[str, Nested | TensorSpec]:
-        """Those of every method, and ``new_target`` int64 [1] for ``relabel``."""
-        return {**super().step_inputs(), "new_target": TensorSpec("new_target", (1,), "int64")}
+        """Those of every method, and ``new_target`` for ``relabel``."""
+        return {**super().step_inputs(), "new_target": self.problem.target.spec("new_target")}
+
+    def threshold(self, probability: float) -> float:
+        """The probability itself: ridge estimates the 0 or 1 of a label."""
+        return probability
 
     @property
     def steps(self) -> dict[str, Callable[..., StepResult]]:
@@ -160,14 +165,14 @@ class Ridge(Learner):
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores W^T phi, float32 [1, K]."""
         scores = torch.mm(self._phi(z), state["readout"])
-        return {"scores": mask_unseen(scores.to(torch.float32), state["count"])}, {}
+        return {"scores": self._masked(scores, state)}, {}
 
     def learn(self, state: State, z: Any, target: Tensor, weight: Tensor) -> StepResult:
         """Add a sample.
 
         ``loss`` [] is the squared error |t - W^T phi|^2 of the prediction before the update; ``health.s`` [] and
         ``health.min_s`` [] are this update's s and the smallest so far. ``guard`` is false when s is out of ``tau``'s
-        bounds (R has lost its precision or its sign, or would) or the class would have fewer than no samples.
+        bounds (R has lost its precision or its sign, or would) or ``count`` would fall below zero.
         """
         return self._update(state, z, target, weight, 1.0)
 
@@ -177,25 +182,24 @@ class Ridge(Learner):
         return self._update(state, z, target, weight * -1.0, -1.0)
 
     def relabel(self, state: State, z: Any, target: Tensor, new_target: Tensor, weight: Tensor) -> StepResult:
-        """Move a learned sample from ``target`` to ``new_target``. ``guard`` is false when ``target`` has no sample."""
+        """Move a learned sample from ``target`` to ``new_target``. ``guard`` is false when nothing was learned, of ``target``'s class."""
         self._need_exactness("relabel")
         with phase("forward"):
             phi = self._phi(z)
         g = torch.mm(phi, state["inverse"]) * weight.to(self._dtype)
-        new, old = self._one_hot(new_target), self._one_hot(target)
-        had = state["count"].index_select(0, target)
-        change = (new - old).to(torch.float32).reshape(-1)
-        return {"guard": (had > 0).reshape(())}, {
-            "readout": torch.addmm(state["readout"], g.t(), new - old),
-            "count": state["count"] + change,
-        }
+        change = self._row(new_target) - self._row(target)
+        readout = torch.addmm(state["readout"], g.t(), change)
+        guard = (self._count_of(state["count"], target) > 0).reshape(())
+        if not self._classes:
+            return {"guard": guard}, {"readout": readout}
+        return {"guard": guard}, {"readout": readout, "count": state["count"] + change.to(torch.float32).reshape(-1)}
 
     def _update(self, state: State, z: Any, target: Tensor, weight: Tensor, samples: float) -> StepResult:
         """Add ``samples`` (1 or -1) of signed ``weight`` [1]."""
         with phase("forward"):
             phi = self._phi(z)
             scores = torch.mm(phi, state["readout"])
-        t = self._one_hot(target)
+        t = self._row(target)
         w = weight.to(self._dtype).unsqueeze(1)
         inverse = state["inverse"]
         if self.config.drift < 1:
@@ -205,13 +209,13 @@ class Ridge(Learner):
         s = torch.mm(g, phi.t()) * w + 1.0
         ratio = w / s
         u = g * torch.maximum(ratio, ratio * -1.0).sqrt()
-        count = state["count"] + t.to(torch.float32).reshape(-1) * samples
+        count = state["count"] + (t.to(torch.float32).reshape(-1) * samples if self._classes else samples)
         s_out = s.to(torch.float32).reshape(())
-        known = count.index_select(0, target).reshape(()) >= 0
+        known = self._count_of(count, target).reshape(()) >= 0
         tau = self.config.tau
         lowest, highest = (1 - tau if samples > 0 else tau), tau / torch.finfo(self._dtype).eps
         outputs = {
-            "scores": mask_unseen(scores.to(torch.float32), state["count"]),
+            "scores": self._masked(scores, state),
             "loss": (error * error).sum().to(torch.float32),
             "guard": known & (s_out > lowest) & (s_out < highest),
             "health.s": s_out,
@@ -238,8 +242,20 @@ class Ridge(Learner):
         needed = diagonal.sum(0, keepdim=True) / self._trace_cap
         return torch.minimum(needed.clamp_min(self.config.drift), torch.ones(1, dtype=self._dtype))
 
-    def _one_hot(self, target: Tensor) -> Tensor:
-        return one_hot(target, self.problem.max_classes, self._dtype)
+    @property
+    def _classes(self) -> bool:
+        return self.problem.target.kind == "class"
+
+    def _row(self, target: Tensor) -> Tensor:
+        """The target as a row [1, K] of the least-squares problem."""
+        return one_hot(target, self.problem.max_classes, self._dtype) if self._classes else target.to(self._dtype)
+
+    def _count_of(self, count: Tensor, target: Tensor) -> Tensor:
+        """Samples [1] of the target's class, or in all where there is none."""
+        return count.index_select(0, target) if self._classes else count
+
+    def _masked(self, scores: Tensor, state: State) -> Tensor:
+        return mask_unseen(scores.to(torch.float32), state["count"]) if self._classes else scores.to(torch.float32)
 
     def _need_exactness(self, step: str) -> None:
         if step not in self.steps:

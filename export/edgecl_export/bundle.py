@@ -205,11 +205,16 @@ def _write(
     graphs = {name: _graph_hash(step) for name, step in steps.items()}
     contents = {p.name: FileEntry(sha256_file(p), p.stat().st_size) for p in sorted(folder.iterdir())}
     start = [contents[name].sha256 for name in (STATE_FILE, REPLAY_FILE) if name in contents]
+    kind = learner.problem.target
+    if kind.kind == "multilabel":  # on the device its threshold is one of scores
+        kind = dataclasses.replace(kind, threshold=learner.threshold(kind.threshold))
     identity = [learner.name, config, learner.problem.max_classes, graphs, start, *(["rows in file"] if rows_in_file else [])]
+    if kind.kind != "class":  # bundles of classes keep the identity that they had before there were other kinds, and so their stores
+        identity.append(dataclasses.asdict(kind))
     manifest = Manifest(
         method=learner.name,
         config=config,
-        target=learner.problem.target,
+        target=kind,
         max_classes=learner.problem.max_classes,
         class_names=prepared.known_names(),
         steps={name: _step_spec(files[name], step) for name, step in steps.items()},

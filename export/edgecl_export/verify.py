@@ -14,12 +14,14 @@ from safetensors.numpy import load_file
 from edgecl.engine import EagerEngine
 from edgecl.graph.lowering import BuiltStep
 from edgecl.prepare import Prepared
+from edgecl.targets import drawn_target
 from edgecl.trees import flatten_tree
 from edgecl_device.checks import REVISIONS
 from edgecl_device.engines import Engine
 from edgecl_device.errors import EdgeclError
 from edgecl_device.learner import Learner as DeviceLearner
 from edgecl_device.manifest import Array, Manifest, TensorSpec, check_files, read_manifest
+from edgecl_device.targets import example_target
 from edgecl_export.errors import refuse
 from edgecl_export.parity import UNLESS, Tally, compare_outputs, compare_step
 from edgecl_export.targets import Written, target_of
@@ -158,9 +160,15 @@ def _parity(case: _Case) -> str:
     blank = {name: np.zeros_like(a) if name.partition(".")[0] == "z" or name == "replay.weight" else a for name, a in inputs.items()}
     for step in steps:
         compared[step] += compare_step(step, state, blank, eager, target, tally)
-    for x in _samples(case, eager):
-        compare_outputs("encode", eager.run("encode", {"x": x}), target.run("encode", {"x": x}), tally)
-        compared["encode"] += 1
+    frames = _samples(case, eager)
+    if case.manifest.stream:  # each frame from the state that the ones before have left
+        for x in itertools.islice(itertools.cycle(frames), STATES):
+            compared["encode"] += compare_step("encode", state, x, eager, target, tally)
+            state = eager.state()
+    else:
+        for x in frames:
+            compare_outputs("encode", eager.run("encode", x), target.run("encode", x), tally)
+            compared["encode"] += 1
     target.close()
     for step in steps:
         if case.manifest.steps[step].state_out and compared[step] < LEAST:
@@ -181,16 +189,18 @@ def _learned(case: _Case, eager: EagerEngine, state: Mapping[str, Array], inputs
     return eager.state()
 
 
-def _samples(case: _Case, eager: EagerEngine) -> list[Array]:
-    """Raw samples [1, ...] for the trunk: those that ``fit`` has seen, and a random one where the model takes it."""
-    real = [case.prepared.samples[i : i + 1] for i in range(len(case.prepared.samples))]
-    spec, generator = case.prepared.x, np.random.default_rng(0)
-    if np.dtype(spec.dtype).kind == "f":
-        drawn = _example_of(spec, generator)
-    else:
-        drawn = generator.integers(0, 2 if spec.dtype == "bool" else 256, spec.shape).astype(spec.dtype)
+def _samples(case: _Case, eager: EagerEngine) -> list[dict[str, Array]]:
+    """Inputs [1, ...] of the trunk: those that ``fit`` has seen, and random ones where the model takes them."""
+    seen, generator = flatten_tree({"x": case.prepared.samples}), np.random.default_rng(0)
+    real = [{name: part[i : i + 1] for name, part in seen.items()} for i in range(len(next(iter(seen.values()))))]
+    drawn = {}
+    for name, spec in flatten_tree({"x": case.prepared.x}).items():
+        if np.dtype(spec.dtype).kind == "f":
+            drawn[name] = _example_of(spec, generator)
+        else:
+            drawn[name] = generator.integers(0, 2 if spec.dtype == "bool" else 256, spec.shape).astype(spec.dtype)
     try:
-        taken = all(np.isfinite(z).all() for z in eager.run("encode", {"x": drawn}).values())
+        taken = all(np.isfinite(z).all() for z in eager.run("encode", drawn).values())
     except Exception:  # integers may be rows of a table in the user's code, which may raise anything for others
         taken = False
     return [*real, drawn] if taken else real
@@ -211,7 +221,7 @@ def _loads(case: _Case) -> str:
         ):
             seen = learner.predict(case.prepared.example)
             if "learn" in case.manifest.steps:
-                learner.learn(case.prepared.example, 0 if seen.label is None else seen.label)
+                learner.learn(seen.sample_id, example_target(case.manifest) if seen.label is None else seen.label)
     except EdgeclError as error:
         raise refuse("loads", f"the device's loop refuses the bundle or its first sample ({error})", UNLESS) from error
     return "loaded, predicted" + (", learned" if "learn" in case.manifest.steps else "")
@@ -244,21 +254,21 @@ def _inputs(case: _Case) -> Any:
     prepared, learner = case.prepared, case.prepared.learner
     classes = learner.problem.max_classes
     features = flatten_tree({"z": learner.problem.features})
-    examples: list[tuple[Any, int] | None] = [*prepared.examples] or [None]
+    target, examples = learner.problem.target, list[tuple[Any, Array] | None](prepared.examples) or [None]
     specs = {spec.name: spec for step in case.manifest.steps.values() for spec in step.inputs}
     stored = prepared.memory.rows_by_name() if prepared.memory is not None else {}
     draws = prepared.memory.spec.draws if prepared.memory is not None else ()
     for i, example in enumerate(itertools.cycle(examples)):
         if example is None:
             z = {name: _example_of(spec, generator) for name, spec in features.items()}
-            label = i % classes
+            own = None
         else:
             z = {name: t.numpy() for name, t in flatten_tree({"z": example[0]}).items()}
-            label = example[1] if i % 2 else i % classes
+            own = example[1] if i % 2 else None
         inputs: dict[str, Array] = {
             **z,
-            "target": np.array([label], np.int64),
-            "new_target": np.array([(label + 1) % classes], np.int64),
+            "target": drawn_target(target, classes, i % classes, generator) if own is None else own,
+            "new_target": drawn_target(target, classes, (i + 1) % classes, generator),
             "weight": np.array([1.0 + i % 3], np.float32),
             "lr": np.array(0.0 if i % 8 == 7 else learner.default_lr, np.float32),
         }
@@ -272,7 +282,8 @@ def _inputs(case: _Case) -> Any:
                     picked = np.random.default_rng(i).integers(0, len(stored["replay.target"]), rows)
                     inputs[name] = stored[name][picked]
                 elif name == "replay.target":
-                    inputs[name] = generator.integers(0, classes, rows)
+                    drawn = [drawn_target(target, classes, int(k), generator) for k in generator.integers(0, classes, rows)]
+                    inputs[name] = np.concatenate(drawn).astype(spec.dtype)
                 else:
                     inputs[name] = _example_of(spec, generator)
         yield inputs

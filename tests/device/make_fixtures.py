@@ -16,7 +16,7 @@ from onnx import numpy_helper, parser
 from safetensors.numpy import save
 
 from edgecl_device.generator import Generator
-from edgecl_device.manifest import UNSEEN_SCORE, FileEntry, Manifest, ReplaySpec, StepSpec, TensorSpec, sha256_file, to_json
+from edgecl_device.manifest import UNSEEN_SCORE, FileEntry, Manifest, ReplaySpec, StepSpec, TargetSpec, TensorSpec, sha256_file, to_json
 
 HERE = Path(__file__).resolve().parent
 D, K, R = 8, 5, 2
@@ -168,7 +168,7 @@ def write_bundle(
     files = {p.name: FileEntry(sha256_file(p), p.stat().st_size) for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
     identity = f"{method} {files['encode.onnx'].sha256}"
     manifest = Manifest(
-        method=method, config={}, target="class", max_classes=K, class_names=("cat", "dog"), steps=found, state=tuple(specs.values()),
+        method=method, config={}, target=TargetSpec(), max_classes=K, class_names=("cat", "dog"), steps=found, state=tuple(specs.values()),
         state_file="state.safetensors", bundle_id=hashlib.sha256(identity.encode()).hexdigest(),
         replay_file=None if rows is None else "rows.safetensors", pending_capacity=4, log_capacity_bytes=1 << 16, files=files, versions={},
     )  # fmt: skip

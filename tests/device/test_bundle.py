@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from edgecl_device import BundleError, InputError, Learner, SchemaError
-from edgecl_device.manifest import DTYPES, TensorSpec, read_manifest, to_json
+from edgecl_device.manifest import DTYPES, TargetSpec, TensorSpec, read_manifest, to_json
 
 FILES = ["encode.onnx", "predict.onnx", "learn.onnx", "forget.onnx", "relabel.onnx", "state.safetensors"]
 
@@ -41,8 +41,22 @@ def test_a_missing_or_altered_file_is_named_and_the_store_is_left_alone(means, l
 def test_a_newer_schema_is_refused(means, load):
     data = json.loads((means / "manifest.json").read_text())
     # A newer schema may hash in another way: it comes first.
-    (means / "manifest.json").write_text(json.dumps({**data, "schema": 2}))
-    with pytest.raises(SchemaError, match="schema is 2, this package reads up to 1; update edgecl on the device"):
+    (means / "manifest.json").write_text(json.dumps({**data, "schema": 3}))
+    with pytest.raises(SchemaError, match="schema is 3, this package reads up to 2; update edgecl on the device"):
+        load(means)
+
+
+def test_a_bundle_of_schema_1_and_its_store_go_on(means, load, stream, edit_manifest, tmp_path, crash):
+    x, y = stream
+    new = load(means, store=tmp_path / "l.db")
+    new.learn(x[0], int(y[0]))
+    crash(new)
+    edit_manifest(means, schema=1, target="class")
+    old = load(means, store=tmp_path / "l.db")
+    assert old.report()["learned"] == 1 and old.manifest.target == TargetSpec()
+    old.learn(x[1], int(y[1]))
+    edit_manifest(means, schema=1, target="box")
+    with pytest.raises(BundleError, match="target: expected an object, got box"):
         load(means)
 
 
@@ -155,7 +169,7 @@ def broken(data, change):
         ("no encode", "steps: 'encode' is missing"),
         ("no predict", "steps: 'predict' is missing"),
         ("predict writes", "step 'predict': must not write state"),
-        ("two inputs", "step 'encode': must have one input, x"),
+        ("two inputs", "step 'encode': inputs must be x, or x.NAME each"),
         ("unknown input", "step 'learn': the loop cannot feed .*mood"),
         ("wrong input", "step 'predict': the loop cannot feed"),
         ("no loss", "step 'learn': output .*loss.* is missing"),
@@ -254,6 +268,6 @@ def test_the_manifest_survives_a_round_trip(means):
 
 
 def test_the_types_of_tensors_are_one_list_that_the_docstring_repeats():
-    assert DTYPES == ("float32", "float64", "int32", "int64", "uint8", "bool")
+    assert DTYPES == ("float32", "float64", "int16", "int32", "int64", "uint8", "bool")
     assert all(f"``{name}``" in TensorSpec.__doc__ for name in DTYPES)
     assert all(TensorSpec("x", (2,), name).zeros().dtype == name for name in DTYPES)

@@ -113,10 +113,10 @@ def test_the_bytes_that_run_tells_are_all_that_it_wrote(call, means, data, tmp_p
 def test_ctrl_c_is_one_line_and_what_was_learned_is_in_the_store(request, call, means, data, monkeypatch, tmp_path, terminal):
     learn = Learner.learn
 
-    def pressed(self, x, y):
+    def pressed(self, x, y, **options):
         if self.report()["learned"] == 7:
             signal.raise_signal(signal.SIGINT)
-        return learn(self, x, y)
+        return learn(self, x, y, **options)
 
     monkeypatch.setattr(Learner, "learn", pressed)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
@@ -183,10 +183,10 @@ def test_a_stream_is_checked_before_its_first_sample_is_learned(call, means, str
 def test_an_error_in_the_middle_of_a_stream_names_its_sample(call, means, data, monkeypatch):
     learn = Learner.learn
 
-    def full(self, x, y):
+    def full(self, x, y, **options):
         if self.report()["learned"] == 7:
             raise StoreFullError("no space left")
-        return learn(self, x, y)
+        return learn(self, x, y, **options)
 
     monkeypatch.setattr(Learner, "learn", full)
     code, _, err = call("run", means, "--data", data)

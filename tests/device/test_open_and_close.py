@@ -16,6 +16,7 @@ CALLS = {
     "rollback": lambda a, x: a.rollback(),
     "state": lambda a, x: a.state(),
     "rows": lambda a, x: a.rows(),
+    "reset_stream": lambda a, x: a.reset_stream(),
     "report": lambda a, x: a.report(),
 }
 

@@ -249,7 +249,7 @@ def test_a_store_in_use_is_refused_and_a_failed_load_frees_it(means, load, strea
     with pytest.raises(StoreError, match="another learner has it open"):
         load(means, store=tmp_path / "l.db")
     learner.close()
-    monkeypatch.setattr("edgecl_device.learner.Core", lambda *args: 1 / 0)
+    monkeypatch.setattr("edgecl_device.learner.Core", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load(means, store=tmp_path / "l.db")
     monkeypatch.undo()

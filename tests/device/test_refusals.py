@@ -76,7 +76,7 @@ def test_another_bundles_store_stays_as_it_is(means, head, load, killed, tmp_pat
 
 @pytest.mark.parametrize("error", [BundleError, KeyboardInterrupt])
 def test_a_store_stays_as_it_is_when_the_rest_of_the_start_fails(means, load, killed, tmp_path, monkeypatch, error):
-    def fail(*args):
+    def fail(*args, **options):
         raise error("stopped")
 
     before = killed()

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import sqlite3
 import subprocess
@@ -249,7 +250,7 @@ def test_the_label_of_a_sample_can_be_changed(open_store):
     store = open_store()
     event = learned(store)
     with store.transaction():
-        store.set_label(event, 4)
+        store.replace(event, dataclasses.replace(event, label=4))
     assert store.sample(event.sample_id).label == 4
 
 

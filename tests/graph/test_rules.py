@@ -13,7 +13,7 @@ from edgecl.graph.lowering import canonicalise, lower
 from edgecl.graph.rules import elementwise, pooling, products
 from edgecl.graph.rules.convolution import convolution_backward
 from edgecl.graph.step import UnsupportedOperatorError
-from edgecl.methods._suffix import cross_entropy
+from edgecl.methods._losses import cross_entropy
 
 aten = torch.ops.aten
 EXACT = 1e-10

@@ -8,7 +8,7 @@ then data for inputs, data then state for outputs.
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,13 @@ class ExecutorchEngine:
         self._state = {name: np.array(state[name], order="C") for name in self._specs}
         self._new = {}
 
-    def state(self) -> dict[str, Array]:
-        """Copies of every state tensor."""
-        return {name: value.copy() for name, value in self._state.items()}
+    def state(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        """Copies of every state tensor, or of those named."""
+        return {name: self._state[name].copy() for name in (self._state if names is None else names)}
+
+    def put(self, state: Mapping[str, Array]) -> None:
+        """Copy some state tensors in, which fit."""
+        self._state.update({name: np.array(value, order="C") for name, value in state.items()})
 
     def run(self, step: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one step and return its outputs (new state not included).
@@ -133,7 +137,7 @@ class _Step:
                     )
 
 
-_CODES = {"uint8": 0, "int32": 3, "int64": 4, "float32": 6, "float64": 7, "bool": 11}
+_CODES = {"uint8": 0, "int16": 2, "int32": 3, "int64": 4, "float32": 6, "float64": 7, "bool": 11}
 """ExecuTorch's numbers of the types, as PyTorch has them: https://docs.pytorch.org/executorch (ScalarType)."""
 
 

@@ -5,7 +5,7 @@ share a name); the other inputs and outputs carry the names of the manifest. Inp
 whether a reader would see the old or the new value then depends on the runtime's own node order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,14 @@ class OnnxEngine:
             views[self._index(name)][...] = state[name]
         self._written = 0
 
-    def state(self) -> dict[str, Array]:
-        """Copies of every state tensor."""
-        return {name: views[self._index(name)].copy() for name, views in self._views.items()}
+    def state(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        """Copies of every state tensor, or of those named."""
+        return {name: self._views[name][self._index(name)].copy() for name in (self._views if names is None else names)}
+
+    def put(self, state: Mapping[str, Array]) -> None:
+        """Copy some state tensors in, which fit."""
+        for name, value in state.items():
+            self._views[name][self._index(name)][...] = value
 
     def run(self, step: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one step and return copies of its outputs (new state not included).
