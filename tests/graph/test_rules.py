@@ -12,7 +12,6 @@ from edgecl.graph import cost
 from edgecl.graph.lowering import canonicalise, lower
 from edgecl.graph.rules import elementwise, pooling, products
 from edgecl.graph.rules.convolution import convolution_backward
-from edgecl.graph.step import UnsupportedOperatorError
 from edgecl.methods._suffix import cross_entropy
 
 aten = torch.ops.aten
@@ -88,10 +87,63 @@ def test_convolution_backward_with_a_different_value_on_each_axis(generator: tor
         close(got, want, EXACT, "axes")
 
 
-def test_transposed_convolution_is_refused_by_name() -> None:
-    z = torch.zeros(1, 1, 3, 3)
-    with pytest.raises(UnsupportedOperatorError, match="is the gradient of a transposed convolution"):
-        convolution_backward(z, z, z, None, (1, 1), (0, 0), (1, 1), True, (0, 0), 1, (True, True, False))
+def transposed_convolutions() -> list[dict[str, Any]]:
+    """Strides, dilations, paddings, rests and groups of transposed convolutions in one and two dimensions, channels 4 -> 4 or 8."""
+    found = []
+    for kernel, stride, padding, dilation, rest, groups in itertools.product(
+        [(1,), (3,), (4,), (1, 1), (3, 3), (2, 4)], (1, 2, 3), (0, 1), (1, 2), (0, 1), (1, 2, 4)
+    ):
+        if rest < max(stride, dilation) and all(dilation * (k - 1) + 1 >= 2 * padding for k in kernel):
+            sizes = (5, 4)[: len(kernel)]
+            options = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": rest, "groups": groups}
+            found.append({"sizes": sizes, "kernel": kernel, **options})
+    return found
+
+
+def transpose(case: dict[str, Any]) -> Any:
+    function: Any = F.conv_transpose1d if len(case["kernel"]) == 1 else F.conv_transpose2d
+    options = {k: case[k] for k in ("stride", "padding", "dilation", "output_padding", "groups")}
+    return lambda x, w, b: function(x, w, b, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_transposed_convolution_equals_autograd(batch: int, generator: torch.Generator) -> None:
+    """Gradients by both rules, and the forward pass as products."""
+    cases = transposed_convolutions()
+    assert len(cases) > 200
+    for case in cases:
+        rank, groups = len(case["kernel"]), case["groups"]
+        shapes = (batch, 4, *case["sizes"]), (4, 8 // groups, *case["kernel"]), (8,)
+        x, w, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        y, pullback = torch.func.vjp(transpose(case), x, w, b)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        options: Any = [[case[k]] * rank for k in ("stride", "padding", "dilation")]
+        rest = [case["output_padding"]] * rank
+        close(products.convolution(x, w, b, *options, True, rest, groups), y, EXACT, case)
+        for rule in (convolution_backward, products.convolution_backward):
+            found = rule(cotangent, x, w, [8], *options, True, rest, groups, [True] * 3)
+            for name, got, want in zip(("input", "weight", "bias"), found, pullback(cotangent), strict=True):
+                assert got is not None
+                close(got, want, EXACT, (rule.__module__, name, batch, case))
+
+
+def test_lowered_gradients_of_transposed_convolutions_on_onnx_runtime(bench: Any, generator: torch.Generator) -> None:
+    """Every 11th combination, in one graph."""
+    cases = transposed_convolutions()[::11]
+    tensors = []
+    for case in cases:
+        x, w = (torch.randn(s, generator=generator) for s in ((2, 4, *case["sizes"]), (4, 8 // case["groups"], *case["kernel"])))
+        tensors += [x, w, torch.randn(transpose(case)(x, w, None).shape, generator=generator)]
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        found = []
+        for i, case in enumerate(cases):
+            x, w, cotangent = arguments[3 * i : 3 * i + 3]
+            y, pullback = torch.func.vjp(lambda a, b, c=case: transpose(c)(a, b, None), x, w)
+            found += [y, *pullback(cotangent)]
+        return found
+
+    bench.check(run, *tensors, bar=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -306,11 +358,3 @@ def test_products_of_changing_matrices_equal_autograd(bench: Any, generator: tor
     graph = lower(canonicalise(bench.trace(function, a, b, c)), "executorch")
     for got, want in zip(graph.run(a, b, c), function(a, b, c), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def test_a_transposed_convolution_with_a_changing_kernel_is_refused_by_name() -> None:
-    z = torch.zeros(1, 1, 3, 3)
-    with pytest.raises(UnsupportedOperatorError, match="transposed convolution with a trained kernel, which has no rule"):
-        products.convolution(z, z, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1)
-    with pytest.raises(UnsupportedOperatorError, match="gradient of a transposed convolution"):
-        products.convolution_backward(z, z, z, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1, [True] * 3)
