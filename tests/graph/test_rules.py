@@ -358,3 +358,26 @@ def test_products_of_changing_matrices_equal_autograd(bench: Any, generator: tor
     graph = lower(canonicalise(bench.trace(function, a, b, c)), "executorch")
     for got, want in zip(graph.run(a, b, c), function(a, b, c), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_that_crops_is_written_as_slices_for_executorch(bench: Any, generator: torch.Generator) -> None:
+    """Its kernel refuses negative amounts, and only when it runs."""
+    x = torch.randn(2, 3, 6, 7, generator=generator)
+    for amounts in ([-1, -2], [1, -1, -2, 3], [0, 0, -1, 0], [2, 1, 0, 1], [-1, 0, 1, 1, -1, -1]):
+        want = aten.constant_pad_nd(x, amounts, 0.5)
+        graph = lower(canonicalise(bench.trace(lambda t, a=amounts: aten.constant_pad_nd(t, a, 0.5), x)), "executorch")
+        assert torch.equal(graph.run(x)[0], want)
+        assert all(min(n.args[1]) >= 0 for n in graph.operators if n.target is aten.constant_pad_nd.default)
+
+
+def test_cropped_gradients_of_convolutions_have_no_negative_padding_on_executorch(bench: Any, generator: torch.Generator) -> None:
+    x, w = torch.randn(1, 4, 7, 7, generator=generator), torch.randn(4, 4, 3, 3, generator=generator)
+    g = torch.randn(1, 4, 4, 4, generator=generator)
+
+    def run(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(lambda a, b: F.conv2d(a, b, stride=2, padding=1), x, w)[1](g)  # type: ignore[no-any-return]
+
+    graph = lower(canonicalise(bench.trace(run, x, w, g)), "executorch")
+    assert all(min(n.args[1]) >= 0 for n in graph.operators if n.target is aten.constant_pad_nd.default)
+    for got, want in zip(graph.run(x, w, g), run(x, w, g), strict=True):
+        close(got, want, 1e-5, "crop")
