@@ -46,14 +46,14 @@ class Signal(nn.Module):
 
 
 class Steps(nn.Module):
-    """A layer for sequences [N, T, C], of which the first result is taken."""
+    """A layer for sequences [N, 3, C], of which the first result is taken; short, as recurrent layers are unrolled."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x[..., 0].transpose(1, 2))
+        y = self.layer(x[:, :, :3, 0].transpose(1, 2))
         return y[0] if isinstance(y, tuple) else y
 
 
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer = nn.MultiheadAttention(4, 2, batch_first=True)
         self.weights = weights
-        mask = torch.triu(torch.ones(8, 8, dtype=torch.bool), 1) if masked else None
+        mask = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1) if masked else None
         self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Lookup(nn.Module):
 YES, NOT = "yes", "-"
 """Whether ExecuTorch has the layer; ONNX Runtime has them all."""
 LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
-    "Linear": (NOT, [lambda: Along(nn.Linear(4, 3)), lambda: nn.Linear(6, 5, bias=False)]),
+    "Linear": (YES, [lambda: Along(nn.Linear(4, 3)), lambda: nn.Linear(6, 5, bias=False)]),
     "Conv1d, Conv2d": (
         YES,
         [lambda: nn.Conv2d(4, 6, 3, 2, 1, groups=2), lambda: nn.Conv2d(4, 4, 3, dilation=2), lambda: Signal(nn.Conv1d(4, 4, 5))],
@@ -99,7 +99,7 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
             lambda: Signal(nn.ConvTranspose1d(4, 2, 4, 2)),
         ],
     ),
-    "BatchNorm1d, BatchNorm2d (stored statistics)": (NOT, [lambda: nn.BatchNorm2d(4), lambda: Signal(nn.BatchNorm1d(4))]),
+    "BatchNorm1d, BatchNorm2d (stored statistics)": (YES, [lambda: nn.BatchNorm2d(4), lambda: Signal(nn.BatchNorm1d(4))]),
     "BatchNorm1d, BatchNorm2d without stored statistics": (
         YES,
         [lambda: nn.BatchNorm2d(4, track_running_stats=False), lambda: Signal(nn.BatchNorm1d(4, track_running_stats=False, affine=False))],
@@ -108,7 +108,7 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
         YES,
         [lambda: Along(nn.LayerNorm(4)), lambda: nn.LayerNorm((8, 6)), lambda: nn.LayerNorm(6, elementwise_affine=False)],
     ),
-    "GroupNorm": (NOT, [lambda: nn.GroupNorm(2, 4), lambda: nn.GroupNorm(1, 4), lambda: nn.GroupNorm(4, 4, affine=False)]),
+    "GroupNorm": (YES, [lambda: nn.GroupNorm(2, 4), lambda: nn.GroupNorm(1, 4), lambda: nn.GroupNorm(4, 4, affine=False)]),
     "InstanceNorm1d, InstanceNorm2d": (
         YES,
         [
@@ -117,22 +117,22 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
             lambda: Signal(nn.InstanceNorm1d(4)),
         ],
     ),
-    "RMSNorm": (NOT, [lambda: Along(nn.RMSNorm(4, eps=1e-5)), lambda: nn.RMSNorm((8, 6))]),
-    "ReLU, ReLU6, Hardtanh": (NOT, [lambda: nn.ReLU(inplace=True), nn.ReLU6, lambda: nn.Hardtanh(-0.3, 0.4)]),
+    "RMSNorm": (YES, [lambda: Along(nn.RMSNorm(4, eps=1e-5)), lambda: nn.RMSNorm((8, 6))]),
+    "ReLU, ReLU6, Hardtanh": (YES, [lambda: nn.ReLU(inplace=True), nn.ReLU6, lambda: nn.Hardtanh(-0.3, 0.4)]),
     "LeakyReLU, PReLU, RReLU (not in training)": (
         YES,
         [lambda: nn.LeakyReLU(0.1, inplace=True), nn.PReLU, lambda: nn.PReLU(4), nn.RReLU, lambda: nn.RReLU(0.2, 0.7, inplace=True)],
     ),
-    "ELU, CELU, SELU": (NOT, [lambda: nn.ELU(0.7), lambda: nn.CELU(1.3), nn.SELU]),
-    "Sigmoid, Tanh": (NOT, [nn.Sigmoid, nn.Tanh]),
-    "Hardsigmoid, Hardswish": (NOT, [nn.Hardsigmoid, lambda: nn.Hardswish(inplace=True)]),
-    "SiLU": (NOT, [nn.SiLU]),
-    "GELU": (NOT, [nn.GELU, lambda: nn.GELU("tanh")]),
-    "Softplus": (NOT, [nn.Softplus, lambda: nn.Softplus(2.0, 1.0)]),
-    "Mish": (NOT, [nn.Mish]),
-    "GLU": (NOT, [lambda: nn.GLU(1)]),
-    "Softmax, LogSoftmax": (NOT, [lambda: nn.Softmax(1), lambda: nn.LogSoftmax(-1)]),
-    "MaxPool1d, MaxPool2d": (NOT, [lambda: nn.MaxPool2d(3, 2, 1), lambda: nn.MaxPool2d(2), lambda: Signal(nn.MaxPool1d(3, 2, 1))]),
+    "ELU, CELU, SELU": (YES, [lambda: nn.ELU(0.7), lambda: nn.CELU(1.3), nn.SELU]),
+    "Sigmoid, Tanh": (YES, [nn.Sigmoid, nn.Tanh]),
+    "Hardsigmoid, Hardswish": (YES, [nn.Hardsigmoid, lambda: nn.Hardswish(inplace=True)]),
+    "SiLU": (YES, [nn.SiLU]),
+    "GELU": (YES, [nn.GELU, lambda: nn.GELU("tanh")]),
+    "Softplus": (YES, [nn.Softplus, lambda: nn.Softplus(2.0, 1.0)]),
+    "Mish": (YES, [nn.Mish]),
+    "GLU": (YES, [lambda: nn.GLU(1)]),
+    "Softmax, LogSoftmax": (YES, [lambda: nn.Softmax(1), lambda: nn.LogSoftmax(-1)]),
+    "MaxPool1d, MaxPool2d": (YES, [lambda: nn.MaxPool2d(3, 2, 1), lambda: nn.MaxPool2d(2), lambda: Signal(nn.MaxPool1d(3, 2, 1))]),
     "AvgPool1d, AvgPool2d": (
         YES,
         [lambda: nn.AvgPool2d(3, 2, 1), lambda: nn.AvgPool2d(3, 2, 0, True), lambda: Signal(nn.AvgPool1d(2))],
@@ -157,7 +157,7 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
             lambda: Signal(nn.AdaptiveMaxPool1d(7)),
         ],
     ),
-    "mean, amax over dimensions": (NOT, [lambda: Do(lambda x: x.mean((2, 3), keepdim=True)), lambda: Do(lambda x: x.amax((2, 3)))]),
+    "mean, amax over dimensions": (YES, [lambda: Do(lambda x: x.mean((2, 3), keepdim=True)), lambda: Do(lambda x: x.amax((2, 3)))]),
     "Upsample, interpolate: nearest, nearest-exact": (
         YES,
         [
@@ -177,9 +177,9 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
             lambda: Signal(nn.Upsample(scale_factor=1.5, mode="linear")),
         ],
     ),
-    "ZeroPad1d, ZeroPad2d": (NOT, [lambda: nn.ZeroPad2d((1, 2, 0, 1)), lambda: Signal(nn.ZeroPad1d(2))]),
-    "ReflectionPad1d, ReflectionPad2d": (NOT, [lambda: nn.ReflectionPad2d((1, 2, 3, 0)), lambda: Signal(nn.ReflectionPad1d((4, 2)))]),
-    "ReplicationPad1d, ReplicationPad2d": (NOT, [lambda: nn.ReplicationPad2d((1, 2, 3, 0)), lambda: Signal(nn.ReplicationPad1d(3))]),
+    "ZeroPad1d, ZeroPad2d": (YES, [lambda: nn.ZeroPad2d((1, 2, 0, 1)), lambda: Signal(nn.ZeroPad1d(2))]),
+    "ReflectionPad1d, ReflectionPad2d": (YES, [lambda: nn.ReflectionPad2d((1, 2, 3, 0)), lambda: Signal(nn.ReflectionPad1d((4, 2)))]),
+    "ReplicationPad1d, ReplicationPad2d": (YES, [lambda: nn.ReplicationPad2d((1, 2, 3, 0)), lambda: Signal(nn.ReplicationPad1d(3))]),
     "PixelShuffle, PixelUnshuffle, ChannelShuffle": (
         YES,
         [lambda: nn.PixelShuffle(2), lambda: nn.PixelUnshuffle(2), lambda: nn.ChannelShuffle(2)],
@@ -208,8 +208,8 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
             lambda: Do(lambda x: torch.stack([x, x * x]).reshape(-1, 24)),
         ],
     ),
-    "+, -, *, /, matmul": (NOT, [lambda: Do(lambda x: x * x / (1.0 + x * x) - x), lambda: Do(lambda x: x @ x.transpose(2, 3))]),
-    "Embedding": (NOT, [lambda: Lookup(nn.Embedding(4, 5)), lambda: Lookup(nn.Embedding(6, 3, padding_idx=2))]),
+    "+, -, *, /, matmul": (YES, [lambda: Do(lambda x: x * x / (1.0 + x * x) - x), lambda: Do(lambda x: x @ x.transpose(2, 3))]),
+    "Embedding": (YES, [lambda: Lookup(nn.Embedding(4, 5)), lambda: Lookup(nn.Embedding(6, 3, padding_idx=2))]),
     "scaled_dot_product_attention": (
         YES,
         [
@@ -217,7 +217,7 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
             lambda: Do(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3)),
         ],
     ),
-    "MultiheadAttention": (NOT, [lambda: Steps(SelfAttention(False, False)), lambda: Steps(SelfAttention(True, True))]),
+    "MultiheadAttention": (YES, [lambda: Steps(SelfAttention(False, False)), lambda: Steps(SelfAttention(True, True))]),
     "TransformerEncoderLayer": (
         YES,
         [
@@ -234,8 +234,8 @@ LAYERS: dict[str, tuple[str, list[Callable[[], nn.Module]]]] = {
             lambda: Steps(nn.RNN(4, 3, batch_first=True, bias=False)),
         ],
     ),
-    "functional.normalize": (NOT, [lambda: Do(lambda x: F.normalize(x, dim=1))]),
-    "Identity, Flatten, Dropout (not in training)": (NOT, [lambda: nn.Sequential(nn.Identity(), nn.Dropout(0.5), nn.Flatten())]),
+    "functional.normalize": (YES, [lambda: Do(lambda x: F.normalize(x, dim=1))]),
+    "Identity, Flatten, Dropout (not in training)": (YES, [lambda: nn.Sequential(nn.Identity(), nn.Dropout(0.5), nn.Flatten())]),
 }
 SHAPE = (1, 4, 8, 6)
 
