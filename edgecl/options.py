@@ -27,12 +27,17 @@ from edgecl_device.manifest import Array
 MOST_VALUES = 1 << 28
 """Most values of one sample; more are not even tried to allocate."""
 
-INPUTS = {
+INPUTS: dict[str, tuple[int, ...]] = {
     "small_cnn": (1, 1, 28, 28),
     "mobilenet_v2": (1, 3, 224, 224),
+    "resnet18": (1, 3, 224, 224),
     **{f"resnet{n}": (1, 3, 32, 32) for n in (20, 32, 44, 56)},
+    "vit": (1, 3, 32, 32),
+    "ds_cnn": (1, 1, 49, 10),
+    "cnn1d": (1, 9, 128),
+    "gru": (1, 128, 9),
 }
-"""Input of each backbone, [1, C, H, W]."""
+"""Input of each backbone: [1, C, H, W] of an image, else as the backbone says."""
 
 Number = typing.TypeVar("Number", int, float)
 
@@ -146,8 +151,12 @@ def example_of(model: str, shape: str | None, dtype: str, preprocess: ImageU8 | 
         if (values := math.prod(sizes)) > MOST_VALUES:
             raise InputError(f"--input: must hold at most {MOST_VALUES:,} values, got {values:,} in {shape!r}; give a smaller sample")
     elif model in INPUTS:
-        _, c, h, w = INPUTS[model]
-        sizes = {None: (1, c, h, w), "CHW": (1, c, h, w), "HWC": (1, h, w, c), "HW": (1, h, w)}[preprocess.layout if preprocess else None]
+        sizes = INPUTS[model]
+        if preprocess is not None:
+            if len(sizes) != 4:
+                raise InputError(f"--preprocess-u8: is for images, {model!r} takes {list(sizes)}; leave it out")
+            _, c, h, w = sizes
+            sizes = {"CHW": (1, c, h, w), "HWC": (1, h, w, c), "HW": (1, h, w)}[preprocess.layout]
     else:
         raise InputError(f"--input: is needed for {model!r}; give the shape of one raw sample, as 1,3,32,32")
     return np.zeros(sizes, "uint8" if preprocess else dtype)

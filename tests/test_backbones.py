@@ -5,7 +5,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgecl import prepare
-from edgecl.backbones import BACKBONES, MobileNetV2, SmallCnn, WeightsError, load_weights, resnet20, resnet56
+from edgecl.backbones import (
+    BACKBONES,
+    Cnn1d,
+    DsCnn,
+    GruClassifier,
+    MobileNetV2,
+    SmallCnn,
+    VisionTransformer,
+    WeightsError,
+    load_weights,
+    resnet18,
+    resnet20,
+    resnet56,
+)
+from edgecl.options import INPUTS
 from edgecl.streams import fashion_mnist_subset
 
 
@@ -22,6 +36,12 @@ def parameters(model: nn.Module) -> int:
         ("resnet44", 658_586),
         ("resnet56", 853_018),
         ("mobilenet_v2", 3_504_872),  # torchvision's documentation
+        ("resnet18", 11_689_512),  # torchvision's documentation
+        ("ds_cnn", 23_756),  # MLPerf Tiny's reference: 24,908 with 1,152 stored statistics
+        # by hand: patches, class token, positions; a block: two norms, qkv, proj, two linear layers; norm and head
+        ("vit", 49 * 192 + 66 * 192 + 4 * (768 + 193 * 576 + 193 * 192 + 193 * 768 + 769 * 192) + 384 + 1930),
+        ("cnn1d", 73 * 128 + 641 * 256 + 769 * 128 + 2 * (128 + 256 + 128) + 129 * 6),
+        ("gru", 3 * 64 * (9 + 64 + 2) + 3 * 64 * (64 + 64 + 2) + 65 * 6),
         ("small_cnn", 9 * (16 + 16 * 32 + 32 * 64 + 64 * 62) + 2 * (16 + 32 + 64 + 62) + 63 * 10),
     ],
 )
@@ -47,17 +67,87 @@ def test_keys_are_the_published_ones():
         "features.1.conv.2.bias", "features.2.conv.0.0.weight", "features.2.conv.1.0.weight", "features.17.conv.2.weight",
         "features.17.conv.3.running_var", "features.18.1.bias", "classifier.1.weight",
     } <= mobilenet  # fmt: skip
+    large = set(resnet18().state_dict())
+    assert {
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.conv1.weight",
+        "layer2.0.downsample.0.weight",
+        "layer4.1.bn2.bias",
+        "fc.bias",
+    } <= large
+    assert len(large) == 2 + 6 * 20
+    vit = set(VisionTransformer().state_dict())
+    assert {
+        "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.3.attn.qkv.bias", "blocks.0.attn.proj.weight",
+        "blocks.2.norm2.bias", "blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc2.bias", "norm.weight", "head.bias",
+    } <= vit  # fmt: skip
+    assert len(vit) == 4 + 4 * 12 + 4
     assert len(resnet) == 2 + 6 * 19 and len(mobilenet) == 2 + 6 * 52  # one convolution and one norm a layer, and the classifier
 
 
 @pytest.mark.parametrize(
     ("model", "shape", "width"),
-    [(resnet20(), (3, 32, 32), 64), (MobileNetV2(10, width=0.35), (3, 32, 32), 1280), (SmallCnn(), (1, 28, 28), 62)],
+    [
+        (resnet20(), (3, 32, 32), 64),
+        (MobileNetV2(10, width=0.35), (3, 32, 32), 1280),
+        (SmallCnn(), (1, 28, 28), 62),
+        (resnet18(10, width=0.125), (3, 64, 64), 64),
+        (DsCnn(10), (1, 49, 10), 64),
+        (Cnn1d(10), (9, 128), 128),
+    ],
 )
 def test_every_backbone_can_be_cut_at_its_vector_of_features(model, shape, width):
     assert not [key for key in model.state_dict() if key.startswith("pool")]
     ready = prepare(model, at="pool", example=torch.rand(1, *shape).numpy(), method="ridge", classes=10)
     assert ready.learner.problem.features.shape == (1, width)
+
+
+@pytest.mark.parametrize(
+    ("model", "at", "shape", "features"),
+    [
+        (VisionTransformer(size=24, heads=3), "blocks.1", (3, 32, 32), (1, 65, 24)),
+        (GruClassifier(10, hidden=8), "gru1", (20, 9), (1, 20, 8)),
+        (GruClassifier(10, hidden=8), "gru2", (20, 9), (1, 20, 8)),
+    ],
+)
+def test_sequences_can_be_cut_between_their_layers(model, at, shape, features):
+    ready = prepare(model, at=at, example=torch.rand(1, *shape).numpy(), method="ridge", classes=10)
+    assert ready.learner.problem.features.shape == features
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_takes_its_input_and_gives_scores(name):
+    model = BACKBONES[name](classes=7).eval().to("meta")
+    assert model(torch.zeros(INPUTS[name], device="meta")).shape == (1, 7)
+
+
+def test_resnet18_shapes_follow_the_paper():
+    model, x, sizes = resnet18().to("meta"), torch.zeros(1, 3, 224, 224, device="meta"), []
+    x = model.maxpool(model.conv1(x))
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        x = stage(x)
+        sizes.append(tuple(x.shape[1:]))
+    assert sizes == [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
+
+
+def test_ds_cnn_pads_as_mlperf_tiny_does():
+    """Of 49 frames and 10 coefficients, 25 and 5 positions; the first window begins 4 frames before the first."""
+    stem = DsCnn().eval().stem
+    nn.init.zeros_(stem[1].bias)
+    nn.init.ones_(stem[1].weight)
+    assert stem(torch.ones(1, 1, 49, 10)).shape == (1, 64, 25, 5)
+    sums = stem[1](stem[0](torch.ones(1, 1, 49, 10)))[0, 0]
+    assert sums[0].tolist() == [6 * n for n in (3, 4, 4, 4, 3)] and sums[-1].tolist() == [5 * n for n in (3, 4, 4, 4, 3)]
+
+
+def test_attention_equals_softmax_of_scaled_products():
+    model = VisionTransformer(size=12, heads=3).eval()
+    layer, x = model.blocks[0].attn, torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x @ layer.qkv.weight[i : i + 12].T + layer.qkv.bias[i : i + 12] for i in (0, 12, 24))
+    heads = [torch.softmax(q[..., s] @ k[..., s].transpose(1, 2) / 2, -1) @ v[..., s] for s in (slice(0, 4), slice(4, 8), slice(8, 12))]
+    expected = torch.cat(heads, -1) @ layer.proj.weight.T + layer.proj.bias
+    assert torch.allclose(layer(x), expected, atol=1e-6)
 
 
 def test_resnet_shortcut_takes_every_second_pixel_and_pads_channels():
@@ -142,7 +232,7 @@ def test_small_cnn_learns_fashion_mnist():
     assert right.mean() > 0.8
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "resnet20"])
+@pytest.mark.parametrize("name", ["small_cnn", "resnet20", "ds_cnn", "cnn1d"])
 def test_initial_weights_come_from_the_generator(name):
     torch.manual_seed(1)
     first = BACKBONES[name](classes=4, generator=torch.Generator().manual_seed(5)).state_dict()
@@ -151,6 +241,14 @@ def test_initial_weights_come_from_the_generator(name):
     other = BACKBONES[name](classes=4, generator=torch.Generator().manual_seed(6)).state_dict()
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert sum(not torch.equal(first[key], other[key]) for key in first) == sum(value.ndim > 1 for value in first.values())
+
+
+@pytest.mark.parametrize("name", ["vit", "gru"])
+def test_initial_weights_of_sequences_come_from_the_generator(name):
+    first, same, other = (BACKBONES[name](generator=torch.Generator().manual_seed(seed)).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(first[key], same[key]) for key in first)
+    drawn = [key for key in first if not torch.equal(first[key], other[key])]
+    assert set(drawn) >= {key for key, value in first.items() if value.ndim > 1}
 
 
 def test_initialisation_has_the_variance_of_he():

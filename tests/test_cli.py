@@ -271,6 +271,7 @@ BAD = {
     "input that does not fit the learner": (("profile", "net.py:build", "--input", "1,7", "--at", "1"), "shape"),
     "dtype": (("profile", "small_cnn", "--dtype", "int8"), "--dtype: must be float32 or uint8"),
     "half a preprocessing": (("profile", "small_cnn", "--preprocess-u8", "HW"), "go together"),
+    "no image": (("profile", "gru", "--preprocess-u8", "HW", "--mean", "0", "--std", "1"), "is for images, 'gru' takes"),
     "layout": (("profile", "small_cnn", "--preprocess-u8", "WH", "--mean", "0", "--std", "1"), "layout: must be"),
     "mean": (("profile", "small_cnn", "--preprocess-u8", "HW", "--mean", "a", "--std", "1"), "--mean: must be numbers"),
     "unknown place": (("profile", "small_cnn", "--at", "block9"), "choose one of: block"),

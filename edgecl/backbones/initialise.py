@@ -3,9 +3,12 @@
 import torch
 from torch import nn
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+
 
 def initialise(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Set every convolution (He normal, fan out), linear layer (normal, 0.01) and batch norm (identity) of ``model``.
+    """Set every convolution (He normal, fan out), linear layer (normal, 0.01), norm (identity) and GRU (PyTorch's own) of ``model``.
 
     Args:
         model: Changed in place.
@@ -15,11 +18,15 @@ def initialise(model: nn.Module, generator: torch.Generator | None = None) -> No
     """
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01, generator=generator)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, NORMS):
             nn.init.ones_(module.weight)
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)) and module.bias is not None:
+        elif isinstance(module, nn.GRU):
+            bound = module.hidden_size**-0.5
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear, *NORMS)) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -8,19 +8,22 @@ would keep its wrapped form (written as scale and shift, :mod:`edgecl.graph.cano
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgecl.graph.canonical import CANONICAL
+from edgecl.graph.canonical import CANONICAL, LAYERS
+from edgecl.graph.canonical.norms import running_statistics
 from edgecl.graph.phases import module_paths, phase
 from edgecl.graph.step import GraphError, Kind, Port, StepGraph, unsupported, where_in_model
 from edgecl.learner import Learner, State, call_encode, call_step, dtype_name
@@ -97,7 +100,8 @@ def trace(
     with contextlib.ExitStack() as stack:
         stack.enter_context(module_paths(*modules))
         stack.enter_context(traceback.preserve_node_meta())
-        stack.enter_context(_Layers())
+        stack.enter_context(_Layers(name))
+        stack.enter_context(_plain_operators())
         try:
             module = make_fx(torch.func.functionalize(flat), decomposition_table=CANONICAL)(*values)
         except EdgeclError:
@@ -139,6 +143,10 @@ class _Layers(TorchFunctionMode):
         F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
     })  # fmt: skip
 
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.step = step
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in self.DENSE and args:
@@ -149,7 +157,49 @@ class _Layers(TorchFunctionMode):
             x, lower, upper, training, inplace = given.arguments.values()
             if not training:
                 return F.leaky_relu(x, (lower + upper) / 2, inplace)
+        if func is F.batch_norm:
+            given = inspect.signature(F.batch_norm).bind(*args, **kwargs)
+            given.apply_defaults()
+            x, mean, variance, weight, bias, training, momentum, eps = given.arguments.values()
+            if training and mean is not None:
+                _update_statistics(self.step, x, mean, variance, momentum)
+                return F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
+        if func in LAYERS and not (len(args) > 2 and isinstance(args[2], Tensor)):  # those are packed sequences
+            found = LAYERS[func](*args, **kwargs)
+            if found is not NotImplemented:
+                return found
         return func(*args, **kwargs)
+
+
+def _update_statistics(step: str, x: Tensor, mean: Tensor, variance: Tensor, momentum: float) -> None:
+    """What batch norm does to its running statistics in training mode, in operators that a graph shows."""
+    place = (traceback.current_meta.get("custom") or {}).get("module") or "the model's top level"
+    if not is_functorch_wrapped_tensor(mean):
+        raise GraphError(
+            f"step {step!r}: batch norm in {place} is in training mode and would change its running statistics, which are no state of this "
+            "step; call model.eval(), or pass its buffers in and return them as state"
+        )
+    if x.numel() == x.shape[1]:
+        raise GraphError(
+            f"step {step!r}: batch norm in {place} is in training mode, where a channel must have more than one value; call model.eval()"
+        )
+    for running, new in zip((mean, variance), running_statistics(x, mean, variance, momentum), strict=True):
+        running.copy_(new)
+
+
+@contextlib.contextmanager
+def _plain_operators() -> Iterator[None]:
+    """Attention and recurrent layers as operators that every runtime has, not fused into one of this machine's libraries."""
+    mkldnn: Any = torch.backends.mkldnn
+    fast, library = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    mkldnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        mkldnn.enabled = library
 
 
 class _FixedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -193,7 +243,7 @@ def _check_operators(name: str, module: torch.fx.GraphModule) -> None:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise GraphError(
                 f"step {name!r}: draws random numbers in the graph ({node.target} in {where_in_model(node)}); "
-                "put the module in eval mode or pass the mask as an input"
+                "put the module in eval mode, or pass the mask as an input"
             )
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and dtype_name(value.dtype) not in DTYPES:

@@ -118,17 +118,8 @@ def module_of(node: fx.Node) -> str:
     return ""
 
 
-_STATISTICS = (
-    "takes its statistics from the input, which mean nothing for one sample (batch norm in training mode or without stored statistics, "
-    "instance norm); call model.eval(), or take group norm"
-)
-_FUSED = "is fused attention; write it out as softmax(q @ k.transpose(-2, -1) / sqrt(d), -1) @ v"
-
-
 def _reason(operator: str) -> str:
-    if "native_batch_norm" in operator:
-        return _STATISTICS
-    return _FUSED if "attention" in operator or "transformer" in operator else "is not supported"
+    return "is fused attention, which has no rule" if "attention" in operator else "is not supported"
 
 
 def unsupported(step: str, node: fx.Node, reason: str = "") -> UnsupportedOperatorError:

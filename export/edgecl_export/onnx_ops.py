@@ -174,6 +174,16 @@ def _bmm(e: "Emitter", node: fx.Node, left: ir.Value, right: ir.Value) -> ir.Val
     return e.op("MatMul", left, right)
 
 
+@translates(aten.baddbmm.default)
+def _baddbmm(e: "Emitter", node: fx.Node, added: ir.Value, left: ir.Value, right: ir.Value, beta: float = 1, alpha: float = 1) -> ir.Value:
+    dtype, product = value_of(node).dtype, e.op("MatMul", left, right)
+    if alpha != 1:
+        product = e.op("Mul", product, e.operand(alpha, dtype))
+    if beta == 0:
+        return product
+    return e.op("Add", product, added if beta == 1 else e.op("Mul", added, e.operand(beta, dtype)))
+
+
 @translates(aten.convolution.default)
 def _convolution(
     e: "Emitter",

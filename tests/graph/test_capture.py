@@ -107,24 +107,12 @@ def test_a_failed_capture_leaves_no_mark_behind() -> None:
         assert [n.meta.get("custom") for n in graph.operators] in ([None], [{}])
 
 
-class Fused(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x)
-
-
 class Halves(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x.half() * 2).float()
 
 
 KINDS: dict[str, tuple[nn.Module, str]] = {
-    "batch norm in training mode": (
-        nn.BatchNorm2d(2).train(),
-        r"aten\.native_batch_norm\.default in 1 takes its statistics .* model\.eval\(\)",
-    ),
-    "batch norm without statistics": (nn.BatchNorm2d(2, track_running_stats=False), "in 1 takes its statistics from the input"),
-    "instance norm": (nn.InstanceNorm2d(2), "in 1 takes its statistics .* or take group norm"),
-    "attention": (Fused(), r"attention\S* in 1 is fused attention; write it out as softmax"),
     "half": (Halves(), r"in 1 works in float16, which is not supported, convert the model with float\(\)"),
 }
 
@@ -135,6 +123,26 @@ def test_what_a_layer_does_wrong_is_said_with_its_path(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(2, 2, 1), layer, nn.Conv2d(2, 2, 1))
     with pytest.raises(UnsupportedOperatorError, match=rf"^step 'encode': operator [^\n]*{message}[^\n]*$"):
         build_step(capture_encode(model, TensorSpec("x", (1, 2, 4, 4), "float32")))
+
+
+def test_batch_norm_in_training_mode_needs_its_statistics_as_state() -> None:
+    """They would change unseen; where they are state, the step returns them."""
+    norm = nn.BatchNorm2d(3, momentum=0.2)
+    with pytest.raises(GraphError, match=r"step 'encode': .*norm in 1 is in training mode .* no state of this step; call model\.eval"):
+        capture_encode(nn.Sequential(nn.Conv2d(2, 3, 1), norm).train(), TensorSpec("x", (2, 2, 4, 4), "float32"))
+    state = {name: value.detach().clone() for name, value in norm.state_dict().items()}
+
+    def run(state: Any, data: Any) -> Any:
+        new = {name: value.clone() for name, value in state.items()}
+        return {"y": torch.func.functional_call(norm.train(), new, (data["x"],))}, new
+
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    graph = trace("learn", run, state, {"x": TensorSpec("x", (2, 3, 4, 4), "float32")}, [norm])
+    y, *found = graph.run(*({**state, "x": x}[p.name] for p in graph.inputs))
+    norm.load_state_dict(state)
+    torch.testing.assert_close(y, norm.train()(x), rtol=1e-5, atol=1e-6)
+    for port, got in zip(graph.outputs[1:], found, strict=True):
+        torch.testing.assert_close(got, norm.state_dict()[port.name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_forward_operator_at_the_top_level_is_not_laid_to_another_module() -> None:

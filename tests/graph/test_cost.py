@@ -323,10 +323,10 @@ UNKNOWN = r"^step '{}': operator {} in layer3\.0\.act {}; replace it in the mode
     ("act", "operator", "reason"),
     [
         (Sums(), r"aten\.cumsum\.default", "is not supported"),
-        (nn.ReflectionPad2d(1), r"aten\.reflection_pad2d_backward\.default", "is not supported"),
-        (nn.ConvTranspose2d(2, 2, 3), r"aten\.convolution_backward\.default", "is the gradient of a transposed .* no rule"),
+        (nn.Upsample(size=(4, 4), mode="bicubic"), r"aten\.upsample_bicubic2d\.default", "is not supported"),
+        (nn.LogSigmoid(), r"aten\.log_sigmoid_(forward|backward)\.default", "is not supported"),
     ],
-    ids=["forward", "backward", "rule"],
+    ids=["forward", "resampling", "activation"],
 )
 def test_an_unsupported_operator_is_named_in_one_sentence(act: nn.Module, operator: str, reason: str) -> None:
     learner = Finetune(Problem(TensorSpec("z", (1, 2, 6, 6), "float32"), 3), suffix=Model(act).eval())

@@ -144,6 +144,11 @@ CASES: dict[Any, list[Case]] = {
         (lambda a: (lambda t: [aten.mm.default(a, t), t, t * 2.0])(aten.t.default(a)), F),  # the transpose is used elsewhere too
         (lambda a: aten.mm.default(aten.t.default(aten.t.default(a)), aten.t.default(a)), F),
     ],
+    aten.baddbmm.default: [
+        (aten.baddbmm.default, torch.ones(2, 3, 3), *(torch.stack([m, m + 1.0]) for m in (F, G.t().contiguous()))),
+        (lambda c, a, b: aten.baddbmm.default(c, a, b, beta=0.5, alpha=-2), torch.ones(3), *(torch.stack([m] * 2) for m in (F, G.t()))),
+        (lambda c, a, b: aten.baddbmm.default(c, a, b, beta=0), torch.ones(3), *(torch.stack([m] * 2) for m in (F, G.t()))),
+    ],
     aten.addmm.default: [
         (aten.addmm.default, torch.ones(3, 3), F, G.t().contiguous()),
         (lambda c, a, b: aten.addmm.default(c, a, aten.t.default(b)), torch.tensor([1.0, 2.0, 3.0]), F, G),

@@ -12,7 +12,6 @@ from edgecl.graph import cost
 from edgecl.graph.lowering import canonicalise, lower
 from edgecl.graph.rules import elementwise, pooling, products
 from edgecl.graph.rules.convolution import convolution_backward
-from edgecl.graph.step import UnsupportedOperatorError
 from edgecl.methods._losses import cross_entropy
 
 aten = torch.ops.aten
@@ -88,10 +87,63 @@ def test_convolution_backward_with_a_different_value_on_each_axis(generator: tor
         close(got, want, EXACT, "axes")
 
 
-def test_transposed_convolution_is_refused_by_name() -> None:
-    z = torch.zeros(1, 1, 3, 3)
-    with pytest.raises(UnsupportedOperatorError, match="is the gradient of a transposed convolution"):
-        convolution_backward(z, z, z, None, (1, 1), (0, 0), (1, 1), True, (0, 0), 1, (True, True, False))
+def transposed_convolutions() -> list[dict[str, Any]]:
+    """Strides, dilations, paddings, rests and groups of transposed convolutions in one and two dimensions, channels 4 -> 4 or 8."""
+    found = []
+    for kernel, stride, padding, dilation, rest, groups in itertools.product(
+        [(1,), (3,), (4,), (1, 1), (3, 3), (2, 4)], (1, 2, 3), (0, 1), (1, 2), (0, 1), (1, 2, 4)
+    ):
+        if rest < max(stride, dilation) and all(dilation * (k - 1) + 1 >= 2 * padding for k in kernel):
+            sizes = (5, 4)[: len(kernel)]
+            options = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": rest, "groups": groups}
+            found.append({"sizes": sizes, "kernel": kernel, **options})
+    return found
+
+
+def transpose(case: dict[str, Any]) -> Any:
+    function: Any = F.conv_transpose1d if len(case["kernel"]) == 1 else F.conv_transpose2d
+    options = {k: case[k] for k in ("stride", "padding", "dilation", "output_padding", "groups")}
+    return lambda x, w, b: function(x, w, b, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_transposed_convolution_equals_autograd(batch: int, generator: torch.Generator) -> None:
+    """Gradients by both rules, and the forward pass as products."""
+    cases = transposed_convolutions()
+    assert len(cases) > 200
+    for case in cases:
+        rank, groups = len(case["kernel"]), case["groups"]
+        shapes = (batch, 4, *case["sizes"]), (4, 8 // groups, *case["kernel"]), (8,)
+        x, w, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        y, pullback = torch.func.vjp(transpose(case), x, w, b)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        options: Any = [[case[k]] * rank for k in ("stride", "padding", "dilation")]
+        rest = [case["output_padding"]] * rank
+        close(products.convolution(x, w, b, *options, True, rest, groups), y, EXACT, case)
+        for rule in (convolution_backward, products.convolution_backward):
+            found = rule(cotangent, x, w, [8], *options, True, rest, groups, [True] * 3)
+            for name, got, want in zip(("input", "weight", "bias"), found, pullback(cotangent), strict=True):
+                assert got is not None
+                close(got, want, EXACT, (rule.__module__, name, batch, case))
+
+
+def test_lowered_gradients_of_transposed_convolutions_on_onnx_runtime(bench: Any, generator: torch.Generator) -> None:
+    """Every 11th combination, in one graph."""
+    cases = transposed_convolutions()[::11]
+    tensors = []
+    for case in cases:
+        x, w = (torch.randn(s, generator=generator) for s in ((2, 4, *case["sizes"]), (4, 8 // case["groups"], *case["kernel"])))
+        tensors += [x, w, torch.randn(transpose(case)(x, w, None).shape, generator=generator)]
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        found = []
+        for i, case in enumerate(cases):
+            x, w, cotangent = arguments[3 * i : 3 * i + 3]
+            y, pullback = torch.func.vjp(lambda a, b, c=case: transpose(c)(a, b, None), x, w)
+            found += [y, *pullback(cotangent)]
+        return found
+
+    bench.check(run, *tensors, bar=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -308,9 +360,24 @@ def test_products_of_changing_matrices_equal_autograd(bench: Any, generator: tor
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_transposed_convolution_with_a_changing_kernel_is_refused_by_name() -> None:
-    z = torch.zeros(1, 1, 3, 3)
-    with pytest.raises(UnsupportedOperatorError, match="transposed convolution with a trained kernel, which has no rule"):
-        products.convolution(z, z, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1)
-    with pytest.raises(UnsupportedOperatorError, match="gradient of a transposed convolution"):
-        products.convolution_backward(z, z, z, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1, [True] * 3)
+def test_padding_that_crops_is_written_as_slices_for_executorch(bench: Any, generator: torch.Generator) -> None:
+    """Its kernel refuses negative amounts, and only when it runs."""
+    x = torch.randn(2, 3, 6, 7, generator=generator)
+    for amounts in ([-1, -2], [1, -1, -2, 3], [0, 0, -1, 0], [2, 1, 0, 1], [-1, 0, 1, 1, -1, -1]):
+        want = aten.constant_pad_nd(x, amounts, 0.5)
+        graph = lower(canonicalise(bench.trace(lambda t, a=amounts: aten.constant_pad_nd(t, a, 0.5), x)), "executorch")
+        assert torch.equal(graph.run(x)[0], want)
+        assert all(min(n.args[1]) >= 0 for n in graph.operators if n.target is aten.constant_pad_nd.default)
+
+
+def test_cropped_gradients_of_convolutions_have_no_negative_padding_on_executorch(bench: Any, generator: torch.Generator) -> None:
+    x, w = torch.randn(1, 4, 7, 7, generator=generator), torch.randn(4, 4, 3, 3, generator=generator)
+    g = torch.randn(1, 4, 4, 4, generator=generator)
+
+    def run(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(lambda a, b: F.conv2d(a, b, stride=2, padding=1), x, w)[1](g)  # type: ignore[no-any-return]
+
+    graph = lower(canonicalise(bench.trace(run, x, w, g)), "executorch")
+    assert all(min(n.args[1]) >= 0 for n in graph.operators if n.target is aten.constant_pad_nd.default)
+    for got, want in zip(graph.run(x, w, g), run(x, w, g), strict=True):
+        close(got, want, 1e-5, "crop")

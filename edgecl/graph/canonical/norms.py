@@ -43,7 +43,15 @@ def native_batch_norm(
     momentum: float,
     eps: float,
 ) -> Any:
-    """``aten.native_batch_norm`` for stored statistics; with those of the input it stays, and is refused by name."""
+    """``aten.native_batch_norm``: with stored statistics, or with those of the input, mean and variance written out.
+
+    In training mode also mean and inverse deviation [C], for the gradient. Running statistics are not updated here: what writes into its
+    arguments would be lost in a graph (:func:`running_statistics`).
+    """
+    if training and mean is None and variance is None:
+        y, centre, inverse = _standardised(x, _all_but_channels(x), eps)
+        y = y if weight is None else y * _per_channel(weight, x)
+        return y if bias is None else y + _per_channel(bias, x), centre.reshape(-1), inverse.reshape(-1)
     if training or mean is None or variance is None:
         return NotImplemented
     return batch_norm_eval(x, weight, bias, mean, variance, momentum, eps)
@@ -61,15 +69,43 @@ def native_batch_norm_backward(
     eps: float,
     output_mask: list[bool],
 ) -> Any:
-    """Gradient of batch norm with stored statistics; only what the mask asks for."""
-    if training or mean is None or variance is None:
+    """Gradient of batch norm, only what the mask asks for; in training mode that of mean and variance is in it.
+
+    With ``n`` the standardised input: ``(g - mean(g) - n * mean(g * n)) * inverse deviation * weight``, means over all but the channels.
+    """
+    axes = _all_but_channels(x)
+    if training and save_mean is not None and save_inverse is not None:
+        centre, inverse = save_mean, save_inverse
+    elif not training and mean is not None and variance is not None:
+        centre, inverse = mean, torch.rsqrt(variance + eps)
+    else:
         return NotImplemented
-    inverse = torch.rsqrt(variance + eps)
-    axes = [0, *range(2, x.dim())]
-    to_input = gradient * _per_channel(inverse if weight is None else inverse * weight, x) if output_mask[0] else None
-    to_weight = ((x - _per_channel(mean, x)) * _per_channel(inverse, x) * gradient).sum(axes) if output_mask[1] else None
+    normal = (x - _per_channel(centre, x)) * _per_channel(inverse, x) if training or output_mask[1] else x
+    to_input = None
+    if output_mask[0]:
+        scale = _per_channel(inverse if weight is None else inverse * weight, x)
+        if training:
+            means = gradient.mean(axes, keepdim=True), (gradient * normal).mean(axes, keepdim=True)
+            to_input = (gradient - means[0] - normal * means[1]) * scale
+        else:
+            to_input = gradient * scale
+    to_weight = (normal * gradient).sum(axes) if output_mask[1] else None
     to_bias = gradient.sum(axes) if output_mask[2] else None
     return to_input, to_weight, to_bias
+
+
+def running_statistics(x: Tensor, mean: Tensor, variance: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """Running mean and variance [C] after a batch [N, C, ...] in training mode; the variance is the unbiased one, as in PyTorch."""
+    axes = _all_but_channels(x)
+    centre = x.mean(axes)
+    away = x - _per_channel(centre, x)
+    count = x.numel() // x.shape[1]
+    spread = (away * away).sum(axes) / (count - 1)
+    return mean + (centre - mean) * momentum, variance + (spread - variance) * momentum
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
 
 
 def native_layer_norm(
@@ -90,6 +126,13 @@ def native_group_norm(
     y = y.reshape(x.shape)
     y = y if weight is None else y * _per_channel(weight, x)
     return y if bias is None else y + _per_channel(bias, x), mean.reshape(batch, groups), inverse.reshape(batch, groups)
+
+
+def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """``torch.rms_norm``: division by the root of the mean square over the last dimensions."""
+    axes = list(range(input.dim() - len(normalized_shape), input.dim()))
+    y = input * torch.rsqrt((input * input).mean(axes, keepdim=True) + (torch.finfo(input.dtype).eps if eps is None else eps))
+    return y if weight is None else y * weight
 
 
 def _standardised(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgecl.graph.canonical.resampling import windows, windows_backward
 from edgecl.graph.canonical.shapes import pads
 
 aten = torch.ops.aten
@@ -42,17 +43,20 @@ def adaptive_avg_pool2d_backward(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def adaptive_max_pool2d(x: Tensor, out: Sequence[int]) -> Any:
-    """Plain pooling where windows tile the input; other sizes are not supported."""
-    tiles = _tiles(x, out)
-    return NotImplemented if tiles is None else aten.max_pool2d_with_indices(x, tiles, tiles)
+    """Plain pooling where windows tile the input, else of the windows laid side by side; indices are positions in what is pooled."""
+    side_by_side, kernel, _ = _laid_out(x, out)
+    return aten.max_pool2d_with_indices(side_by_side, kernel, kernel)
 
 
-def adaptive_max_pool2d_backward(gradient: Tensor, x: Tensor, indices: Tensor) -> Any:
-    """The same for the gradient."""
-    tiles = _tiles(x, gradient.shape[-2:])
-    if tiles is None:
-        return NotImplemented
-    return aten.max_pool2d_with_indices_backward(gradient, x, tiles, tiles, [0, 0], [1, 1], False, indices)
+def adaptive_max_pool2d_backward(gradient: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """The gradient of the pooling, added up where windows overlap."""
+    side_by_side, kernel, sources = _laid_out(x, gradient.shape[-2:])
+    found = aten.max_pool2d_with_indices_backward(gradient, side_by_side, kernel, kernel, [0, 0], [1, 1], False, indices)
+    return windows_backward(found, x.shape[-2:], sources)
+
+
+def _laid_out(x: Tensor, out: Sequence[int]) -> tuple[Tensor, list[int], list[list[int]]]:
+    return windows(x, [_windows(size, length) for size, length in zip(x.shape[-2:], out, strict=True)])
 
 
 def _tiles(x: Tensor, out: Sequence[int]) -> list[int] | None:

@@ -1,7 +1,7 @@
-"""Slices, borders and enlargement, written as slices, padding and gathers of constant indices."""
+"""Slices, repetition and tables, written as slices, padding, gathers and one scatter."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,37 +47,28 @@ def pads(rank: int, dim: int, before: int, behind: int) -> list[int]:
     return [0, 0] * (rank - 1 - dim) + [before, behind]
 
 
-def upsample_nearest(x: Tensor, out: Sequence[int], *scales: float | None) -> Tensor:
-    """Nearest neighbour, [N, C, ...] to any size: the element that each position of the output falls on."""
-    for axis, (length, scale) in enumerate(zip(out, scales or [None] * len(out), strict=True), 2):
-        size = x.shape[axis]
-        step = size / length if scale is None else 1.0 / scale
-        x = x.index_select(axis, torch.tensor([min(int(i * step), size - 1) for i in range(length)]))
-    return x
+def repeat(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """The tensor as often as said along each dimension; new dimensions come in front."""
+    x = x.reshape(*[1] * (len(counts) - x.dim()), *x.shape)
+    sizes = [n * size for n, size in zip(counts, x.shape, strict=True)]
+    apart = x.reshape([part for size in x.shape for part in (1, size)])
+    return apart.expand([part for pair in zip(counts, x.shape, strict=True) for part in pair]).reshape(sizes)
 
 
-def upsample_nearest_backward(gradient: Tensor, out: Sequence[int], sizes: Sequence[int], *scales: float | None) -> Any:
-    """Sums over the copies of each element; whole factors only."""
-    if any(length % size for length, size in zip(out, sizes[2:], strict=True)):
+def embedding(weight: Tensor, index: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False) -> Tensor:
+    """Rows of a table: [*index, D] of ``weight`` [V, D]; the options change the gradient alone."""
+    rows = weight.index_select(0, index.reshape(-1).to(torch.int64))
+    return rows.reshape(*index.shape, weight.shape[1])
+
+
+def embedding_dense_backward(gradient: Tensor, index: Tensor, rows: int, padding_idx: int, scale_grad_by_freq: bool) -> Any:
+    """The gradient of each row, added where it was read; the row for padding gets none."""
+    if scale_grad_by_freq:
         return NotImplemented
-    for axis, size in enumerate(sizes[2:], 2):
-        gradient = gradient.reshape(*gradient.shape[:axis], size, -1, *gradient.shape[axis + 1 :]).sum(axis + 1)
-    return gradient
-
-
-def reflection_pad(x: Tensor, padding: Sequence[int]) -> Tensor:
-    """Mirrored borders, without the edge itself."""
-    return _pad_by_index(x, padding, lambda i, last: last - abs(last - abs(i)))
-
-
-def replication_pad(x: Tensor, padding: Sequence[int]) -> Tensor:
-    """Borders that repeat the edge."""
-    return _pad_by_index(x, padding, lambda i, last: min(max(i, 0), last))
-
-
-def _pad_by_index(x: Tensor, padding: Sequence[int], source: Callable[[int, int], int]) -> Tensor:
-    for i in range(len(padding) // 2):
-        axis, before, behind = x.dim() - 1 - i, padding[2 * i], padding[2 * i + 1]
-        size = x.shape[axis]
-        x = x.index_select(axis, torch.tensor([source(j, size - 1) for j in range(-before, size + behind)]))
-    return x
+    flat, size = index.reshape(-1, 1).to(torch.int64), gradient.shape[-1]
+    gradient = gradient.reshape(-1, size)
+    if padding_idx >= 0:
+        gradient = torch.where(flat == padding_idx, 0.0, gradient)
+    nothing = flat[:1] < flat[:1]  # zeros that are computed: a constant of this size would be stored in the bundle
+    zeros = nothing.to(gradient.dtype).expand(rows, size)
+    return zeros.scatter_add(0, flat.expand(-1, size), gradient)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from edgecl.graph.rules import matrices, products
+from edgecl.graph.rules import matrices, padding, products
 from edgecl.graph.rules.convolution import convolution_backward
 from edgecl.graph.rules.elementwise import (
     hardtanh_backward,
@@ -62,7 +62,7 @@ ONNX = Rules(_PLAIN)
 """Rules for stock ONNX Runtime."""
 
 EXECUTORCH = Rules(
-    _PLAIN,
+    {**_PLAIN, aten.constant_pad_nd.default: padding.constant_pad_nd},
     {
         aten.convolution.default: Changing(products.convolution, (1,)),
         aten.convolution_backward.default: Changing(products.convolution_backward, (2,)),
@@ -70,7 +70,7 @@ EXECUTORCH = Rules(
         aten.addmm.default: Changing(matrices.addmm, (1, 2)),
     },
 )
-"""Rules for stock ExecuTorch: its portable convolution is naive, and XNNPACK's packs frozen kernels only."""
+"""Rules for stock ExecuTorch: its portable convolution is naive, XNNPACK's packs frozen kernels only, and its padding cannot crop."""
 
 RULES: dict[str, Rules] = {"onnx": ONNX, "executorch": EXECUTORCH}
 """Rules by engine."""

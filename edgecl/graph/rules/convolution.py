@@ -11,8 +11,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from edgecl.graph.step import UnsupportedOperatorError
-
 
 def convolution_backward(
     gradient: Tensor,
@@ -37,13 +35,13 @@ def convolution_backward(
         stride: One a spatial dimension, like ``padding`` and ``dilation``.
         padding: Zeros on either side.
         dilation: Distance between kernel taps.
-        transposed: Must be false.
-        output_padding: Not used.
+        transposed: Whether it is a transposed convolution; ``weight`` is then [C, O / groups, *kernel].
+        output_padding: Not used: the gradient's size tells.
         groups: Channel groups.
         output_mask: Whether the gradient of input, weight and bias is wanted.
     """
     if transposed:
-        raise UnsupportedOperatorError("is the gradient of a transposed convolution, which has no rule")
+        return _transposed_backward(gradient, x, weight, stride, padding, dilation, groups, output_mask)
     pointwise = groups == 1 and prod(weight.shape[2:]) == 1 and prod(stride) == 1 and not any(padding)
     to_input = to_weight = None
     if output_mask[0]:
@@ -58,6 +56,30 @@ def convolution_backward(
             if pointwise
             else _weight_gradient(gradient, x, weight, stride, padding, dilation, groups)
         )
+    to_bias = gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
+    return to_input, to_weight, to_bias
+
+
+def _transposed_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A transposed convolution is the input gradient of a plain one: input and gradient change places in that one's rules."""
+    zeros = [0] * len(stride)
+    to_input = to_weight = None
+    if output_mask[0]:
+        to_input = torch.ops.aten.convolution.default(gradient, weight, None, stride, padding, dilation, False, zeros, groups)
+        for axis, size in enumerate(x.shape[2:], 2):  # an output padding as wide as the stride lets a further window fit
+            if to_input.shape[axis] != size:
+                to_input = to_input.narrow(axis, 0, size)
+    if output_mask[1]:
+        to_weight = _weight_gradient(x, gradient, weight, stride, padding, dilation, groups)
     to_bias = gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
     return to_input, to_weight, to_bias
 

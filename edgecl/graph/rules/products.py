@@ -12,8 +12,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from edgecl.graph.step import UnsupportedOperatorError
-
 
 def convolution(
     x: Tensor,
@@ -35,13 +33,14 @@ def convolution(
         stride: One a spatial dimension, like ``padding`` and ``dilation``.
         padding: Zeros on either side.
         dilation: Distance between kernel taps.
-        transposed: Must be false.
-        output_padding: Not used.
+        transposed: Whether it is a transposed convolution; ``weight`` is then [C, O / groups, *kernel].
+        output_padding: Size of the output of a transposed one beyond what its windows reach.
         groups: Channel groups.
     """
     if transposed:
-        raise UnsupportedOperatorError("is a transposed convolution with a trained kernel, which has no rule")
-    windows = _Windows(x, weight, stride, padding, dilation, groups)
+        result = _transposed(x, weight, stride, padding, dilation, output_padding, groups)
+        return result if bias is None else result + bias.reshape(1, -1, *[1] * (x.dim() - 2))
+    windows = _Windows(x.shape, weight, stride, padding, dilation, groups)
     result = windows.from_groups(torch.bmm(windows.kernel(weight), windows.columns(x)))
     return result if bias is None else result + bias.reshape(1, -1, *[1] * (x.dim() - 2))
 
@@ -63,11 +62,17 @@ def convolution_backward(
 
     Arguments as for :func:`convolution`; ``gradient`` is float [N, O, *out].
     """
-    if transposed:
-        raise UnsupportedOperatorError("is the gradient of a transposed convolution, which has no rule")
-    windows = _Windows(x, weight, stride, padding, dilation, groups)
-    grouped = windows.to_groups(gradient)
     to_input = to_weight = None
+    if transposed:  # the input gradient of a plain convolution, in which input and gradient change places
+        windows = _Windows(gradient.shape, weight, stride, padding, dilation, groups, x.shape[2:])
+        columns = windows.columns(gradient)
+        if output_mask[0]:
+            to_input = windows.from_groups(torch.bmm(windows.kernel(weight), columns))
+        if output_mask[1]:
+            to_weight = torch.bmm(windows.to_groups(x), columns.transpose(1, 2)).reshape(weight.shape)
+        return to_input, to_weight, gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
+    windows = _Windows(x.shape, weight, stride, padding, dilation, groups)
+    grouped = windows.to_groups(gradient)
     if output_mask[0]:
         to_input = windows.input_of(torch.bmm(windows.kernel(weight).transpose(1, 2), grouped))
     if output_mask[1]:
@@ -76,16 +81,42 @@ def convolution_backward(
     return to_input, to_weight, to_bias
 
 
+def _transposed(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """What a plain convolution's input gradient is, for an output gradient ``x``."""
+    sizes = [
+        (n - 1) * s - 2 * p + d * (k - 1) + 1 + rest
+        for n, s, p, d, k, rest in zip(x.shape[2:], stride, padding, dilation, weight.shape[2:], output_padding, strict=True)
+    ]
+    shape = (x.shape[0], weight.shape[1] * groups, *sizes)
+    windows = _Windows(shape, weight, stride, padding, dilation, groups, x.shape[2:])
+    return windows.input_of(torch.bmm(windows.kernel(weight).transpose(1, 2), windows.to_groups(x)))
+
+
 class _Windows:
     """Shapes of one convolution, and the ways between tensors and columns."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+        self,
+        shape: Sequence[int],
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        out: Sequence[int] | None = None,
     ) -> None:
-        self.batch, self.channels, *self.sizes = x.shape
+        self.batch, self.channels, *self.sizes = shape
         self.outputs, _, *self.taps = weight.shape
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
-        self.out = [
+        self.out = list(out or ()) or [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(self.sizes, self.padding, self.dilation, self.taps, self.stride, strict=True)
         ]

@@ -1,0 +1,104 @@
+"""Networks of the field at full size: export, parity, cost and time of one learning step, on both runtimes.
+
+    python benchmarks/models.py --out FILE [--models gru,vit] [--engines onnx,executorch] [--repeats 50]
+
+Each is cut before its last two blocks, which latent replay trains with two rows. Export includes every gate, so that a network that is in
+the result has equal outputs and states on both sides. A step is timed alone, on one thread: latent in, new state out.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from edgecl import prepare
+from edgecl.backbones import BACKBONES
+from edgecl.demo import machine
+from edgecl.methods import LatentReplay
+from edgecl.options import INPUTS
+from edgecl_export import export
+from edgecl_export.targets import target_of
+
+CUTS = {"resnet18": "layer3", "mobilenet_v2": "features.15", "ds_cnn": "block2", "vit": "blocks.1", "cnn1d": "block1", "gru": "gru1"}
+CLASSES = 10
+
+
+def measure(name: str, engine: str, repeats: int) -> dict[str, Any]:
+    """Export one network for one runtime and time its learning step."""
+    make: Callable[..., nn.Module] = BACKBONES[name]
+    x = np.random.default_rng(0).standard_normal((6, *INPUTS[name][1:])).astype(np.float32)
+    config = LatentReplay.Config(rows_per_step=2, capacity_bytes=1 << 24)
+    prepared = prepare(make(classes=CLASSES), at=CUTS[name], example=x[:1], method="latent_replay", classes=CLASSES, config=config)
+    prepared.fit(x, np.arange(6) % 3)
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        exported = export(prepared, Path(scratch) / "bundle", engine=engine, ram_budget_bytes=1 << 30)
+        seconds = time.perf_counter() - start
+        target = target_of(engine).read(exported.path, exported.manifest).engine()
+        target.load({key: value.numpy().copy() for key, value in prepared.state.items()})
+        rows = prepared.memory.draw() if prepared.memory is not None else {}
+        inputs = {
+            "z": prepared.examples[0][0].numpy(),
+            "target": np.array([1]),
+            "weight": np.ones(1, np.float32),
+            "lr": np.array(0.01, np.float32),
+            **rows,
+        }
+        taken = {spec.name: inputs[spec.name] for spec in exported.manifest.steps["learn"].inputs}
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            target.run("learn", taken)
+            times.append((time.perf_counter() - begin) * 1e3)
+        target.close()
+    learn = exported.manifest.steps["learn"]
+    return {
+        "model": name,
+        "engine": engine,
+        "cut": CUTS[name],
+        "parity": next(gate.found for gate in exported.gates if gate.name == "parity"),
+        "canonical_macs": learn.canonical_macs,
+        "executed_macs": learn.executed_macs,
+        "encode_macs": exported.manifest.steps["encode"].canonical_macs,
+        "ledger": dict(exported.manifest.ledger),
+        "export_seconds": seconds,
+        "learn_ms": statistics.median(times[len(times) // 10 :]),
+    }
+
+
+def main() -> None:
+    """Measure, and write JSON after each network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(CUTS))
+    parser.add_argument("--engines", default="onnx,executorch")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {
+        "rows": [],
+        "repeats": args.repeats,
+        "threads": 1,
+        "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime", "executorch")},
+        "machine": machine(),
+    }
+    for name in args.models.split(","):
+        for engine in args.engines.split(","):
+            row = measure(name, engine, args.repeats)
+            Console().print(f"{name} {engine}: export {row['export_seconds']:.1f} s, learn {row['learn_ms']:.2f} ms")
+            result["rows"].append(row)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
