@@ -1,4 +1,4 @@
-"""The command ``edgecl``: the demo, the methods, what a learner costs, and export.
+"""The command ``edgecl``: the demo, the methods, what a learner costs, export, runs and their report.
 
 Results go to stdout, progress and errors to stderr. An error is one line and exit code 2.
 """
@@ -8,21 +8,20 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import nn
 
 from edgecl import tables
 from edgecl.backbones import BACKBONES
+from edgecl.commands import runs
+from edgecl.console import console, progress, show
 from edgecl.graph.rules import RULES
 from edgecl.learner import Problem
 from edgecl.methods import METHODS
@@ -41,13 +40,6 @@ app = typer.Typer(
     help="Continual learning on the device: prepare a learner, see what it costs, export it to a stock runtime.",
     epilog="Start with: edgecl demo",
 )
-
-
-STOPPED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-NARROWEST = 20
-"""Columns that a table has at least, whatever a terminal or COLUMNS says: a width of 0 would show nothing."""
 
 
 def _examples(*commands: str) -> str:
@@ -73,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch has no type of its own for it
             raise
         return _fail("there is not enough memory for this; take fewer classes or a smaller model, or cut it further down")
-    if code == STOPPED:  # typer has taken the KeyboardInterrupt, without a word
+    if code == runs.STOPPED:  # typer has taken the KeyboardInterrupt, without a word
         _fail("stopped")
     return code if isinstance(code, int) else 0
 
@@ -137,7 +129,7 @@ def show_demo(seeds: int, out: Path, as_json: bool, **options: Any) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be made ({error.strerror}); choose another folder") from error
-    with _progress(quiet=as_json) as step:
+    with progress(quiet=as_json) as step:
         total, done = seeds * (1 + len(options.get("settings", SETTINGS))), iter(range(10**9))
         result = run_demo(seeds, notice=lambda text: step(text, next(done), total), **options)
         step("drawing plots", total, total)
@@ -147,14 +139,14 @@ def show_demo(seeds: int, out: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         print(text)
         return
-    console = _console()
-    table = tables.demo_table(result, console.width)
-    console.print(table)
-    console.print()
-    console.print(tables.demo_legend(result, table))
-    console.print()
+    screen = console()
+    table = tables.demo_table(result, screen.width)
+    screen.print(table)
+    screen.print()
+    screen.print(tables.demo_legend(result, table))
+    screen.print()
     for line in [*tables.verdict(result), f"{result['seconds']:.0f} s. Files: {', '.join(map(str, files))}"]:
-        console.print(line, highlight=False)
+        screen.print(line, highlight=False)
 
 
 @app.command(epilog=_examples("edgecl methods", "edgecl methods --json"))
@@ -178,7 +170,7 @@ def methods(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        _show(tables.methods_table(found))
+        show(tables.methods_table(found))
 
 
 @app.command(
@@ -216,15 +208,15 @@ def profile_(
     example = example_of(model, input, dtype, preprocess)
     title = f"{model}, input {'x'.join(map(str, example.shape))} {example.dtype}"
     if at is None:
-        with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step, torch.no_grad():
+        with redirect_stdout(sys.stderr), progress(quiet=as_json) as step, torch.no_grad():
             x = torch.tensor(example) if preprocess is None else preprocess(torch.tensor(example))
             points = split_points(net, x, progress=lambda done, total: step("looking for places to cut", done, total))
         if as_json:
             print(json.dumps([dataclasses.asdict(p) for p in points], indent=1))
         else:
-            _show(tables.split_table(points, f"Where {title} can be cut"))
+            show(tables.split_table(points, f"Where {title} can be cut"))
         return
-    with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step:
+    with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
         step("capturing and counting every step", 0, 1)
         prepared = prepare(net, at=place(at), example=example, method=method, classes=classes, config=values, preprocess=preprocess)
         found = profile(prepared, engine)
@@ -233,7 +225,7 @@ def profile_(
         return
     shapes = ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in found.features.items())
     cost = tables.cost_table(found, f"{method} on {title}, cut at {at}: {shapes}, {classes} classes")
-    _show(cost, tables.ledger_table(found.ledger))
+    show(cost, tables.ledger_table(found.ledger))
 
 
 def profile_record(found: Profile) -> dict[str, Any]:
@@ -294,7 +286,7 @@ def export(
     if xs is None and getattr(values, "codec", "float32") != "float32":
         raise InputError(f"--data: is needed, {method} fits its {values.codec} codec to base samples; or pass --config codec=float32")
     example = example_of(model, input, dtype, preprocess) if xs is None else xs[:1]
-    with redirect_stdout(sys.stderr), _progress(quiet=as_json) as step:
+    with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
         prepared = prepare(
             net, at=place(at), example=example, method=method, classes=classes, config=values, preprocess=preprocess, class_names=names
         )
@@ -306,43 +298,12 @@ def export(
     if as_json:
         print(json.dumps({"path": str(out), "gates": gates, "ledger": found.manifest.ledger}, indent=1))
         return
-    _show(tables.gates_table(gates), tables.ledger_table(found.manifest.ledger))
+    show(tables.gates_table(gates), tables.ledger_table(found.manifest.ledger))
     print(f"\nWrote {out}. Look at it with: edgecl-device info {shlex.quote(str(out))}")
 
 
-def _console() -> Console:
-    """Results on stdout, at the terminal's width; a pipe gets room for every table. Names of the user's are no markup."""
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120, markup=False, emoji=False)
-    console.width = max(console.width, NARROWEST)
-    return console
-
-
-def _show(*results: Table) -> None:
-    console = _console()
-    for i, table in enumerate(results):
-        if i:
-            console.print()
-        console.print(tables.fit(table, console.width))
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A line on stderr that says what runs and how far it is: a bar on a terminal, else a plain line for everything new."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        seen: set[str] = set()
-
-        def line(text: str, done: int, total: int) -> None:
-            if not quiet and text not in seen:
-                seen.add(text)
-                print(f"{text} ({done} of {total})" if total > 1 else text, file=sys.stderr, flush=True)
-
-        yield line
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting")
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+app.command(epilog=_examples("edgecl run --init", "edgecl run run.toml", "edgecl run run.toml --out elsewhere --fresh"))(runs.run)
+app.command(epilog=_examples("edgecl report run.run", "edgecl report run.run other.run --out both.html"))(runs.report)
 
 
 if __name__ == "__main__":

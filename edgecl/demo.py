@@ -4,16 +4,10 @@ Every method is exported to a bundle and learns on a stock runtime through the d
 it. Data: the embedded Fashion-MNIST subset (2,000 training and 500 test images).
 """
 
-import hashlib
-import os
-import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from edgecl.backbones.small_cnn import SmallCnn
-from edgecl.evaluate import StreamResult, run_stream
+from edgecl.evaluate import run_stream
+from edgecl.figures import (
+    BASELINES,
+    ENGINE_PACKAGES,
+    FORGETTING,
+    costs,
+    figures,
+    machine,
+    one_thread,
+    summarise,
+    tasks_of,
+    versions,
+    weight_hash,
+)
 from edgecl.learner import Problem
 from edgecl.methods import METHODS, Finetune, Joint, LatentReplay, Ridge, StreamingLDA
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.metrics import average_incremental_accuracy, forgetting
+from edgecl.offline import offline_accuracy
 from edgecl.prepare import Prepared, prepare
 from edgecl.preprocess import ImageU8
+from edgecl.pretraining import Recipe, train
 from edgecl.streams import ClassIncremental, Dataset, fashion_mnist_subset
 from edgecl_device import Learner
 from edgecl_device.errors import InputError
@@ -59,15 +67,6 @@ class Setting:
 MAP, FEATURE = SmallCnn.MAP, SmallCnn.FEATURE
 MAP_HEAD = "map-head"
 """Joint training of a linear classifier on the values at :data:`MAP`, instead of the suffix."""
-
-FORGETTING = "max_before_last"
-"""Variant of forgetting that is reported, see :func:`edgecl.metrics.forgetting`."""
-
-ENGINE_PACKAGES = {"onnx": "onnxruntime", "executorch": "executorch"}
-"""The package of each engine's runtime."""
-
-BASELINES = ("frozen", "finetune", "ncm")
-"""Methods to compare with."""
 
 SETTINGS = (
     Setting("frozen", FEATURE, "frozen"),
@@ -103,21 +102,9 @@ def pretrain(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], classes: int, see
         epochs: Passes over ``x``.
     """
     generator = torch.Generator().manual_seed(seed)
-    net = SmallCnn(classes, generator=generator).train()
-    images, labels = ImageU8([MEAN], [STD], "HW")(torch.tensor(x)), torch.tensor(y)
-    known = torch.bincount(labels, minlength=classes) > 0
-    batch = 32
-    optimiser = torch.optim.AdamW(net.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=epochs * -(-len(x) // batch))
-    for _ in range(epochs):
-        for rows in torch.split(torch.randperm(len(x), generator=generator), batch):
-            scores = torch.where(known, net(images[rows]), -1e9)
-            loss = nn.functional.cross_entropy(scores, labels[rows])
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-    return net.eval()
+    net = SmallCnn(classes, generator=generator)
+    train(net, x, y, preprocess=ImageU8([MEAN], [STD], "HW"), recipe=Recipe(epochs=epochs), generator=generator)
+    return net
 
 
 def prepare_setting(net: SmallCnn, setting: Setting, data: Dataset, base: Sequence[int]) -> Prepared:
@@ -159,7 +146,7 @@ def run_setting(
     exported = export(prepared, folder / setting.label.replace(" ", "_").replace(",", ""), engine=engine)
     with Learner.load(exported.path, store=exported.path.with_suffix(".db")) as learner:
         found = run_stream(learner, stream, every=every, learns="learn" in exported.manifest.steps)
-    return {"label": setting.label, "method": setting.method, **_figures(found), **_costs(exported.manifest)}
+    return {"label": setting.label, "method": setting.method, **figures(found), **costs(exported.manifest)}
 
 
 def joint_accuracy(net: SmallCnn, setting: Setting, data: Dataset, stream: ClassIncremental) -> float:
@@ -170,14 +157,7 @@ def joint_accuracy(net: SmallCnn, setting: Setting, data: Dataset, stream: Class
     if head:
         size, classes = prepared.learner.problem.feature_size, len(data.class_names)
         learner = Joint(Problem(prepared.learner.problem.features, classes), setting.config, suffix=LinearHead(size, classes))
-    x = np.concatenate([stream.base[0], np.stack([s.x for s in stream])])
-    y = np.concatenate([stream.base[1], np.array([s.y for s in stream])])
-    state = learner.fit(torch.cat(prepared.encode(x)), torch.tensor(y))
-    tests = [stream.test(task) for task in range(stream.tasks)]
-    with torch.no_grad():
-        z = torch.cat(prepared.encode(np.concatenate([t[0] for t in tests])))
-        predicted = learner.scores(learner.parameters(state), z).argmax(1).numpy()
-    return float(np.mean(predicted == np.concatenate([t[1] for t in tests])))
+    return offline_accuracy(prepared, learner, stream)
 
 
 class LinearHead(nn.Module):
@@ -228,7 +208,7 @@ def run_demo(
     data = fashion_mnist_subset()
     networks: list[str] = []
     rows: dict[str, list[dict[str, Any]]] = {s.label: [] for s in settings}
-    with _one_thread(), tempfile.TemporaryDirectory() as scratch:
+    with one_thread(), tempfile.TemporaryDirectory() as scratch:
         for seed in range(seeds):
             stream = ClassIncremental(data, base_classes=range(6), steps=[[6], [7], [8], [9]], seed=seed)
             notice(f"seed {seed}: pretraining on {len(stream.base[1]):,} images of 6 classes")
@@ -244,94 +224,10 @@ def run_demo(
         "seeds": seeds,
         "seconds": time.perf_counter() - start,
         "forgetting": FORGETTING,
-        "tasks": _tasks(data, stream),
+        "tasks": tasks_of(data, stream),
         "rows": [{**summarise(rows[s.label]), "role": role_of(s), "joint": joint_of(s, settings)} for s in settings],
         "settings": [{**asdict(s), "config": None if s.config is None else asdict(s.config)} for s in settings],
         "pretrained_sha256": networks,
-        "versions": {name: version(name) for name in ("edgecl", "torch", ENGINE_PACKAGES[engine], "numpy")},
+        "versions": versions(engine),
         "machine": machine(),
-    }
-
-
-def machine() -> str:
-    """The machine in words: system, processor architecture, cores, Python."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread in PyTorch: sums come out the same whatever the number of cores, and tensors this small gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over seeds of every figure, with its standard deviation from two seeds on; curves of the first seed."""
-    first = found[0]
-    row: dict[str, Any] = {}
-    for key, value in first.items():
-        if isinstance(value, float):
-            values = [f[key] for f in found]
-            row[key] = statistics.fmean(values)
-            if len(values) > 1:
-                row[f"{key}_sd"] = statistics.stdev(values)
-        else:
-            row[key] = value
-    return {**row, "accuracy_by_seed": [f["accuracy"] for f in found]}
-
-
-def weight_hash(net: nn.Module) -> str:
-    """SHA-256 over the names and values of a network's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _tasks(data: Dataset, stream: ClassIncremental) -> list[dict[str, Any]]:
-    """Name, classes, test images and first stream sample of every task; the base set is task 0."""
-    first: dict[int, int] = {0: 0}
-    for done, sample in enumerate(stream):
-        first.setdefault(sample.task, done)
-    tasks = []
-    for task, start in first.items():
-        labels = stream.test(task)[1]
-        classes = sorted(set(labels.tolist()))
-        names = [data.class_names[c] for c in classes]
-        name = names[0] if len(names) == 1 else f"{len(names)} base classes"
-        tasks.append({"name": name, "classes": names, "test_images": len(labels), "first_sample": start})
-    return tasks
-
-
-def _figures(found: StreamResult) -> dict[str, Any]:
-    return {
-        "accuracy": found.accuracy,
-        "base_accuracy": found.matrix.values[-1][0],
-        "forgetting": forgetting(found.matrix, FORGETTING),
-        "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
-        "prequential": found.prequential,
-        "last_label": found.last_label,
-        "update_bytes": statistics.fmean(found.update_bytes) if found.update_bytes else None,
-        "update_ms": statistics.median(found.update_seconds) * 1e3 if found.update_seconds else None,
-        "matrix": [list(row) for row in found.matrix.values],
-        "curve": found.curve,
-    }
-
-
-def _costs(manifest: Any) -> dict[str, Any]:
-    learn = manifest.steps.get("learn")
-    encode = manifest.steps["encode"].canonical_macs
-    return {
-        "learns": METHODS[manifest.method].summary,
-        "update_macs": None if learn is None else learn.canonical_macs,
-        "update_executed_macs": None if learn is None else learn.executed_macs,
-        "encode_macs": encode,
-        "bytes": manifest.ledger["beyond_trunk"],
-        "second_buffer_bytes": manifest.ledger["state_second_buffers"],
-        "replay_bytes": manifest.ledger["replay"],
-        "trunk_bytes": manifest.ledger["frozen_weights"],
     }

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgecl import metrics
 from edgecl.metrics import AccuracyMatrix, AccuracyTrace, Prequential
 from edgecl.streams import Stream
-from edgecl_device import Learner
+from edgecl_device import Learner, Prediction
 from edgecl_device.checks import best_class
 from edgecl_device.errors import InputError
 
@@ -112,7 +112,7 @@ def run_stream(
     def test(done: int, task: int) -> None:
         samples.append(done)
         current.append(task)
-        right.append(_right(learner, stream, tests))
+        right.append(right_of(learner, stream, tests))
 
     task = next(iter(stream)).task - 1
     test(0, task)
@@ -121,7 +121,7 @@ def run_stream(
         if sample.task != task and samples[-1] != done - 1:
             test(done - 1, task)
         task, choices = sample.task, stream.choices(sample.task)
-        predicted = None if learns and choices is None else _predicted(learner, sample.x, choices)
+        predicted = None if learns and choices is None else predict_among(learner, sample.x, choices)
         if learns:
             report = learner.learn(sample.x, sample.y)
             predicted = report.predicted if choices is None else predicted
@@ -132,6 +132,31 @@ def run_stream(
             test(done, task)
         if progress is not None:
             progress(done)
+    return result_of(tests, samples, current, right, prequential, seconds, written, initial)
+
+
+def result_of(
+    tests: Tests,
+    samples: list[int],
+    current: list[int],
+    right: Sequence[NDArray[np.bool_]],
+    prequential: Prequential,
+    seconds: list[float],
+    written: list[int],
+    initial: Sequence[float] | None = None,
+) -> StreamResult:
+    """A run's result from what its evaluations and updates gave.
+
+    Args:
+        tests: The samples of every evaluation.
+        samples: Stream samples learned before each evaluation.
+        current: Task of the last of them; that before the stream's first at the start.
+        right: Whether each test sample was right at each evaluation, bool [test samples], task by task.
+        prequential: Of all samples.
+        seconds: Wall time of each update.
+        written: Bytes that each update wrote.
+        initial: As in :func:`run_stream`.
+    """
     sizes = [len(y) for _, y in tests]
     flags = np.stack(right)
     values = np.stack([part.mean(1) for part in np.split(flags, np.cumsum(sizes)[:-1], axis=1)], axis=1)
@@ -227,20 +252,24 @@ def _transfer(result: StreamResult) -> dict[str, float]:
     return found
 
 
-def _right(learner: Learner, stream: Stream, tests: Tests) -> NDArray[np.bool_]:
+def right_of(learner: Learner, stream: Stream, tests: Tests) -> NDArray[np.bool_]:
     """Whether each test sample is right, bool [test samples], task by task."""
     return np.array(
         [
-            _predicted(learner, x, stream.choices(task)) == label
+            predict_among(learner, x, stream.choices(task)) == label
             for task, (xs, ys) in enumerate(tests)
             for x, label in zip(xs, ys, strict=True)
         ]
     )
 
 
-def _predicted(learner: Learner, x: NDArray[Any], choices: Sequence[int] | None) -> int | None:
+def predict_among(learner: Learner, x: NDArray[Any], choices: Sequence[int] | None) -> int | None:
     """The class predicted, of those to choose from; None while none of them was learned."""
-    seen = learner.predict(x)
+    return among(learner.predict(x), choices)
+
+
+def among(seen: Prediction, choices: Sequence[int] | None) -> int | None:
+    """A prediction's class of those to choose from, all where that is None; None while none of them was learned."""
     if choices is None:
         return seen.label
     best = best_class(seen.scores[list(choices)])

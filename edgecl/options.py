@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from edgecl.backbones import BACKBONES, load_weights
@@ -36,7 +37,9 @@ INPUTS = {
 Number = typing.TypeVar("Number", int, float)
 
 
-def load_model(model: str, classes: int, weights: Path | None = None, model_classes: int | None = None) -> nn.Module:
+def load_model(
+    model: str, classes: int, weights: Path | None = None, model_classes: int | None = None, generator: torch.Generator | None = None
+) -> nn.Module:
     """A backbone by name, or what a function in a file returns.
 
     Args:
@@ -44,12 +47,16 @@ def load_model(model: str, classes: int, weights: Path | None = None, model_clas
         classes: Outputs wanted of a backbone.
         weights: File of weights.
         model_classes: Outputs of a backbone in ``weights``; its last linear layer is then widened to ``classes``.
+        generator: Of a backbone's initial weights; None is that of its constructor.
 
     Raises:
         InputError: when there is no such backbone, file or function, or it returns no module.
         WeightsError: when the weights do not fit.
     """
-    net = BACKBONES[model](classes=model_classes or classes) if model in BACKBONES else _own_model(model, model_classes)
+    if model in BACKBONES:
+        net = BACKBONES[model](classes=model_classes or classes, generator=generator)
+    else:
+        net = _own_model(model, model_classes)
     if weights is not None:
         load_weights(net, weights)
     if model_classes is not None and model_classes < classes:

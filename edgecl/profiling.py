@@ -28,6 +28,7 @@ class StepProfile:
     Attributes:
         step: Its name.
         canonical: Multiply-accumulates of the mathematics by phase.
+        layers: The same by module path and phase; the method's own algebra has no module and the empty path.
         executed: Multiply-accumulates of the graph that ships, by phase.
         elementwise: Elementwise operations of the graph that ships.
         activation_bytes: Planned peak of its intermediate tensors.
@@ -35,6 +36,7 @@ class StepProfile:
 
     step: str
     canonical: dict[str, int]
+    layers: dict[str, dict[str, int]]
     executed: dict[str, int]
     elementwise: int
     activation_bytes: int
@@ -107,7 +109,7 @@ def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
         learner.config_dict(),
         {name: tuple(spec.shape) for name, spec in flatten_tree({"z": learner.problem.features}).items()},
         tuple(
-            StepProfile(name, step.canonical.macs, step.executed.macs, step.executed.elementwise, step.plan.arena_bytes)
+            StepProfile(name, step.canonical.macs, step.layers, step.executed.macs, step.executed.elementwise, step.plan.arena_bytes)
             for name, step in steps.items()
         ),
         found,

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from edgecl import cli, options, tables
+from edgecl import cli, console, options, tables
 from edgecl.backbones import BACKBONES, SmallCnn
 from edgecl.graph import cost
 from edgecl.graph.capture import capture_encode
@@ -412,12 +412,12 @@ def test_output_is_plain_when_piped(capsys, folder):
 
 
 def test_progress_in_plain_lines_names_each_stage_once(capsys):
-    with cli._progress(quiet=False) as step:
+    with console.progress(quiet=False) as step:
         for done in range(3):
             step("counting", done, 3)
         step("writing", 0, 1)
     assert capsys.readouterr().err == "counting (0 of 3)\nwriting\n"
-    with cli._progress(quiet=True) as step:
+    with console.progress(quiet=True) as step:
         step("counting", 0, 3)
     assert capsys.readouterr().err == ""
 

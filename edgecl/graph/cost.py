@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from edgecl.graph.phases import PHASES
-from edgecl.graph.step import StepGraph, shape_of, unsupported, value_of
+from edgecl.graph.step import StepGraph, module_of, shape_of, unsupported, value_of
 
 aten = torch.ops.aten
 
@@ -62,6 +62,22 @@ def count(graph: StepGraph) -> Cost:
     work = work_by_node(graph)
     macs = {phase: sum(w.macs for w in work if w.phase == phase) for phase in PHASES}
     return Cost({phase: n for phase, n in macs.items() if n}, sum(w.elementwise for w in work))
+
+
+def count_by_module(graph: StepGraph) -> dict[str, dict[str, int]]:
+    """Multiply-accumulates of a step graph by module path and phase, in the order in which they run; what has none is left out.
+
+    The method's own algebra, which belongs to no module, is under the empty path. The sum over modules is that of :func:`count`.
+
+    Raises:
+        UnsupportedOperatorError: for an operator without a formula, with its place in the model.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for work in work_by_node(graph):
+        if work.macs:
+            phases = found.setdefault(module_of(work.node), {})
+            phases[work.phase] = phases.get(work.phase, 0) + work.macs
+    return found
 
 
 def work_by_node(graph: StepGraph) -> list[Work]:

@@ -23,12 +23,14 @@ class BuiltStep:
     Attributes:
         graph: The lowered graph.
         canonical: Cost of the mathematics.
+        layers: Its multiply-accumulates by module path and phase.
         executed: Cost of the lowered graph.
         plan: Places of its intermediate tensors, verified.
     """
 
     graph: StepGraph
     canonical: Cost
+    layers: dict[str, dict[str, int]]
     executed: Cost
     plan: Plan
 
@@ -50,11 +52,11 @@ def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
 def build_step(captured: StepGraph, engine: str = "onnx") -> BuiltStep:
     """Lower a captured step, count it and plan its memory."""
     canonical = canonicalise(captured)
-    mathematics = cost.count(canonical)
+    mathematics, layers = cost.count(canonical), cost.count_by_module(canonical)
     lowered = lower(canonical, engine)
     plan = memory.plan(lowered)
     memory.verify(lowered, plan)
-    return BuiltStep(lowered, mathematics, cost.count(lowered), plan)
+    return BuiltStep(lowered, mathematics, layers, cost.count(lowered), plan)
 
 
 def build(prepared: "Prepared", engine: str = "onnx") -> dict[str, BuiltStep]:

@@ -98,7 +98,12 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 def where_in_model(node: fx.Node) -> str:
-    """Path of the submodule that a node comes from; for a backward node without one, that of the nearest operator before it."""
+    """:func:`module_of`, in words where there is none."""
+    return module_of(node) or "the model's top level"
+
+
+def module_of(node: fx.Node) -> str:
+    """Path of the submodule that a node comes from, empty for none; for a backward node without, that of the nearest operator before."""
     seen: set[fx.Node] = set()
     queue = [node]
     while queue:
@@ -110,7 +115,7 @@ def where_in_model(node: fx.Node) -> str:
             break
         seen.add(current)
         queue += [n for n in current.all_input_nodes if n not in seen]
-    return "the model's top level"
+    return ""
 
 
 _STATISTICS = (

@@ -1,0 +1,1 @@
+"""Commands of ``edgecl`` in modules of their own; :mod:`edgecl.cli` puts them together."""

@@ -1,0 +1,131 @@
+"""Figures of a run as plain values, for JSON: accuracies, costs, tasks, and the conditions under which they came about."""
+
+import hashlib
+import os
+import platform
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgecl.evaluate import StreamResult
+from edgecl.methods import METHODS
+from edgecl.metrics import average_incremental_accuracy, backward_transfer, forgetting
+from edgecl.streams import Dataset, Stream
+from edgecl_device.manifest import Manifest
+
+FORGETTING = "max_before_last"
+"""Variant of forgetting that is reported, see :func:`edgecl.metrics.forgetting`."""
+
+ENGINE_PACKAGES = {"onnx": "onnxruntime", "executorch": "executorch"}
+"""The package of each engine's runtime."""
+
+BASELINES = ("frozen", "finetune", "ncm")
+"""Methods to compare with."""
+
+
+def figures(found: StreamResult) -> dict[str, Any]:
+    """What a run over a stream found, as plain values."""
+    return {
+        "accuracy": found.accuracy,
+        "base_accuracy": found.matrix.values[-1][0],
+        "forgetting": forgetting(found.matrix, FORGETTING) if found.matrix.tasks > 1 else None,
+        "backward_transfer": backward_transfer(found.matrix) if found.matrix.tasks > 1 else None,
+        "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
+        "prequential": found.prequential,
+        "last_label": found.last_label,
+        "update_bytes": statistics.fmean(found.update_bytes) if found.update_bytes else None,
+        "update_ms": statistics.median(found.update_seconds) * 1e3 if found.update_seconds else None,
+        "matrix": [list(row) for row in found.matrix.values],
+        "curve": found.curve,
+    }
+
+
+def costs(manifest: Manifest) -> dict[str, Any]:
+    """What a bundle's learner costs, from its manifest: MACs of one update and of the trunk, bytes by the ledger."""
+    learn = manifest.steps.get("learn")
+    encode = manifest.steps["encode"].canonical_macs
+    return {
+        "learns": METHODS[manifest.method].summary,
+        "update_macs": None if learn is None else learn.canonical_macs,
+        "update_executed_macs": None if learn is None else learn.executed_macs,
+        "encode_macs": encode,
+        "bytes": manifest.ledger["beyond_trunk"],
+        "second_buffer_bytes": manifest.ledger["state_second_buffers"],
+        "replay_bytes": manifest.ledger["replay"],
+        "trunk_bytes": manifest.ledger["frozen_weights"],
+    }
+
+
+def tasks_of(data: Dataset, stream: Stream) -> list[dict[str, Any]]:
+    """Name, classes, test images and first stream sample of every task, the base set's first where there is one.
+
+    Args:
+        data: For its class names.
+        stream: Whose tasks.
+    """
+    first: dict[int, int] = {0: 0}
+    for done, sample in enumerate(stream):
+        first.setdefault(sample.task, done)
+    labels = [stream.test(task)[1] for task in first]
+    classes = [sorted(set(y.tolist())) for y in labels]
+    alike = len(classes) > 1 and all(some == classes[0] for some in classes)
+    tasks = []
+    for (task, start), mine, y in zip(first.items(), classes, labels, strict=True):
+        names = [data.class_names[c] for c in mine]
+        base = task == 0 and len(stream.base[1]) > 0
+        name = f"{len(names)} base classes" if base else f"{len(names)} classes"
+        if alike:  # classes say nothing about a task
+            name = "base" if base else f"task {task}"
+        elif len(names) <= (1 if base else 2):
+            name = ", ".join(names)
+        tasks.append({"name": name, "classes": names, "test_images": len(y), "first_sample": start})
+    return tasks
+
+
+def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds of every figure, with its standard deviation from two seeds on; curves of the first seed."""
+    first = found[0]
+    row: dict[str, Any] = {}
+    for key, value in first.items():
+        if isinstance(value, float):
+            values = [f[key] for f in found]
+            row[key] = statistics.fmean(values)
+            if len(values) > 1:
+                row[f"{key}_sd"] = statistics.stdev(values)
+        else:
+            row[key] = value
+    return {**row, "accuracy_by_seed": [f["accuracy"] for f in found]}
+
+
+def weight_hash(net: nn.Module) -> str:
+    """SHA-256 over the names and values of a network's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions(engine: str) -> dict[str, str]:
+    """Versions of the packages that a figure depends on."""
+    return {name: version(name) for name in ("edgecl", "torch", ENGINE_PACKAGES[engine], "numpy")}
+
+
+def machine() -> str:
+    """The machine in words: system, processor architecture, cores, Python."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread in PyTorch: sums come out the same whatever the number of cores, and tensors this small gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,75 @@
+"""Supervised training of a whole network on a base set, before anything is cut, frozen or exported."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgecl.methods._features import check_types, require
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW with one cycle of the learning rate.
+
+    Attributes:
+        epochs: Passes over the base set.
+        batch: Samples a step.
+        lr: Highest learning rate, reached after 3 of 10 steps.
+        weight_decay: Decoupled.
+    """
+
+    epochs: int = 10
+    batch: int = 32
+    lr: float = 4e-3
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.epochs >= 1, "epochs", "be at least 1", self.epochs, "10 is a good start")
+        require(self.batch >= 2, "batch", "be at least 2 samples, which batch norm needs", self.batch, "32 is usual")
+        require(0 < self.lr < math.inf, "lr", "be finite and above 0", self.lr, "0.004 is a good start")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "be finite and at least 0", self.weight_decay, "use 0 for none")
+
+
+def train(
+    net: nn.Module,
+    x: np.ndarray[Any, Any],
+    y: np.ndarray[Any, Any],
+    *,
+    preprocess: nn.Module | None,
+    recipe: Recipe,
+    generator: torch.Generator,
+) -> None:
+    """Train a classifier in place and leave it in eval mode; outputs of classes without a sample are masked.
+
+    Args:
+        net: Maps preprocessed samples to scores [N, K].
+        x: Raw samples [N, ...].
+        y: Classes int64 [N], in [0, K).
+        preprocess: What the device will run before the network, or None.
+        recipe: How.
+        generator: Of the order of the samples.
+    """
+    samples, labels = torch.tensor(x), torch.tensor(y)
+    if preprocess is not None:
+        samples = preprocess(samples)
+    net.train()
+    optimiser = torch.optim.AdamW(net.parameters(), recipe.lr / 4, weight_decay=recipe.weight_decay)
+    batches = -(-len(x) // recipe.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=recipe.epochs * batches)
+    known = None
+    for _ in range(recipe.epochs):
+        for rows in torch.split(torch.randperm(len(x), generator=generator), recipe.batch):
+            scores = net(samples[rows])
+            if known is None:
+                known = torch.bincount(labels, minlength=scores.shape[1]) > 0
+            loss = nn.functional.cross_entropy(torch.where(known, scores, -1e9), labels[rows])
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+    net.eval()

@@ -1,0 +1,112 @@
+"""The page itself: what the template shows, and where it is written."""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from edgecl.report import charts, views
+from edgecl.report.svg import inline, style
+from edgecl.runs.files import read_json, write_bytes
+from edgecl.tables import percent, si, size
+from edgecl_device.errors import InputError
+
+RESULT = "run.json"
+
+TABLE = "the numbers follow as a table"
+
+
+def write_report(folders: Sequence[Path], path: Path) -> None:
+    """Write the page of one run or several.
+
+    Args:
+        folders: Of finished runs.
+        path: The file.
+
+    Raises:
+        InputError: when a folder holds no finished run, or the file cannot be written.
+    """
+    runs = [_read(folder) for folder in folders]
+    try:
+        write_bytes(path, page(runs).encode())
+    except OSError as error:
+        raise InputError(f"--out: {path} cannot be written ({error.strerror}); choose another file") from error
+
+
+def page(runs: Sequence[dict[str, Any]]) -> str:
+    """The page as text; ``runs`` are contents of ``run.json`` with the ``name`` and ``toml`` of each."""
+    environment = Environment(
+        loader=PackageLoader("edgecl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = [_run(run, f"r{i}") for i, run in enumerate(runs)]
+    title = shown[0]["title"] if len(shown) == 1 else "Comparison of " + ", ".join(run["title"] for run in shown)
+    return environment.get_template("page.html.j2").render(title=title, runs=shown, columns=views.COLUMNS)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if not (folder / RESULT).is_file():
+        why = "is not finished; go on with it by edgecl run" if (folder / "start.json").exists() else "holds no run"
+        raise InputError(f"RUN: must be the folder of a finished run, {folder} {why}")
+    config = folder / "config.toml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    tomllib.loads(text)
+    return {**read_json(folder / RESULT), "name": folder.name, "toml": text}
+
+
+def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
+    """What the template needs of one run."""
+    device = [row for row in result["learners"] if row.get("profile")]
+    with style():
+        drawn = {
+            "accuracy": inline(charts.accuracy_figure(result), f"{key}a", _accuracy_words(result)),
+            "matrix": "",
+            "ledger": "",
+            "phases": "",
+        }
+        if device:
+            drawn["matrix"] = inline(charts.matrix_figure(result), f"{key}m", f"Heat maps of accuracy matrices; {TABLE}.")
+            drawn["ledger"] = inline(charts.ledger_figure(result), f"{key}l", _bytes_words(device))
+            drawn["phases"] = inline(charts.phase_figure(result), f"{key}p", _phase_words(device))
+        bars = [
+            inline(charts.layer_figure(row), f"{key}y{i}", f"MACs by layer of {row['label']}; {TABLE}.") for i, row in enumerate(device)
+        ]
+    return {
+        "key": key,
+        "title": result["title"] or result["name"],
+        "name": result["name"],
+        "what": result["what"],
+        "summary": views.summary(result),
+        "many": len(result["seeds"]) > 1,
+        "seeds": len(result["seeds"]),
+        "rows": views.learner_rows(result),
+        **{name: Markup(svg) for name, svg in drawn.items()},
+        "tasks": [task["name"] for task in result["tasks"]],
+        "matrices": views.matrices(result),
+        "ledgers": views.ledgers(result),
+        "layers": [
+            {"label": row["label"], "at": row["at"], "table": views.layers(row), "svg": Markup(svg)}
+            for row, svg in zip(device, bars, strict=True)
+        ],
+        "conditions": views.conditions(result),
+        "gates": [{"label": row["label"], "gates": row["gates"]} for row in device],
+        "config": result["toml"] or json.dumps(result["config"], indent=1),
+    }
+
+
+def _accuracy_words(result: dict[str, Any]) -> str:
+    ends = [f"{row['label']} ends at {percent(row['accuracy'])} %" for row in result["learners"]]
+    return f"Line chart of test accuracy along the stream: {', '.join(ends)}."
+
+
+def _bytes_words(rows: list[dict[str, Any]]) -> str:
+    sums = [f"{row['label']} {size(sum(row['ledger'][name] for name in charts.LEDGER))}" for row in rows]
+    return f"Stacked bars of RAM: {', '.join(sums)}; {TABLE}."
+
+
+def _phase_words(rows: list[dict[str, Any]]) -> str:
+    sums = [f"{row['label']} {si(sum(sum(p.values()) for p in charts.layers_of(row).values()))}" for row in rows]
+    return f"Stacked bars of MACs of one learned sample: {', '.join(sums)}."

@@ -1,0 +1,115 @@
+"""The device run: a bundle learns a stream on its runtime, and what a killed process left is gone on with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from edgecl.evaluate import StreamResult, Tests, among, result_of, right_of
+from edgecl.metrics import Prequential
+from edgecl.runs.trail import LEARNED, PREDICTED, TESTED, Trail, pack, unpack
+from edgecl.streams import Stream
+from edgecl_device import Learner
+from edgecl_device.errors import UpdateRefusedError
+from edgecl_device.manifest import read_manifest
+
+TRAIL, STORE, BUNDLE = "trail.jsonl", "store.db", "bundle"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a stream is tested: before it, every so many samples, and after each task.
+
+    Attributes:
+        points: Samples done at each test.
+        current: Task of the last of them; that before the stream's first at the start.
+    """
+
+    points: list[int]
+    current: list[int]
+
+    @classmethod
+    def of(cls, stream: Stream, every: int) -> "Plan":
+        """The tests of a stream."""
+        tasks = [sample.task for sample in stream]
+        ends = [done for done in range(1, len(tasks)) if tasks[done] != tasks[done - 1]]
+        points = sorted({*range(0, len(tasks), every), *ends, len(tasks)})
+        return cls(points, [tasks[done - 1] if done else tasks[0] - 1 for done in points])
+
+
+def device_run(
+    folder: Path, stream: Stream, tests: Tests, *, every: int, store: bool, progress: Callable[[int, int], None]
+) -> tuple[StreamResult, int]:
+    """Predict, then learn, one sample at a time, from where the folder's store and trail stopped.
+
+    Args:
+        folder: Holds the bundle; store and trail are kept there.
+        stream: The scenario.
+        tests: As :func:`edgecl.evaluate.evaluation_set` gives them.
+        every: Samples between two tests.
+        store: Whether the learner has a store; without one it starts again.
+        progress: Called with samples done and in all.
+
+    Returns:
+        What was found, and how many updates were refused. All but times and bytes written is that of a run without a break, to
+        the bit.
+    """
+    plan, learns = Plan.of(stream, every), "learn" in read_manifest(folder / BUNDLE).steps
+    if not store or not _resumable(folder):
+        _start_again(folder)
+    with Trail(folder / TRAIL) as trail, Learner.load(folder / BUNDLE, folder / STORE if store else None) as learner:
+
+        def test(done: int) -> None:
+            if done in plan.points and done not in trail.tests:
+                trail.add({TESTED: done, "right": pack(right_of(learner, stream, tests))})
+
+        for done, sample in enumerate(stream):
+            if done < len(trail.predicted):
+                continue
+            test(done)
+            progress(done, len(stream))
+            start = perf_counter()
+            seen = learner.predict(sample.x)
+            trail.add({PREDICTED: among(seen, stream.choices(sample.task)), "before": learner.report()["learned"]})
+            trail.add({LEARNED: done, **_update(learner, seen.sample_id, sample.y, learns, start)})
+        test(len(stream))
+    return _result(trail, plan, stream, tests), _refused(trail) if learns else 0
+
+
+def _resumable(folder: Path) -> bool:
+    """Fit the trail to the store; False when there is nothing to go on with."""
+    if not (folder / STORE).exists() or not (folder / TRAIL).exists():
+        return False
+    with Learner.load(folder / BUNDLE, folder / STORE) as learner, Trail(folder / TRAIL) as trail:
+        return trail.fit(learner.report()["learned"])
+
+
+def _start_again(folder: Path) -> None:
+    for path in (folder / TRAIL, *folder.glob(f"{STORE}*")):
+        path.unlink(missing_ok=True)
+
+
+def _update(learner: Learner, sample_id: int, label: int, learns: bool, start: float) -> dict[str, Any]:
+    if not learns:
+        return {"kept": False}
+    try:
+        report = learner.learn(sample_id, label)
+    except UpdateRefusedError:
+        return {"kept": False}
+    return {"kept": True, "seconds": perf_counter() - start, "bytes": report.bytes_written}
+
+
+def _refused(trail: Trail) -> int:
+    return sum(not entry["kept"] for entry in trail.learned.values())
+
+
+def _result(trail: Trail, plan: Plan, stream: Stream, tests: Tests) -> StreamResult:
+    prequential = Prequential()
+    for sample, predicted in zip(stream, trail.predicted, strict=True):
+        prequential.update(sample.y, predicted)
+    updates = [entry for entry in trail.learned.values() if entry["kept"]]
+    count = sum(len(y) for _, y in tests)
+    right = [unpack(trail.tests[done], count) for done in plan.points]
+    seconds, written = [entry["seconds"] for entry in updates], [entry["bytes"] for entry in updates]
+    return result_of(tests, plan.points, plan.current, right, prequential, seconds, written)

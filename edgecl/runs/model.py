@@ -1,0 +1,84 @@
+"""The network of a run: built, loaded, and trained on the base set where the configuration says so."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgecl.backbones import BACKBONES, load_weights
+from edgecl.figures import weight_hash
+from edgecl.options import load_model
+from edgecl.preprocess import ImageU8
+from edgecl.pretraining import Recipe, train
+from edgecl.runs.config import RunConfig
+from edgecl.runs.files import save_network
+from edgecl.streams import Dataset, Stream
+from edgecl_device.errors import EdgeclError, InputError
+
+_OPTIONS = {"MODEL:": "model.name:", "--model-classes:": "model.weights_classes:"}
+"""What the command's options are called in a configuration."""
+
+
+@contextmanager
+def with_label(label: str) -> Iterator[None]:
+    """Name the learner in whatever error comes."""
+    try:
+        yield
+    except EdgeclError as error:
+        raise InputError(f"learner {label!r}: {error}") from error
+
+
+def preprocess_of(config: RunConfig) -> ImageU8 | None:
+    """The normalisation that becomes part of the trunk."""
+    found = config.model.preprocess
+    return None if found is None else ImageU8(found.mean, found.std, found.layout)
+
+
+def build(config: RunConfig, data: Dataset, generator: torch.Generator) -> nn.Module:
+    """The network before pretraining; random weights are drawn from ``generator``, those of a user's own model by its seed.
+
+    Raises:
+        InputError: when it cannot be built.
+        WeightsError: when weights do not fit.
+    """
+    model = config.model
+    name = model.name if model.name in BACKBONES else str(config.folder / model.name)
+    weights = None if model.weights is None else config.folder / model.weights
+    # A model of the user's draws from the global generator, and prints what it likes
+    with torch.random.fork_rng(), contextlib.redirect_stdout(sys.stderr):
+        torch.manual_seed(generator.initial_seed())
+        try:
+            return load_model(name, model.classes or len(data.class_names), weights, model.weights_classes, generator)
+        except InputError as error:
+            text = str(error)
+            for option, key in _OPTIONS.items():
+                text = text.replace(option, key)
+            raise InputError(text) from error
+
+
+def ready(config: RunConfig, data: Dataset, stream: Stream, seed: int, path: Path) -> dict[str, Any]:
+    """Build, pretrain if that is wanted, and write the network's tensors to ``path``; returns what to remember of it."""
+    generator = torch.Generator().manual_seed(seed)
+    net = build(config, data, generator)
+    recipe = config.model.pretrain
+    if recipe is not None:
+        x, y = stream.base
+        if not len(y):
+            raise InputError(
+                "model.pretrain: must have a base set to train on, the scenario has none; leave the table out, or give weights"
+            )
+        train(net, x, y, preprocess=preprocess_of(config), recipe=Recipe(**recipe.model_dump()), generator=generator)
+    save_network(path, net.state_dict())
+    return {"sha256": weight_hash(net), "pretrained": recipe is not None}
+
+
+def load(config: RunConfig, data: Dataset, seed: int, path: Path) -> nn.Module:
+    """The network of a seed, with the tensors that :func:`ready` has written."""
+    net = build(config, data, torch.Generator().manual_seed(seed))
+    load_weights(net, path)
+    return net.eval()

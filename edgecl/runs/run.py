@@ -1,0 +1,289 @@
+"""A run: data, network, budget, bundle, device run, figures; each stage leaves its result in the run's folder.
+
+A run that was ended at any moment goes on at the first stage without a result; the device run goes on at the sample where it
+stopped. What it finds is what a run without a break finds, to the bit, times and bytes written apart.
+"""
+
+import dataclasses
+import inspect
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgecl.evaluate import evaluation_set
+from edgecl.evaluate import figures as metrics
+from edgecl.figures import BASELINES, costs, figures, machine, one_thread, summarise, tasks_of, versions
+from edgecl.methods import METHODS
+from edgecl.offline import offline_accuracy
+from edgecl.runs.budget import check_budget, prepared_of
+from edgecl.runs.config import LearnerConfig, RunConfig
+from edgecl.runs.device import BUNDLE, device_run
+from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
+from edgecl.runs.model import build, load, ready, with_label
+from edgecl.runs.registry import SCENARIOS
+from edgecl.runs.registry import load as load_data
+from edgecl.streams import Dataset, Stream
+from edgecl_device.errors import InputError
+from edgecl_device.manifest import read_manifest
+
+START, RESULT = "start.json", "run.json"
+SCRATCH = ".edgecl-new-*"
+"""What an export that was killed leaves behind."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    config: RunConfig, source: Path, folder: Path, *, fresh: bool = False, progress: Progress = lambda text, done, total: None
+) -> dict[str, Any]:
+    """Run a configuration, or go on with it.
+
+    Args:
+        config: What to run.
+        source: Its file, of which the folder gets a copy.
+        folder: Of the run; made when there is none.
+        fresh: Delete what an earlier run left in the folder.
+        progress: Called with what runs, how much of it is done and how much there is.
+
+    Returns:
+        The content of ``run.json``.
+
+    Raises:
+        InputError: when the folder holds something else, or a run of another configuration, other data, other weights or other
+            versions; when a learner exceeds the budget; or when a part does not fit.
+    """
+    _check_folder(folder, fresh)
+    with locked(folder), one_thread():
+        if fresh:
+            _clear(folder)
+        progress("loading the data", 0, 1)
+        data = load_data(config.data.name, config.dataset_options())
+        _begin(config, source, folder, data)
+        if not (folder / RESULT).exists():
+            _Run(config, folder, data, progress).all()
+        result: dict[str, Any] = read_json(folder / RESULT)
+        if result["title"] != config.report.title:
+            result["title"] = config.report.title
+            write_json(folder / RESULT, result)
+    return result
+
+
+def _check_folder(folder: Path, fresh: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / START).exists() and not (folder / LOCK).exists()):
+        raise InputError(f"--out: {folder} exists and holds no run; choose another folder")
+    if fresh and Path.cwd().resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"--out: {folder} is or holds the working directory; choose another folder, or work elsewhere")
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _begin(config: RunConfig, source: Path, folder: Path, data: Dataset) -> None:
+    """Write down what the run is of, or see that the folder's run is of the same."""
+    model = config.model
+    files = {"model.weights": model.weights, "model.name": model.name.rpartition(":")[0] if ".py:" in model.name else None}
+    start = {
+        "config": config.model_dump(mode="json", exclude={"report"}),
+        "data": {"sha256": sha256_data(data)},
+        "files": {name: sha256_file(config.folder / path) for name, path in files.items() if path},
+        "versions": versions(config.device.engine),
+        "machine": machine(),
+    }
+    if not (folder / START).exists():
+        write_bytes(folder / "config.toml", source.read_bytes())
+        write_json(folder / START, start)
+        return
+    before = read_json(folder / START)
+    changed = [
+        f"{name} was {_short(old)}, is {_short(new)}"
+        for name, (old, new) in _differences("", before, start).items()
+        if not name.startswith("machine")
+    ]
+    if changed:
+        raise InputError(
+            f"--out: {folder} holds a run of something else: {'; '.join(changed)}; pass --fresh to delete it, or choose another folder"
+        )
+
+
+def _differences(path: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Values that differ, by their path."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        pairs = [(f"{path}.{key}" if path else key, old.get(key), new.get(key)) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(item, dict) for item in new):
+        pairs = [(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return {path.removeprefix("config."): (old, new)} if old != new else {}
+    return {name: found for pair in pairs for name, found in _differences(*pair).items()}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+class _Run:
+    """The stages of one run; each learner of each seed has a folder of its own."""
+
+    def __init__(self, config: RunConfig, folder: Path, data: Dataset, progress: Progress) -> None:
+        self.config, self.folder, self.data, self.progress = config, folder, data, progress
+        self.entries = list(zip(config.labels, config.learner, strict=True))
+
+    def all(self) -> None:
+        """Every stage that has no result yet, then ``run.json``."""
+        start = time.perf_counter()
+        profiles = self._budget()
+        found: dict[str, list[dict[str, Any]]] = {label: [] for label in self.config.labels}
+        networks = {}
+        for seed in self.config.device.seeds:
+            stream = self.stream(seed)
+            place = self.folder / f"seed{seed}"
+            network = place / "network.pth"
+            self.progress(f"seed {seed}: network" + (", pretraining" if self.config.model.pretrain else ""), 0, 1)
+            networks[seed] = stage(place / "network.json", lambda: ready(self.config, self.data, stream, seed, network))  # noqa: B023
+            for label, entry in self.entries:
+                with with_label(label):
+                    run_one = _Offline if METHODS[entry.method].host_only else _OnDevice
+                    found[label].append(stage(place / label / "result.json", run_one(self, seed, stream, label, entry, place).run))
+        write_json(self.folder / RESULT, self._result(found, profiles, networks, stream, time.perf_counter() - start))
+
+    def stream(self, seed: int) -> Stream:
+        """The scenario of a seed."""
+        make = SCENARIOS[self.config.scenario.name]
+        given = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
+        return make(self.data, **self.config.scenario_options(), **given)
+
+    def _budget(self) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            net = build(self.config, self.data, torch.Generator().manual_seed(self.config.device.seeds[0]))
+            found = {}
+            for i, (label, entry) in enumerate(self.entries):
+                self.progress("counting costs", i, len(self.entries))
+                if not METHODS[entry.method].host_only:
+                    found[label] = dataclasses.asdict(check_budget(self.config, entry, label, net, self.data))
+            return found
+
+        return dict(stage(self.folder / "cost.json", make))
+
+    def _result(
+        self, found: dict[str, list[dict[str, Any]]], profiles: dict[str, Any], networks: dict[int, Any], stream: Stream, seconds: float
+    ) -> dict[str, Any]:
+        config, start = self.config, read_json(self.folder / START)
+        learners = []
+        for label, entry in self.entries:
+            rows = found[label]
+            joint = next((n for n, e in self.entries if e.method == "joint" and e.at == entry.at), None)
+            role = "offline" if entry.method == "joint" else "baseline" if entry.method in BASELINES else "method"
+            learners.append(
+                {
+                    **summarise(rows),
+                    "label": label,
+                    "method": entry.method,
+                    "at": entry.at,
+                    "role": role,
+                    "joint": joint,
+                    "config": profiles.get(label, {}).get("config", entry.config),
+                    "matrices": [row["matrix"] for row in rows if "matrix" in row],
+                    "curves": [row["curve"] for row in rows if "curve" in row],
+                    "profile": profiles.get(label),
+                }
+            )
+        tests = evaluation_set(stream, config.device.test_samples)
+        tasks = [{**task, "test_samples": len(y)} for task, (_, y) in zip(tasks_of(self.data, stream), tests, strict=True)]
+        return {
+            "title": config.report.title,
+            "what": f"{config.data.name}, {config.scenario.name}: {len(stream.base[1]):,} base samples, then {len(stream):,} one at a time",
+            "samples": {"base": len(stream.base[1]), "stream": len(stream), "test": sum(len(y) for _, y in tests)},
+            "tasks": tasks,
+            "seeds": config.device.seeds,
+            "engine": config.device.engine,
+            "learners": learners,
+            "networks": networks,
+            "config": start["config"],
+            "data": {"name": config.data.name, **start["data"], "classes": list(self.data.class_names)},
+            "files": start["files"],
+            "versions": start["versions"],
+            "machine": start["machine"],
+            "seconds": seconds,
+        }
+
+
+@dataclasses.dataclass
+class _OnDevice:
+    """Bundle and device run of one learner and one seed."""
+
+    whole: _Run
+    seed: int
+    stream: Stream
+    label: str
+    entry: LearnerConfig
+    place: Path
+
+    @property
+    def title(self) -> str:
+        """For the progress."""
+        return f"seed {self.seed}, {self.label}"
+
+    def run(self) -> dict[str, Any]:
+        """Figures and costs; a bundle that is there is used as it is."""
+        config = self.whole.config
+        folder = self.place / self.label
+        gates = stage(folder / "bundle.json", lambda: self._bundle(folder))
+        tests = evaluation_set(self.stream, config.device.test_samples)
+        found, refused = device_run(
+            folder,
+            self.stream,
+            tests,
+            every=config.device.every,
+            store=config.device.store,
+            progress=lambda done, total: self.whole.progress(f"{self.title}: learning the stream", done, total),
+        )
+        manifest = read_manifest(folder / BUNDLE)
+        shown = {**metrics(found), **figures(found), **costs(manifest), "refused": refused}
+        return {**shown, "ledger": manifest.ledger, **gates}
+
+    def _bundle(self, folder: Path) -> dict[str, Any]:
+        from edgecl_export import export  # a run drives the whole path; see pyproject.toml
+
+        whole = self.whole
+        for left in folder.glob(SCRATCH):
+            shutil.rmtree(left)
+        prepared = self.prepared()
+        taking = f"{self.title}: taking in base samples"
+        if len(self.stream.base[1]):
+            prepared.fit(*self.stream.base, progress=lambda done, total: whole.progress(taking, done, total))
+        elif getattr(prepared.learner.config, "codec", "float32") != "float32":
+            raise InputError("config.codec: must be 'float32' without a base set, to which other codecs are fitted; give one, or set it")
+        whole.progress(f"{self.title}: writing the bundle and checking it", 0, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        exported = export(
+            prepared, folder / BUNDLE, engine=whole.config.device.engine, overwrite=True, ram_budget_bytes=whole.config.budget.ram
+        )
+        return {"bundle_id": exported.manifest.bundle_id, "gates": [dataclasses.asdict(gate) for gate in exported.gates]}
+
+    def prepared(self) -> Any:
+        """The learner before it has seen a sample."""
+        whole = self.whole
+        net = load(whole.config, whole.data, self.seed, self.place / "network.pth")
+        return prepared_of(whole.config, self.entry, net, whole.data)
+
+
+class _Offline(_OnDevice):
+    """Offline training, which has no bundle."""
+
+    def run(self) -> dict[str, Any]:
+        """The accuracy after it."""
+        self.whole.progress(f"{self.title}: training offline", 0, 1)
+        prepared = self.prepared()
+        return {"accuracy": offline_accuracy(prepared, prepared.learner, self.stream)}
