@@ -187,13 +187,12 @@ def parse_bytes(option: str, text: str) -> int:
 
 
 def place(at: str) -> str | tuple[str, ...]:
-    """Where to cut: one module's name, or names separated by commas.
+    """Where to cut: one module's name, or names separated by commas; a comma at the end marks a single one of such.
 
-    >>> place("layer3"), place("layer2,layer3")
-    ('layer3', ('layer2', 'layer3'))
+    >>> place("layer3"), place("layer2,layer3"), place("layer3,")
+    ('layer3', ('layer2', 'layer3'), ('layer3',))
     """
-    names = tuple(at.split(","))
-    return names[0] if len(names) == 1 else names
+    return tuple(at.removesuffix(",").split(",")) if "," in at else at
 
 
 def parse_config(method: str, pairs: Sequence[str]) -> Any:

@@ -75,24 +75,35 @@ def split(model: nn.Module, at: str, inputs: Sequence[str] | None = None) -> Spl
     if not isinstance(at, str):
         raise SplitError(f"at: must be the name of a module, got {at!r}; pass one of model.named_modules()")
     whole, tracer, graph, names = traced(model, inputs)
-    nodes = [node for node in graph.nodes if node.op != "output"]
-    ends = {name: spans[0][1] for name, spans in tracer.spans.items() if len(spans) == 1 and spans[0][0] < spans[0][1] < len(nodes)}
-    if at not in ends:
-        raise SplitError(_why_not(at, tracer.spans, ends, len(nodes)))
-
-    front = set(nodes[: ends[at]])
-    for node in nodes[ends[at] :]:  # `a, b = module(x)`: what crosses are its tensors, not the tuple
-        if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0] in front:
-            front.add(node)
+    nodes, front, crossing = cut(tracer, graph, at)
     back = [node for node in graph.nodes if node not in front]
-    used = {source for node in back for source in node.all_input_nodes if source.op != "get_attr"}
-    crossing = [node for node in nodes if node in used & front]
-    _check_tensors(at, crossing, nodes)
-
     keys = set(model.state_dict())
     trunk = _trunk(whole, [node for node in nodes if node in front], crossing, keys)
     suffix = _suffix(copy.deepcopy(whole), back, crossing, keys)
     return Split(trunk, suffix, names, tuple(node.name for node in crossing))
+
+
+def cut(tracer: "_Tracer", graph: fx.Graph, at: str) -> tuple[list[fx.Node], set[fx.Node], list[fx.Node]]:
+    """Where a cut after the module ``at`` lies in what :func:`traced` returned.
+
+    Returns:
+        All nodes but the output; those of the trunk; those of the trunk whose tensors cross the cut, in their order.
+
+    Raises:
+        SplitError: when the model cannot be cut there.
+    """
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    ends = {name: spans[0][1] for name, spans in tracer.spans.items() if len(spans) == 1 and spans[0][0] < spans[0][1] < len(nodes)}
+    if at not in ends:
+        raise SplitError(_why_not(at, tracer.spans, ends, len(nodes)))
+    front = set(nodes[: ends[at]])
+    for node in nodes[ends[at] :]:  # `a, b = module(x)`: what crosses are its tensors, not the tuple
+        if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0] in front:
+            front.add(node)
+    used = {source for node in graph.nodes if node not in front for source in node.all_input_nodes if source.op != "get_attr"}
+    crossing = [node for node in nodes if node in used & front]
+    _check_tensors(at, crossing, nodes)
+    return nodes, front, crossing
 
 
 def traced(model: nn.Module, inputs: Sequence[str] | None = None) -> tuple[nn.Module, "_Tracer", fx.Graph, tuple[str, ...]]:

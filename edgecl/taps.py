@@ -10,6 +10,7 @@ a group lasso; each layer's part has length 1, so that none outweighs the others
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,29 +51,39 @@ def taps(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.GraphModule:
     >>> taps(net, ["1", "2"], torch.ones(1, 1, 8, 8))(torch.ones(5, 1, 8, 8)).shape
     torch.Size([5, 10])
     """
+    whole, tracer, graph, _ = traced(model)
+    parts = pool(whole, tracer, graph, names, x)
+    for node in reversed(list(graph.nodes)):  # nothing behind the deepest tap runs
+        if node in parts:
+            break
+        graph.erase_node(node)
+    graph.output(graph.call_function(torch.cat, (parts, 1)))
+    return fx.GraphModule(whole, graph, class_name="Taps").eval()
+
+
+def pool(whole: nn.Module, tracer: Any, graph: fx.Graph, names: Sequence[str], x: Tensor) -> list[fx.Node]:
+    """Nodes with the pooled outputs of modules, put into a graph of :func:`edgecl.splitting.traced`; arguments as in :func:`taps`.
+
+    Raises:
+        SplitError: as :func:`taps`.
+    """
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise SplitError(f"at: must be different names of modules, got {names!r}; pass some of model.named_modules()")
-    whole, tracer, graph, _ = traced(model)
     once = {name: tracer.results[name] for name, spans in tracer.spans.items() if len(spans) == 1}
     for name in names:
         if not isinstance(once.get(name), fx.Proxy):
             why = "must be a module that is called once and returns one tensor"
             valid = {key: value for key, value in once.items() if key and isinstance(value, fx.Proxy)}
             raise SplitError(f"at: {name!r} {why}; choose some of: {listing(name, valid)}")
-    ends = [once[name].node for name in names]
     with torch.no_grad():
         ShapeProp(fx.GraphModule(whole, graph)).propagate(x.clone())
-    for node in reversed(list(graph.nodes)):  # nothing behind the deepest tap runs
-        if node in ends:
-            break
-        graph.erase_node(node)
     parts = []
-    for name, node in zip(names, ends, strict=True):
+    for name in names:
+        node = once[name].node
         axes = list(range(2, _rank(name, node)))
         with graph.inserting_after(node):  # at once: a later layer may write into the tensor, and the vector is what stays
             parts.append(graph.call_function(pooled, (node, axes)))
-    graph.output(graph.call_function(torch.cat, (parts, 1)))
-    return fx.GraphModule(whole, graph, class_name="Taps").eval()
+    return parts
 
 
 def tapped(model: nn.Module, names: Sequence[str], x: Tensor, classes: int) -> nn.Module:

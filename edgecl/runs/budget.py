@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgecl.options import place
 from edgecl.prepare import Prepared, prepare
 from edgecl.profiling import Profile, profile, split_points
 from edgecl.runs.config import Budget, LearnerConfig, RunConfig
@@ -21,7 +22,7 @@ RAM = ("state", "state_second_buffers", "replay")
 
 def prepared_of(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: Dataset, **changes: Any) -> Prepared:
     """A learner of the configuration, before it has seen a sample; ``changes`` replace hyperparameters, or ``at``."""
-    at = changes.pop("at", entry.at)
+    at = place(changes.pop("at", entry.at))
     values = method_config(f"learner.{entry.method}.config", entry.method, entry.config)
     return prepare(
         net,

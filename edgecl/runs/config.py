@@ -106,7 +106,7 @@ class LearnerConfig(Section):
 
     label: Label | None = Field(default=None, description="what the learner is called in tables; the method by default")
     method: str = Field(default="ridge", description="a method, see edgecl methods")
-    at: str = Field(description="the last module of the frozen trunk; edgecl profile MODEL lists the places")
+    at: str = Field(description="the last module of the frozen trunk, or several, as a,b; edgecl profile MODEL lists the places")
     config: dict[str, Any] = Field(default_factory=dict, description="a table of the method's hyperparameters")
 
 

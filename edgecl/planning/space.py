@@ -1,0 +1,230 @@
+"""What the planner chooses from: depths of the network, and at each of them methods, trained tensors and codecs."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgecl.codecs import CODECS
+from edgecl.learner import Learner, Problem
+from edgecl.methods import METHODS
+from edgecl.methods._suffix import NORMS, SuffixLearner
+from edgecl.planning.latents import At
+from edgecl.prepare import Trunk, prepare
+from edgecl.profiling import SplitPoint, split_points
+from edgecl_device.errors import EdgeclError, InputError
+from edgecl_device.manifest import Array, TensorSpec
+
+ENOUGH_DEPTHS = 5
+"""Cuts that are enough to choose from; with fewer, names of more parts are listed."""
+
+MOST_DEPTHS = 10
+"""Cuts that are tried where none are named; of more, those between are left out evenly."""
+
+NEIGHBOURS = 3
+"""Depths before the last pooled one that are joined with it, one by one and together."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as the user gave it.
+
+    Attributes:
+        model: The module.
+        preprocess: Runs before it, on the device too.
+        example: One raw sample, with a batch dimension of 1.
+        classes: Classes that a learner has room for.
+    """
+
+    model: nn.Module
+    preprocess: nn.Module | None
+    example: Array
+    classes: int
+
+    @cached_property
+    def x(self) -> torch.Tensor:
+        """The example as the model takes it."""
+        with torch.no_grad():
+            found: torch.Tensor = torch.tensor(self.example) if self.preprocess is None else self.preprocess(torch.tensor(self.example))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Depth:
+    """A place where the network is cut.
+
+    Attributes:
+        at: As :func:`edgecl.prepare.prepare` takes it.
+        trunk: What is frozen.
+        problem: What a learner behind it is told.
+        trunk_macs: Multiply-accumulates of one pass through the trunk, at least.
+        suffix: What is behind, or None where it cannot be trained.
+        untrainable: Why it cannot.
+    """
+
+    at: At
+    trunk: Trunk
+    problem: Problem
+    trunk_macs: int
+    suffix: nn.Module | None
+    untrainable: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One learner that could be proposed.
+
+    Attributes:
+        at: Its depth.
+        method: Its method.
+        config: Its hyperparameters.
+        trains: Which tensors of the network it trains, in words; empty for methods that train none.
+    """
+
+    at: At
+    method: str
+    config: Any
+    trains: str = ""
+
+    def learner(self, depth: Depth) -> Learner:
+        """The method at its depth.
+
+        Raises:
+            InputError: when it cannot work there.
+        """
+        kind = METHODS[self.method]
+        extra: dict[str, Any] = {"suffix": depth.suffix} if issubclass(kind, SuffixLearner) else {}
+        return kind(depth.problem, self.config, **extra)
+
+
+def places(network: Network, at: Sequence[At] = (), progress: Callable[[int, int], None] | None = None) -> dict[At, int]:
+    """Cuts to try, with the multiply-accumulates that their trunks take at least.
+
+    Args:
+        network: To be cut.
+        at: Cuts to try, and no others; without any they are chosen: up to :data:`MOST_DEPTHS` of the network's, each of them pooled
+            where it has positions, and the last one joined with those before it.
+        progress: Called with the names tried and in all.
+
+    Raises:
+        SplitError: when the network cannot be cut at all.
+        GraphError: when it has an operator that cannot be counted.
+    """
+    named = [name for place in at for name in ([place] if isinstance(place, str) else place)]
+    if at:
+        points = split_points(network.model, network.x, depth=max(name.count(".") + 1 for name in named), progress=progress)
+        macs = {point.at: point.trunk_macs for point in points}
+        return {place: max(macs.get(name, 0) for name in ([place] if isinstance(place, str) else place)) for place in at}
+    for parts in range(1, 4):
+        points = _thinned(split_points(network.model, network.x, depth=parts, progress=progress))
+        if len(points) >= ENOUGH_DEPTHS:
+            break
+    found: dict[At, int] = {point.at: point.trunk_macs for point in points}
+    maps = [point for point in points if len(point.features) == 1 and prod(point.features[0][2:]) > 1]
+    found |= {(point.at,): point.trunk_macs for point in maps}
+    return found | {tuple(p.at for p in some): some[-1].trunk_macs for some in _joined(points, maps)}
+
+
+def _thinned(points: Sequence[SplitPoint]) -> list[SplitPoint]:
+    """Of cuts with equal work and as many values the last, which has passed the activation; then the deepest and evenly between."""
+    kept = list({(point.trunk_macs, sum(map(prod, point.features))): point for point in points}.values())
+    if len(kept) <= MOST_DEPTHS:
+        return kept
+    chosen = {round(i * (len(kept) - 1) / (MOST_DEPTHS - 1)) for i in range(MOST_DEPTHS)}
+    return [point for i, point in enumerate(kept) if i in chosen]
+
+
+def _joined(points: Sequence[SplitPoint], maps: Sequence[SplitPoint]) -> Iterable[Sequence[SplitPoint]]:
+    """Small sets of depths: the last with each of the maps before it, and with several of them."""
+    last = [point for point in points if len(point.features) == 1][-1:]
+    before = [point for point in maps if point not in last][-NEIGHBOURS:]
+    if last and last[0].trunk_macs == (before[-1].trunk_macs if before else -1):  # the same map, already pooled
+        before = before[:-1]
+    return [(point, *last) for point in before] + [(*before[-n:], *last) for n in range(2, len(before) + 1)]
+
+
+def opened(network: Network, at: At, trunk_macs: int) -> Depth:
+    """Cut the network at a place.
+
+    Raises:
+        SplitError: when it cannot be cut there.
+        InputError: when its latent is none that a learner can start from.
+    """
+    common: dict[str, Any] = {"at": at, "example": network.example, "classes": network.classes, "preprocess": network.preprocess}
+    frozen = prepare(network.model, method="ncm", **common)
+    features = frozen.learner.problem.features
+    for spec in [features] if isinstance(features, TensorSpec) else features.values():
+        if spec.dtype != "float32":
+            raise InputError(f"at: the latent {spec.name} behind {at!r} must be float32 to plan with, got {spec.dtype}; cut elsewhere")
+    suffix, why = None, ""
+    try:
+        learner = prepare(network.model, method="finetune", **common).learner
+        assert isinstance(learner, SuffixLearner)
+        suffix = learner.suffix
+    except EdgeclError as error:  # other scores than classes, or layers that cannot be trained: the methods without a suffix stay
+        why = str(error)
+    return Depth(at, frozen.trunk, frozen.learner.problem, trunk_macs, suffix, why)
+
+
+def candidates(depth: Depth, configs: Mapping[str, Any], *, calibrated: bool = True) -> list[Candidate]:
+    """Every learner to try at one depth.
+
+    Args:
+        depth: The place.
+        configs: Hyperparameters of each method to try; of these ``trainable``, ``codec`` and ``capacity_bytes`` are the planner's to
+            choose where they have their default.
+        calibrated: Whether there are base samples, which a codec's range is fitted to.
+    """
+    found = []
+    for method, config in configs.items():
+        if issubclass(METHODS[method], SuffixLearner):
+            if depth.suffix is not None:
+                found += _suffix_candidates(depth, method, config, calibrated)
+        else:
+            found.append(Candidate(depth.at, method, config))
+    return found
+
+
+def _suffix_candidates(depth: Depth, method: str, config: Any, calibrated: bool) -> list[Candidate]:
+    assert depth.suffix is not None
+    default = METHODS[method].Config()
+    choices: list[list[dict[str, Any]]] = [[{}], [{}]]
+    words: dict[tuple[str, ...] | None, str] = {None: "as given"}
+    if getattr(config, "trainable", 0) is None:
+        groups = trainable_groups(depth.suffix)
+        words = {patterns: name for name, patterns in groups.items()}
+        choices[0] = [{"trainable": patterns} for patterns in words]
+    if hasattr(config, "codec") and config.codec == default.codec:
+        choices[1] = [{"codec": name} for name in CODECS if calibrated or name == "float32"]
+    found = []
+    for changes in itertools.product(*choices):
+        values = {key: value for change in changes for key, value in change.items()}
+        trains = words.get(values.get("trainable"), "as given")
+        found.append(Candidate(depth.at, method, dataclasses.replace(config, **values), trains))
+    return found
+
+
+def trainable_groups(suffix: nn.Module) -> dict[str, tuple[str, ...] | None]:
+    """Sets of trained tensors: all but norms, the head, and the head with the layer before it; patterns as ``trainable`` takes them.
+
+    >>> groups = trainable_groups(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    >>> groups["whole suffix"], groups["head"]
+    (None, ('4.weight', '4.bias'))
+    """
+    layers: list[tuple[str, ...]] = []
+    for path, module in suffix.named_modules():
+        own = tuple(f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False))
+        if own and not isinstance(module, NORMS):
+            layers.append(own)
+    found: dict[str, tuple[str, ...] | None] = {"whole suffix": None}
+    if len(layers) > 1:
+        found["head"] = layers[-1]
+    if len(layers) > 2:
+        found["last 2 layers"] = layers[-2] + layers[-1]
+    return found
