@@ -36,6 +36,7 @@ from torch import nn
 from edgecl import METHODS, Prepared, prepare
 from edgecl.evaluate import run_stream
 from edgecl.figures import machine
+from edgecl.ledger import table_bytes
 from edgecl.metrics import average_incremental_accuracy, forgetting
 from edgecl.streams import ClassIncremental, Dataset
 from edgecl_device import Learner
@@ -43,6 +44,8 @@ from edgecl_export import export
 
 KIB = 1024
 BUDGETS = {"0.25 MiB": 256 * KIB, "1 MiB": 1024 * KIB, "4 MiB": 4096 * KIB, "8 MiB": 8192 * KIB}
+SMALLEST_MEMORY = 16 * KIB
+"""A replay memory of fewer bytes is none."""
 TEST_IMAGES = 500
 """Test images of each class at most, always the same."""
 RESULTS = Path(__file__).parent / "results"
@@ -92,12 +95,13 @@ def prepared_row(row: Row, classes: int, calibration: np.ndarray[Any, Any]) -> P
         return prepare(model, at="features", example=calibration[:1], method=row.method, classes=classes, config=config)
 
     prepared = learner(config)
-    room = BUDGETS[row.budget] - sum(t.numel() * t.element_size() for t in prepared.state.values())
-    if room < 0:
+    replays = prepared.memory is not None
+    if replays:
+        prepared.learner.calibrate(torch.tensor(calibration))
+    room = BUDGETS[row.budget] - table_bytes([*prepared.state.values(), *prepared.learner.codebooks])
+    if room < (SMALLEST_MEMORY if replays else 0):
         raise TooLarge(row.label)
-    if prepared.memory is not None:
-        if room < 16 * KIB:
-            raise TooLarge(row.label)
+    if replays:
         prepared = learner(replace(config, capacity_bytes=room))
         prepared.learner.calibrate(torch.tensor(calibration))
     return prepared
@@ -143,7 +147,18 @@ def other(name: str) -> str:
 def chosen_rows(name: str) -> list[Row]:
     """The rows of a set, as ``choose_equal_bytes.py`` wrote them."""
     found = json.loads((RESULTS / "equal_bytes_settings.json").read_text())
-    return [Row(**{**row, "cut": tuple(row["cut"])}) for row in found["sets"][name]["rows"]]
+    return [row_from(row) for row in found["sets"][name]["rows"]]
+
+
+def row_from(entry: dict[str, Any]) -> Row:
+    """A row from JSON."""
+    return Row(**{**entry, "cut": tuple(entry["cut"])})
+
+
+def run_of(row: Row) -> str:
+    """What tells a row's runs from others': not its label, and its budget only where a replay memory fills that."""
+    budget = row.budget if hasattr(METHODS[row.method].Config, "capacity_bytes") else max(BUDGETS, key=BUDGETS.__getitem__)
+    return json.dumps({**asdict(row), "label": row.method, "budget": budget})
 
 
 def _job(job: tuple[str, Row, int, Path, Path, Path]) -> dict[str, Any]:
@@ -193,9 +208,13 @@ def main() -> None:
     for name in args.sets:
         rows = [row for row in chosen_rows(name) if args.labels is None or row.label in args.labels]
         load(name, args.data, args.weights, args.cache), load(other(name), args.data, args.weights, args.cache)
-        jobs = [(name, row, seed, args.data, args.weights, args.cache) for row in rows for seed in range(args.seeds)]
+        unique = list(dict.fromkeys(run_of(row) for row in rows))
+        jobs = [
+            (name, row_from(json.loads(run)), seed, args.data, args.weights, args.cache) for run in unique for seed in range(args.seeds)
+        ]
         found = list(run_all(jobs, args.jobs))
-        entries = [{**asdict(row), **summary(found[i * args.seeds : (i + 1) * args.seeds])} for i, row in enumerate(rows)]
+        runs = {run: found[i * args.seeds : (i + 1) * args.seeds] for i, run in enumerate(unique)}
+        entries = [{**asdict(row), **summary(runs[run_of(row)])} for row in rows]
         kept = [e for e in result["sets"].get(name, {"rows": []})["rows"] if args.labels is not None and e["label"] not in args.labels]
         result["sets"][name] = {"seeds": args.seeds, "test_images_per_class": TEST_IMAGES, "rows": kept + entries}
         result["machine"] = machine()
