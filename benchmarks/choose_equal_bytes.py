@@ -19,16 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from batch_references import discriminant, logistic_regression, nearest_mean, ridge
-from equal_bytes import BUDGETS, RESULTS, Row, TooLarge, arguments, load, other, prepared_row, run_row
-from pooled_features import columns
+from equal_bytes import BUDGETS, LAST, RESULTS, Row, TooLarge, arguments, at_cut, load, other, prepared_row, run_row
 from rich.progress import track
 
 from edgecl.methods import Joint
 from edgecl.streams import Dataset
 from edgecl_export import ExportError
-
-LAST = ("features.18",)
-"""What the classifier of ImageNet sees: the cut that comparisons of this kind use."""
 
 NARROW = ("features.13", "features.16", "features.17")
 """The cut at which hyperparameters are chosen."""
@@ -85,16 +81,10 @@ def validation_split(data: Dataset) -> Dataset:
     return Dataset(data.x[learn], data.y[learn], data.x[test], data.y[test], data.class_names)
 
 
-def at(data: Dataset, cut: tuple[str, ...]) -> Dataset:
-    """The features of one cut."""
-    chosen = columns(cut)
-    return Dataset(data.x[:, chosen], data.y, data.x_test[:, chosen], data.y_test, data.class_names)
-
-
 def fits(row: Row, data: Dataset) -> bool:
     """Whether the row's state, codebooks, and replay rows if it has any, fit into its budget."""
     try:
-        prepared_row(row, len(data.class_names), at(data, row.cut).x[:300])
+        prepared_row(row, len(data.class_names), at_cut(data, row.cut).x[:300])
     except TooLarge:
         return False
     return True
@@ -104,7 +94,7 @@ def closed_forms(data: Dataset) -> list[dict[str, Any]]:
     """Every cut and regulariser of ncm, slda and ridge, and their accuracy in batch."""
     tried = []
     for cut in track(CUTS, "closed forms"):
-        part = at(data, cut)
+        part = at_cut(data, cut)
         tried.append({"label": "ncm", "method": "ncm", "cut": cut, "config": {}, "accuracy": nearest_mean(part)})
         for name, (method, solve, grid) in CLOSED.items():
             tried += [
@@ -144,7 +134,7 @@ def main() -> None:
             ]
         places = {budget: [r.cut for r in best_fitting([e for e in closed if e["label"] == "slda"], budget, data)] for budget in BUDGETS}
         tried, descended = gradient_rows(name, data, places, args)
-        joint = [{"config": asdict(c), "accuracy": logistic_regression(at(data, LAST), c)} for c in track(JOINT, "joint")]
+        joint = [{"config": asdict(c), "accuracy": logistic_regression(at_cut(data, LAST), c)} for c in track(JOINT, "joint")]
         result["sets"][name] = {
             "rows": [asdict(row) for row in [*rows, *descended]],
             "joint": max(joint, key=lambda e: e["accuracy"]),

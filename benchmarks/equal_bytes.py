@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one learner a core
 
 import numpy as np
 import torch
+from batch_references import discriminant, logistic_regression, nearest_mean, ridge
 from pooled_features import columns, pooled_features
 from rich.progress import track
 from torch import nn
@@ -37,6 +38,7 @@ from edgecl import METHODS, Prepared, prepare
 from edgecl.evaluate import run_stream
 from edgecl.figures import machine
 from edgecl.ledger import table_bytes
+from edgecl.methods import Joint
 from edgecl.metrics import average_incremental_accuracy, forgetting
 from edgecl.streams import ClassIncremental, Dataset
 from edgecl_device import Learner
@@ -46,9 +48,9 @@ KIB = 1024
 BUDGETS = {"0.25 MiB": 256 * KIB, "1 MiB": 1024 * KIB, "4 MiB": 4096 * KIB, "8 MiB": 8192 * KIB}
 SMALLEST_MEMORY = 16 * KIB
 """A replay memory of fewer bytes is none."""
-TEST_IMAGES = 500
-"""Test images of each class at most, always the same."""
 RESULTS = Path(__file__).parent / "results"
+LAST = ("features.18",)
+"""What the classifier of ImageNet sees: the cut that comparisons of this kind use."""
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,24 @@ def prepared_row(row: Row, classes: int, calibration: np.ndarray[Any, Any]) -> P
     return prepared
 
 
+def at_cut(data: Dataset, cut: tuple[str, ...]) -> Dataset:
+    """The features of one cut."""
+    chosen = columns(cut)
+    return Dataset(data.x[:, chosen], data.y, data.x_test[:, chosen], data.y_test, data.class_names)
+
+
 def run_row(row: Row, data: Dataset, calibration: np.ndarray[Any, Any], seed: int) -> dict[str, Any]:
     """Export the row's learner and let it learn the stream of one seed on ONNX Runtime."""
-    chosen = columns(row.cut)
     classes = len(data.class_names)
-    data = Dataset(data.x[:, chosen], data.y, data.x_test[:, chosen], data.y_test, data.class_names)
+    data = at_cut(data, row.cut)
     step = 10 if classes == 100 else 2
     order = np.random.default_rng(seed).permutation(classes).tolist()
     stream = ClassIncremental(data, base_classes=[], steps=[order[i : i + step] for i in range(0, classes, step)], seed=seed)
-    prepared = prepared_row(row, classes, calibration[:, chosen])
+    prepared = prepared_row(row, classes, calibration[:, columns(row.cut)])
     with tempfile.TemporaryDirectory() as folder:
         bundle = export(prepared, Path(folder) / "bundle")
         with Learner.load(bundle.path) as learner:
-            found = run_stream(learner, stream, every=len(stream), per_task=TEST_IMAGES * step)
+            found = run_stream(learner, stream, every=len(stream))
     learn = bundle.manifest.steps["learn"]
     return {
         "accuracy": found.accuracy,
@@ -186,6 +193,25 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"fits": True, **means, **values}
 
 
+def in_batch(row: Row, data: Dataset) -> float | None:
+    """Test accuracy of a row's method solved on all samples at once at the same regulariser, where it has a closed form."""
+    solve = {"ncm": nearest_mean, "slda": discriminant, "ridge": ridge}.get(row.method)
+    return None if solve is None else solve(at_cut(data, row.cut), **row.config)
+
+
+def joint(name: str, entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Logistic regression trained offline on the last layer's features, and on those of the best row's cut."""
+    best = max((entry for entry in entries if entry["fits"]), key=lambda entry: entry["accuracy"])
+    chosen = json.loads((RESULTS / "equal_bytes_settings.json").read_text())["sets"][name]["joint"]["config"]
+    data = load(name, args.data, args.weights, args.cache)
+    cuts = {"last layer": LAST, "the best row's cut": tuple(best["cut"])}
+    found = [
+        {"label": label, "cut": cut, "accuracy": logistic_regression(at_cut(data, cut), Joint.Config(**chosen))}
+        for label, cut in cuts.items()
+    ]
+    return {"config": chosen, "rows": found}
+
+
 def arguments(text: str, sets: Sequence[str]) -> argparse.Namespace:
     """What both scripts take."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,9 +240,10 @@ def main() -> None:
         ]
         found = list(run_all(jobs, args.jobs))
         runs = {run: found[i * args.seeds : (i + 1) * args.seeds] for i, run in enumerate(unique)}
-        entries = [{**asdict(row), **summary(runs[run_of(row)])} for row in rows]
+        data = load(name, args.data, args.weights, args.cache)
+        entries = [{**asdict(row), **summary(runs[run_of(row)]), "batch_accuracy": in_batch(row, data)} for row in rows]
         kept = [e for e in result["sets"].get(name, {"rows": []})["rows"] if args.labels is not None and e["label"] not in args.labels]
-        result["sets"][name] = {"seeds": args.seeds, "test_images_per_class": TEST_IMAGES, "rows": kept + entries}
+        result["sets"][name] = {"seeds": args.seeds, "rows": kept + entries, "joint": joint(name, kept + entries, args)}
         result["machine"] = machine()
         result["versions"] = {package: version(package) for package in ("edgecl", "torch", "onnxruntime", "numpy")}
         out.write_text(json.dumps(result, indent=1) + "\n")

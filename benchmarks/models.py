@@ -1,9 +1,10 @@
 """Networks of the field at full size: export, parity, cost and time of one learning step, on both runtimes.
 
-    python benchmarks/models.py --out FILE [--models gru,vit] [--engines onnx,executorch] [--repeats 50]
+    python benchmarks/models.py [--out FILE] [--models gru,vit] [--engines onnx,executorch] [--repeats 50]
 
 Each is cut before its last two blocks, which latent replay trains with two rows. Export includes every gate, so that a network that is in
-the result has equal outputs and states on both sides. A step is timed alone, on one thread: latent in, new state out.
+the result has equal outputs and states on both sides. A step is timed alone, on one thread: latent in, new state out. Writes
+``benchmarks/results/models.json``.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from edgecl_export.targets import target_of
 
 CUTS = {"resnet18": "layer3", "mobilenet_v2": "features.15", "ds_cnn": "block2", "vit": "blocks.1", "cnn1d": "block1", "gru": "gru1"}
 CLASSES = 10
+OUT = Path(__file__).parent / "results" / "models.json"
 
 
 def measure(name: str, engine: str, repeats: int) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(CUTS))
     parser.add_argument("--engines", default="onnx,executorch")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {

@@ -2,9 +2,10 @@
 
     python benchmarks/step_latency.py [--repeats 400] [--out FILE]
 
-Cases: ``ridge`` at d=512, K=100, and ``latent_replay`` with r=8 on the demo's network. The step alone is timed (latent in,
-new state out, buffers bound); then PyTorch on tensors that lie ready: for ridge the eager step function, for latent replay
-the update as one would write it by hand (autograd, ``torch.optim.SGD``), which is faster than the step function there.
+Cases: ``ridge`` and ``slda`` at d=512 or 1280, K=100, and ``latent_replay`` with r=8 on the demo's network. The step alone is
+timed (latent in, new state out, buffers bound); then PyTorch on tensors that lie ready: for the first two the eager step
+function, for latent replay the update as one would write it by hand (autograd, ``torch.optim.SGD``), which is faster than the
+step function there.
 Engine and step function are compared first. Writes ``benchmarks/results/step_latency.json``.
 """
 
@@ -29,7 +30,7 @@ from torch import nn
 from edgecl.demo import machine
 from edgecl.engine import EagerEngine, to_tensor
 from edgecl.learner import call_step
-from edgecl.methods import LatentReplay, Ridge
+from edgecl.methods import LatentReplay
 from edgecl.prepare import Prepared, prepare
 from edgecl.streams import fashion_mnist_subset
 from edgecl.trees import unflatten_like
@@ -41,12 +42,12 @@ from edgecl_export.verify import compare_step
 OUT = Path(__file__).parent / "results" / "step_latency.json"
 
 
-def ridge_case() -> Prepared:
-    """Ridge on 512-d features with room for 100 classes, 400 random samples learned."""
+def matrix_case(method: str, d: int) -> Prepared:
+    """A method on d-dimensional features with room for 100 classes, 400 random samples learned."""
     generator = np.random.default_rng(0)
-    model = nn.Sequential(nn.Identity(), nn.Linear(512, 100))
-    x = generator.standard_normal((400, 512)).astype(np.float32)
-    return prepare(model, at="0", example=x[:1], method="ridge", classes=100, config=Ridge.Config()).fit(x, generator.integers(0, 100, 400))
+    model = nn.Sequential(nn.Identity(), nn.Linear(d, 100))
+    x = generator.standard_normal((400, d)).astype(np.float32)
+    return prepare(model, at="0", example=x[:1], method=method, classes=100).fit(x, generator.integers(0, 100, 400))
 
 
 def replay_case() -> Prepared:
@@ -61,6 +62,15 @@ def replay_case() -> Prepared:
         net, at=SmallCnn.MAP, example=data.x[:1], method="latent_replay", classes=10, config=LatentReplay.Config(), preprocess=scale
     )
     return prepared.fit(data.x[:400], data.y[:400])
+
+
+CASES: dict[str, tuple[Callable[[], Prepared], str]] = {
+    "ridge d=512 K=100": (lambda: matrix_case("ridge", 512), "onnx_ms under 0.15"),
+    "ridge d=1280 K=100": (lambda: matrix_case("ridge", 1280), "onnx_ms under 0.3"),
+    "slda d=1280 K=100": (lambda: matrix_case("slda", 1280), "onnx_ms under 0.45"),
+    "latent_replay r=8": (replay_case, "ratio at most 1"),
+}
+"""Every case and its target."""
 
 
 def inputs_of(prepared: Prepared) -> dict[str, Any]:
@@ -140,10 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    targets = {"ridge d=512 K=100": "onnx_ms under 0.15", "latent_replay r=8": "ratio at most 1"}
-    rows = [time_case(name, make(), args.repeats) for name, make in zip(targets, (ridge_case, replay_case), strict=True)]
-    for row in rows:
-        row["target"] = targets[row["case"]]
+    rows = [{**time_case(name, make(), args.repeats), "target": target} for name, (make, target) in CASES.items()]
     result = {
         "rows": rows,
         "repeats": args.repeats,
