@@ -58,9 +58,9 @@ def demo_table(result: Mapping[str, Any]) -> str:
         *_above_joint(rows),
         *_on_executorch(rows, json.loads(EXECUTORCH.read_text(encoding="utf-8"))),
         "",
-        f"`edgecl demo --seeds {result['seeds']} --out docs/figures`: {result['seconds']:.0f} s. {_conditions(result)}",
+        f"`edgecl demo --seeds {result['seeds']} --out docs/figures`: {result['seconds']:.0f} s. {conditions(result)}",
     ]
-    return _markdown(head, lines) + "\n\n" + "\n".join(notes)
+    return markdown(head, lines) + "\n\n" + "\n".join(notes)
 
 
 def _above_joint(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -86,8 +86,8 @@ def _on_executorch(rows: Mapping[str, Mapping[str, Any]], other: Mapping[str, An
 def latency_table(result: Mapping[str, Any]) -> str:
     """Time of one learning step against PyTorch."""
     lines = [[r["case"], f"{r['onnx_ms']:.3f}", f"{r['eager_ms']:.3f}", f"{r['ratio']:.2f}", r["target"]] for r in result["rows"]]
-    note = f"`python benchmarks/step_latency.py`: medians of {result['repeats']} interleaved repeats. {_conditions(result)}"
-    return _markdown(["step", "ONNX Runtime, ms", "PyTorch, ms", "ratio", "target"], lines) + "\n\n" + note
+    note = f"`python benchmarks/step_latency.py`: medians of {result['repeats']} interleaved repeats. {conditions(result)}"
+    return markdown(["step", "ONNX Runtime, ms", "PyTorch, ms", "ratio", "target"], lines) + "\n\n" + note
 
 
 def filled(text: str) -> str:
@@ -101,13 +101,15 @@ def filled(text: str) -> str:
     return text
 
 
-def _conditions(result: Mapping[str, Any]) -> str:
+def conditions(result: Mapping[str, Any]) -> str:
+    """Versions and machine in one sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     machine = result["machine"]
     return f"{versions}; {machine if isinstance(machine, str) else ', '.join(machine.values())}."
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table whose columns but the first are right-aligned."""
     rule = ["---", *["--:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
 
