@@ -219,8 +219,8 @@ def models_table(result: Row) -> str:
         lines.append([r["model"], r["cut"], runtimes[r["engine"]], *costs, f"{r['learn_ms']:.1f}"])
     head = ["network", "cut after", "runtime", "MACs/update", "MACs of the trunk", "state", "activations", "learn, ms"]
     return (
-        "Latent replay trains what lies behind the cut, the last two blocks, with two stored rows; each export passed its gates, parity with "
-        "eager PyTorch among them.\n\n" + markdown(head, lines) + f"\n\n`python benchmarks/models.py`. {conditions(result)}"
+        "Latent replay trains what lies behind the cut, the last two blocks, with two stored rows; each export passed its gates, parity "
+        "with eager PyTorch among them.\n\n" + markdown(head, lines) + f"\n\n`python benchmarks/models.py`. {conditions(result)}"
     )
 
 
