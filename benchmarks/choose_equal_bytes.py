@@ -62,7 +62,8 @@ GRADIENT: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 """Label, method and grid of what descends a gradient."""
 
-CODEC_BUDGETS = ("0.25 MiB", "1 MiB", "4 MiB")
+CODEC_SET, CODEC_BUDGETS = "cifar100", ("0.25 MiB", "1 MiB", "4 MiB")
+"""Where replay codecs are compared."""
 PRODUCT = [{"codec": "pq", "subquantizers": m, "centroids": c} for m, c in ((72, 64), (72, 256), (144, 64), (144, 256))]
 """Product quantisation of the 576 values of :data:`NARROW`: 8 or 4 values a byte."""
 
@@ -169,6 +170,8 @@ def gradient_rows(name: str, data: Dataset, places: dict[str, list[tuple[str, ..
             mine = [(e["accuracy"], row) for e, row in zip(found, second, strict=True) if (row.label, row.budget) == (label, budget)]
             rows += [max(mine, key=lambda pair: pair[0])[1]] if mine else []
         rows.append(Row(f"{label}, last layer", best[label]["method"], "8 MiB", LAST, best[label]["config"]))
+    if name != CODEC_SET:
+        return tried + found, rows
     products, codecs = codec_rows(name, data, best["ER-ACE"]["config"], args)
     return tried + found + products, rows + codecs
 

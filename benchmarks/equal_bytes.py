@@ -46,6 +46,8 @@ from edgecl_export import export
 
 KIB = 1024
 BUDGETS = {"0.25 MiB": 256 * KIB, "1 MiB": 1024 * KIB, "4 MiB": 4096 * KIB, "8 MiB": 8192 * KIB}
+PER_TASK = 200
+"""Test images of each task that the tests along the stream use; the last one uses all."""
 SMALLEST_MEMORY = 16 * KIB
 """A replay memory of fewer bytes is none."""
 RESULTS = Path(__file__).parent / "results"
@@ -126,10 +128,11 @@ def run_row(row: Row, data: Dataset, calibration: np.ndarray[Any, Any], seed: in
     with tempfile.TemporaryDirectory() as folder:
         bundle = export(prepared, Path(folder) / "bundle")
         with Learner.load(bundle.path) as learner:
-            found = run_stream(learner, stream, every=len(stream))
+            found = run_stream(learner, stream, every=len(stream), per_task=PER_TASK)
+            right = [learner.predict(x).label == y for x, y in zip(data.x_test, data.y_test, strict=True)]
     learn = bundle.manifest.steps["learn"]
     return {
-        "accuracy": found.accuracy,
+        "accuracy": float(np.mean(right)),
         "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
         "forgetting": forgetting(found.matrix),
         "bytes": bundle.manifest.ledger["beyond_trunk"],
@@ -154,18 +157,14 @@ def other(name: str) -> str:
 def chosen_rows(name: str) -> list[Row]:
     """The rows of a set, as ``choose_equal_bytes.py`` wrote them."""
     found = json.loads((RESULTS / "equal_bytes_settings.json").read_text())
-    return [row_from(row) for row in found["sets"][name]["rows"]]
-
-
-def row_from(entry: dict[str, Any]) -> Row:
-    """A row from JSON."""
-    return Row(**{**entry, "cut": tuple(entry["cut"])})
+    return [Row(**{**row, "cut": tuple(row["cut"])}) for row in found["sets"][name]["rows"]]
 
 
 def run_of(row: Row) -> str:
     """What tells a row's runs from others': not its label, and its budget only where a replay memory fills that."""
-    budget = row.budget if hasattr(METHODS[row.method].Config, "capacity_bytes") else max(BUDGETS, key=BUDGETS.__getitem__)
-    return json.dumps({**asdict(row), "label": row.method, "budget": budget})
+    config = asdict(METHODS[row.method].Config(**row.config))
+    budget = row.budget if "capacity_bytes" in config else ""
+    return json.dumps({**asdict(row), "label": row.method, "budget": budget, "config": config})
 
 
 def _job(job: tuple[str, Row, int, Path, Path, Path]) -> dict[str, Any]:
@@ -234,16 +233,19 @@ def main() -> None:
     for name in args.sets:
         rows = [row for row in chosen_rows(name) if args.labels is None or row.label in args.labels]
         load(name, args.data, args.weights, args.cache), load(other(name), args.data, args.weights, args.cache)
-        unique = list(dict.fromkeys(run_of(row) for row in rows))
-        jobs = [
-            (name, row_from(json.loads(run)), seed, args.data, args.weights, args.cache) for run in unique for seed in range(args.seeds)
-        ]
+        unique = {run_of(row): row for row in reversed(rows)}
+        jobs = [(name, row, seed, args.data, args.weights, args.cache) for row in unique.values() for seed in range(args.seeds)]
         found = list(run_all(jobs, args.jobs))
         runs = {run: found[i * args.seeds : (i + 1) * args.seeds] for i, run in enumerate(unique)}
         data = load(name, args.data, args.weights, args.cache)
         entries = [{**asdict(row), **summary(runs[run_of(row)]), "batch_accuracy": in_batch(row, data)} for row in rows]
         kept = [e for e in result["sets"].get(name, {"rows": []})["rows"] if args.labels is not None and e["label"] not in args.labels]
-        result["sets"][name] = {"seeds": args.seeds, "rows": kept + entries, "joint": joint(name, kept + entries, args)}
+        result["sets"][name] = {
+            "seeds": args.seeds,
+            "test_images_per_task": PER_TASK,
+            "rows": kept + entries,
+            "joint": joint(name, kept + entries, args),
+        }
         result["machine"] = machine()
         result["versions"] = {package: version(package) for package in ("edgecl", "torch", "onnxruntime", "numpy")}
         out.write_text(json.dumps(result, indent=1) + "\n")
