@@ -569,7 +569,7 @@ class Pair(nn.Module):
     ("model", "operator", "where"),
     [
         (Odd(front=nn.Softshrink()), r"aten\.softshrink", r"front\.1"),
-        (Odd(front=nn.Upsample(scale_factor=2, mode="bilinear")), r"aten\.upsample_bilinear2d", r"front\.1"),
+        (Odd(front=nn.Upsample(scale_factor=2, mode="bicubic")), r"aten\.upsample_bicubic2d", r"front\.1"),
         (Odd(back=nn.Hardshrink()), r"aten\.hardshrink", r"head\.odd"),
         (Odd(back=Pair()), r"aten\._trilinear", r"head\.odd\.bilinear"),
         (Odd(back=nn.LogSigmoid()), r"aten\.log_sigmoid_forward", r"head\.odd"),
