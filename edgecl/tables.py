@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 LEDGER_WORDS = {
     "frozen_weights": "frozen tensors of all steps",
-    "codebooks": "tables of the replay codec, within frozen_weights",
+    "codebooks": "tables of the replay codec, among the frozen tensors",
     "graphs": "graph files (flash)",
     "state": "what learning changes, once",
     "state_second_buffers": "second buffer of every tensor that a step writes",

@@ -1,6 +1,6 @@
 """The figures in the README are those of the committed JSON, and the JSON is of the settings that the code has."""
 
-import importlib.util
+import importlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -26,12 +26,30 @@ def rows(demo):
     return {row["label"]: row for row in demo["rows"]}
 
 
-def test_the_readme_shows_the_committed_figures():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "benchmarks/update_readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Imports one of the benchmarks' modules, which import each other by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_the_readme_shows_the_committed_figures(benchmarks):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert module.filled(readme) == readme
+    assert benchmarks("update_readme").filled(readme) == readme
+
+
+def test_the_results_page_shows_the_committed_figures(benchmarks):
+    assert benchmarks("write_results").page() == (ROOT / "docs/results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar10", "fashion_mnist"])
+def test_the_results_at_equal_bytes_are_of_the_settings_that_were_chosen(name):
+    chosen = read("benchmarks/results/equal_bytes_settings.json")["sets"][name]["rows"]
+    result = read("benchmarks/results/equal_bytes.json")["sets"][name]
+    assert [{key: row[key] for key in chosen[0]} for row in result["rows"]] == chosen
+    assert result["seeds"] == 3
+    limits = {"0.25 MiB": 2**18, "1 MiB": 2**20, "4 MiB": 2**22, "8 MiB": 2**23}
+    assert all(row["bytes"] <= limits[row["budget"]] for row in result["rows"] if row["fits"])
 
 
 def test_the_demo_runs_the_settings_that_were_chosen():
