@@ -101,6 +101,7 @@ ModelClasses = Annotated[
 Layout = Annotated[str | None, typer.Option(metavar="LAYOUT", help="Take uint8 images, HWC, CHW or HW, and normalise them in the graph.")]
 Mean = Annotated[str | None, typer.Option(help="With --preprocess-u8: mean by channel on the scale 0 to 1, as 0.49,0.48,0.45.")]
 Std = Annotated[str | None, typer.Option(help="With --preprocess-u8: standard deviation by channel, as 0.25,0.24,0.26.")]
+Resize = Annotated[str | None, typer.Option(metavar="H,W", help="With --preprocess-u8: height and width to resize to, as 96,96.")]
 Engine = Annotated[str, typer.Option(help=f"The runtime on the device: {' or '.join(RULES)}.")]
 Input = Annotated[str | None, typer.Option(metavar="SHAPE", help="Shape of one raw sample with a batch of 1, as 1,3,32,32.")]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Type of a raw sample: float32 or uint8.")]
@@ -197,6 +198,7 @@ def profile_(
     preprocess_u8: Layout = None,
     mean: Mean = None,
     std: Std = None,
+    resize: Resize = None,
     config: Config = None,
     engine: Engine = "onnx",
     as_json: Json = False,
@@ -205,7 +207,7 @@ def profile_(
     values = parse_config(method, config or ())
     with redirect_stdout(sys.stderr):  # what the user's code prints is no result
         net = load_model(model, classes, weights, model_classes)
-    preprocess = preprocessing(preprocess_u8, mean, std)
+    preprocess = preprocessing(preprocess_u8, mean, std, resize)
     example = example_of(model, input, dtype, preprocess)
     title = f"{model}, input {'x'.join(map(str, example.shape))} {example.dtype}"
     if at is None:
@@ -260,6 +262,7 @@ def export(
     preprocess_u8: Layout = None,
     mean: Mean = None,
     std: Std = None,
+    resize: Resize = None,
     config: Config = None,
     engine: Engine = "onnx",
     ram_budget: Annotated[
@@ -283,7 +286,7 @@ def export(
         net = load_model(model, classes, weights, model_classes)
     if model in BACKBONES and weights is None:
         print(f"note: {model} has random weights; pass --weights for trained ones", file=sys.stderr)
-    preprocess = preprocessing(preprocess_u8, mean, std)
+    preprocess = preprocessing(preprocess_u8, mean, std, resize)
     xs, ys = (None, None) if data is None else read_stream(data)
     if xs is not None and not len(xs):
         raise InputError(f"--data: {data} must hold at least one sample; leave the option out to start from nothing")

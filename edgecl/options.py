@@ -123,17 +123,18 @@ def _cause(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
-def preprocessing(layout: str | None, mean: str | None, std: str | None) -> ImageU8 | None:
+def preprocessing(layout: str | None, mean: str | None, std: str | None, resize: str | None = None) -> ImageU8 | None:
     """The normalisation that the options describe.
 
     Raises:
         InputError: when one of the three is missing or wrong.
     """
-    if layout is None and mean is None and std is None:
+    if layout is None and mean is None and std is None and resize is None:
         return None
     if layout is None or mean is None or std is None:
         raise InputError("--preprocess-u8, --mean, --std: go together, one of them is missing; give all three or none")
-    return ImageU8(_numbers("--mean", mean, float), _numbers("--std", std, float), layout)
+    size = None if resize is None else _numbers("--resize", resize, int)
+    return ImageU8(_numbers("--mean", mean, float), _numbers("--std", std, float), layout, size)
 
 
 def example_of(model: str, shape: str | None, dtype: str, preprocess: ImageU8 | None) -> Array:

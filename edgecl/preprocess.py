@@ -7,24 +7,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgecl_device.checks import as_int
 from edgecl_device.errors import InputError
+
+MOST_SIDE = 4096
+"""Longest side that an image is resized to."""
 
 
 class ImageU8(nn.Module):
     """A uint8 image as the normalised float image that a backbone takes: ``(x / 255 - mean) / std``.
 
-    One multiplication and one addition: ``x * 1 / (255 std) - mean / std``.
+    One multiplication and one addition: ``x * 1 / (255 std) - mean / std``. With ``size`` the image is resized first, as
+    ``torch.nn.functional.interpolate(x, size, mode="bilinear")`` does it: half-pixel centres, no smoothing when it shrinks.
 
     Args:
         mean: Mean of each channel, on the scale 0 to 1.
         std: Standard deviation of each channel, on the same scale.
-        layout: Axes of one image: ``HWC``, ``CHW``, or ``HW`` for one grey channel.
+        layout: Axes of one image: ``HWC``, ``CHW``, or ``HW`` for a grey one, which becomes as many equal channels as there are means.
+        size: Height and width to resize to; None leaves it as it is.
 
     Raises:
-        InputError: on another layout, lengths that differ, a standard deviation that is not positive.
+        InputError: on another layout, lengths that differ, a standard deviation that is not positive, another size than two
+            positive integers.
 
     Shapes:
-        x: uint8 [N, H, W, C], [N, C, H, W] or [N, H, W]; the result is float32 [N, C, H, W].
+        x: uint8 [N, H, W, C], [N, C, H, W] or [N, H, W]; the result is float32 [N, C, H, W], or [N, C, *size].
 
     >>> ImageU8(mean=[0.5], std=[0.5], layout="HW")(torch.tensor([[[0, 255]]], dtype=torch.uint8))
     tensor([[[[-1.,  1.]]]])
@@ -33,7 +40,7 @@ class ImageU8(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], layout: str = "HWC") -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], layout: str = "HWC", size: Sequence[int] | None = None) -> None:
         super().__init__()
         if layout not in {"HWC", "CHW", "HW"}:
             raise InputError(f"layout: must be 'HWC', 'CHW' or 'HW', got {layout!r}")
@@ -41,11 +48,12 @@ class ImageU8(nn.Module):
             mean, std = [float(value) for value in mean], [float(value) for value in std]
         except (TypeError, ValueError) as error:
             raise InputError(f"mean, std: must be lists of numbers, one for each channel, got {mean!r} and {std!r}; pass [0.5]") from error
-        if len(mean) != len(std) or not mean or (layout == "HW" and len(mean) != 1):
-            raise InputError(f"mean, std: must have one value for each channel, got {len(mean)} and {len(std)} for layout {layout}")
+        if len(mean) != len(std) or not mean:
+            raise InputError(f"mean, std: must have one value for each channel, got {len(mean)} and {len(std)}; give both the same length")
         if not all(math.isfinite(value) for value in [*mean, *std]) or min(std) <= 0:
             raise InputError(f"mean, std: must be finite, std positive, got {list(mean)} and {list(std)}; give them on the scale 0 to 1")
         self.layout = layout
+        self.size = None if size is None else _height_width(size)
         exact_mean, exact_std = torch.tensor([mean, std], dtype=torch.float64).reshape(2, -1, 1, 1)
         self.register_buffer("scale", (1 / (255 * exact_std)).float())
         self.register_buffer("shift", (-exact_mean / exact_std).float())
@@ -56,7 +64,20 @@ class ImageU8(nn.Module):
             x = x.permute(0, 3, 1, 2)
         elif self.layout == "HW":
             x = x.unsqueeze(1)
-        return x.to(torch.float32) * self.scale + self.shift
+        if self.layout != "HW" and x.shape[1] != len(self.scale):
+            channels = f"{x.shape[1]} channels, got {len(self.scale)}"
+            raise InputError(f"mean, std: must have one value for each of the image's {channels}; check them and the layout")
+        x = x.to(torch.float32)
+        if self.size is not None:
+            x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
+        return x * self.scale + self.shift
+
+
+def _height_width(size: Sequence[int]) -> tuple[int, int]:
+    sides = size if isinstance(size, (list, tuple)) else ()
+    if len(sides) != 2 or not all(1 <= as_int("size", side) <= MOST_SIDE for side in sides):
+        raise InputError(f"size: must be a height and a width of 1 to {MOST_SIDE} pixels, got {size!r}; pass (96, 96)")
+    return as_int("size", size[0]), as_int("size", size[1])
 
 
 class LogMel(nn.Module):

@@ -67,6 +67,9 @@ class Preprocess(Section):
     layout: Literal["HWC", "CHW", "HW"] = Field(description="the axes of one image")
     mean: list[float] = Field(min_length=1, description="the mean of each channel, on the scale 0 to 1")
     std: list[float] = Field(min_length=1, description="the standard deviation of each channel, on the scale 0 to 1")
+    size: list[int] | None = Field(
+        default=None, min_length=2, max_length=2, description="the height and width to resize to, bilinear; as it is by default"
+    )
 
 
 class Pretrain(Section):

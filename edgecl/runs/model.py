@@ -36,7 +36,7 @@ def with_label(label: str) -> Iterator[None]:
 def preprocess_of(config: RunConfig) -> ImageU8 | None:
     """The normalisation that becomes part of the trunk."""
     found = config.model.preprocess
-    return None if found is None else ImageU8(found.mean, found.std, found.layout)
+    return None if found is None else ImageU8(found.mean, found.std, found.layout, found.size)
 
 
 def build(config: RunConfig, data: Dataset, generator: torch.Generator) -> nn.Module:
