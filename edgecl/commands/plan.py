@@ -56,6 +56,9 @@ def plan(
     )
     if write is not None and write.exists():
         raise InputError(f"--write: {write} exists; choose another name, or delete it")
+    for option, file in (("--plot", plot), ("--write", write)):
+        if file is not None and not file.parent.is_dir():
+            raise InputError(f"{option}: must lie in an existing folder, got {file}; make {file.parent} first")
     with nullcontext(config) if config is not None else as_file(files("edgecl.runs").joinpath("example.toml")) as path:
         read = read_config(path)
     device = read.device
@@ -73,7 +76,7 @@ def plan(
         found = look(source.network, source.data, source.scenario, limits, settings, step)
     result = record(found, settings, f"{read.model.name} on {read.data.name}, {read.scenario.name}")
     if plot is not None:
-        plan_figure(result).savefig(plot, dpi=150)
+        plan_figure(result).savefig(plot, dpi=150, format="png")
     if write is not None:
         write.write_text(run_config(read, found.best, settings, found.validation), encoding="utf-8")
     if as_json:

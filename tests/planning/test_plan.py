@@ -106,7 +106,7 @@ def test_front_against_brute_force(points):
 
 @pytest.mark.parametrize(
     ("method", "limits"),
-    [("latent_replay", Limits(ram=900, flash=40_000, macs=20_000)), ("ncm", Limits(ram=8000, macs=150)), ("slda", Limits(flash=99))],
+    [("latent_replay", Limits(ram=900, flash=40_000, macs=20_000)), ("ncm", Limits(ram=8000, macs=150))],
     ids=str,
 )
 def test_a_refused_budget_names_the_nearest(small, split, method, limits):

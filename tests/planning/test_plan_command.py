@@ -76,9 +76,11 @@ def test_wrong_sizes_are_named(wrong, capsys):
     assert capsys.readouterr().err.startswith(f"edgecl: {wrong[0]}: must be ")
 
 
-@pytest.mark.parametrize("wrong", [["--method", "joint"], ["--method", "none"], ["--at", "9"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "wrong", [["--method", "joint"], ["--method", "none"], ["--at", "9"], ["--plot", "no/such/folder.png"]], ids=" ".join
+)
 def test_wrong_choices_are_named(config, wrong, capsys):
-    assert main(["plan", str(config), "--method", "ncm", *wrong] if wrong[0] == "--at" else ["plan", str(config), *wrong]) == 2
+    assert main(["plan", str(config), "--method", "ncm", *wrong] if wrong[0] != "--method" else ["plan", str(config), *wrong]) == 2
     assert wrong[1] in capsys.readouterr().err
 
 
