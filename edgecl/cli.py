@@ -1,4 +1,4 @@
-"""The command ``edgecl``: the demo, the methods, what a learner costs, export, runs and their report.
+"""The command ``edgecl``: the demo, the methods, what a learner costs, export, plans, runs and their report.
 
 Results go to stdout, progress and errors to stderr. An error is one line and exit code 2.
 """
@@ -20,6 +20,7 @@ from torch import nn
 
 from edgecl import tables
 from edgecl.backbones import BACKBONES
+from edgecl.commands import plan as planning
 from edgecl.commands import runs
 from edgecl.console import console, progress, show
 from edgecl.graph.rules import RULES
@@ -32,7 +33,7 @@ from edgecl.profiling import Profile, profile, split_points
 from edgecl.targets import MOST_CLASSES
 from edgecl_device.cli import read_stream
 from edgecl_device.errors import EdgeclError, InputError
-from edgecl_device.manifest import TensorSpec
+from edgecl_device.manifest import DEFAULT_PENDING, TensorSpec
 
 app = typer.Typer(
     add_completion=False,
@@ -271,6 +272,7 @@ def export(
     rows_in_file: Annotated[
         bool, typer.Option("--rows-in-file", help="Keep replay rows in a file on the device, not in its RAM (edgecl-device run --rows).")
     ] = False,
+    pending: Annotated[int, typer.Option(min=1, help="Predictions that may wait for a delayed label.")] = DEFAULT_PENDING,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -300,7 +302,15 @@ def export(
         if xs is not None and ys is not None:
             prepared.fit(xs, ys, progress=lambda done, total: step("taking in base samples", done, total))
         step("writing the bundle and checking it", 0, 1)
-        found = write(prepared, out, engine=engine, overwrite=overwrite, ram_budget_bytes=budget, rows_in_file=rows_in_file)
+        found = write(
+            prepared,
+            out,
+            engine=engine,
+            overwrite=overwrite,
+            pending_capacity=pending,
+            ram_budget_bytes=budget,
+            rows_in_file=rows_in_file,
+        )
     gates = [{"name": gate.name, "found": gate.found} for gate in found.gates]
     if as_json:
         replay = {} if prepared.memory is None else {"reconstruction": prepared.reconstruction}
@@ -310,6 +320,11 @@ def export(
     print(f"\nWrote {out}. Look at it with: edgecl-device info {shlex.quote(str(out))}")
 
 
+app.command(
+    epilog=_examples(
+        "edgecl plan --ram 256KiB --flash 1MiB --macs 5M", "edgecl plan run.toml --ram 128KiB --plot plan.png --write planned.toml"
+    )
+)(planning.plan)
 app.command(epilog=_examples("edgecl run --init", "edgecl run run.toml", "edgecl run run.toml --out elsewhere --fresh"))(runs.run)
 app.command(epilog=_examples("edgecl report run.run", "edgecl report run.run other.run --out both.html"))(runs.report)
 

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,10 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numb
         raise InputError(f"{option}: must be numbers separated by commas, got {text!r}") from None
 
 
+_NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
+"""A number without a sign that is not beyond what any machine has."""
+
+
 def parse_bytes(option: str, text: str) -> int:
     """Bytes from a number, with or without a unit.
 
@@ -179,12 +184,28 @@ def parse_bytes(option: str, text: str) -> int:
     >>> parse_bytes("--ram-budget", "64MiB"), parse_bytes("--ram-budget", "1.5 KB"), parse_bytes("--ram-budget", "4096")
     (67108864, 1500, 4096)
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMG])(i?))?B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(rf"({_NUMBER}) ?(?:([KMG])(i?))?B?", text.strip(), re.IGNORECASE)
     if found is None:
         raise InputError(f"{option}: must be bytes, as 64MiB, 500KB or 1048576, got {text!r}")
     number, prefix, binary = found.groups()
     power = " KMG".index(prefix.upper()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    return int(Fraction(number) * (1024 if binary else 1000) ** power)
+
+
+def parse_count(option: str, text: str) -> int:
+    """A count from a number, with or without a decimal unit.
+
+    Raises:
+        InputError: on anything else.
+
+    >>> parse_count("--macs", "5M"), parse_count("--macs", "1.5 k"), parse_count("--macs", "675648")
+    (5000000, 1500, 675648)
+    """
+    found = re.fullmatch(rf"({_NUMBER}) ?([KMGT])?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise InputError(f"{option}: must be a count, as 5M, 800k or 675648, got {text!r}")
+    number, prefix = found.groups()
+    return int(Fraction(number) * 1000 ** (" KMGT".index(prefix.upper()) if prefix else 0))
 
 
 def place(at: str) -> str | tuple[str, ...]:

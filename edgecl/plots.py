@@ -113,7 +113,7 @@ def _stream_panel(ax: Axes, row: Row, result: Row) -> None:
     ax.set_title(f"{row['label']}: {100 * row['accuracy']:.1f} % at the end", fontsize=10)
     ax.set_ylim(-3, 103)
     ax.set_yticks(range(0, 101, 20))
-    _bare(ax)
+    bare(ax)
 
 
 def _label_lines(ax: Axes, heights: Mapping[str, float], gap: float = 2.6) -> None:
@@ -127,7 +127,7 @@ def _label_lines(ax: Axes, heights: Mapping[str, float], gap: float = 2.6) -> No
 
 
 @dataclass(frozen=True)
-class _Label:
+class Label:
     """Text beside a point."""
 
     text: str
@@ -162,22 +162,18 @@ def cost_figure(result: Row) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.draw_without_rendering()
     for ax, labels in panels.items():
-        _place(ax, labels)
+        place_labels(ax, labels)
     return figure
 
 
-def _cost_panel(ax: Axes, result: Row, key: str, title: str, units: Mapping[int, str]) -> list[_Label]:
+def _cost_panel(ax: Axes, result: Row, key: str, title: str, units: Mapping[int, str]) -> list[Label]:
     points = [row for row in result["rows"] if row.get("update_macs") is not None]
     low, high = min(row[key] for row in points) / 4, max(row[key] for row in points) * 8
-    ax.set_xscale("log")
-    ax.set_xlim(low, high)
-    ticks = {n * unit: f"{n}{name}" for unit, name in units.items() for n in (1, 10, 100)}
-    ax.set_xticks([t for t in ticks if low <= t <= high], [text for t, text in ticks.items() if low <= t <= high])
-    ax.xaxis.set_minor_locator(NullLocator())
+    log_axis(ax, low, high, units)
     ax.set_xlabel(title)
     ax.set_ylim(0, 100)
     ax.set_yticks(range(0, 101, 10))
-    _bare(ax)
+    bare(ax)
     labels, lines = [], {}
     for row in result["rows"]:
         height, frozen = 100 * row["accuracy"], row["method"] == "frozen"
@@ -190,11 +186,11 @@ def _cost_panel(ax: Axes, result: Row, key: str, title: str, units: Mapping[int,
         height, (colour, marker) = 100 * row["accuracy"], METHOD_STYLES.get(row["method"], (BLACK, "*"))
         spread = [100 * row["accuracy_sd"]] if row.get("accuracy_sd") else None
         ax.errorbar([row[key]], [height], yerr=spread, color=colour, marker=marker, markersize=8, linestyle="none", capsize=3)
-        labels.append(_Label(row["label"], row[key], height, colour))
+        labels.append(Label(row["label"], row[key], height, colour))
     return labels
 
 
-def _place(ax: Axes, labels: Sequence[_Label]) -> list[Annotation]:
+def place_labels(ax: Axes, labels: Sequence[Label]) -> list[Annotation]:
     """Draw each label at its first place that no marker and no other label takes, else at its last; thin lines lead to far points."""
     renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     points = ax.transData.transform([(label.x, label.y) for label in labels])
@@ -220,7 +216,18 @@ def _place(ax: Axes, labels: Sequence[_Label]) -> list[Annotation]:
     return notes
 
 
-def _bare(ax: Axes) -> None:
+def log_axis(ax: Axes, low: float, high: float, units: Mapping[int, str]) -> None:
+    """A log scale from ``low`` to ``high`` with ticks in units: at powers of ten, on a short axis at 2 and 5 between them, too."""
+    between = (1, 2, 5) if high < 100 * low else (1,)
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    ticks = {n * power * unit: f"{n * power}{name}" for unit, name in units.items() for power in (1, 10, 100) for n in between}
+    ax.set_xticks([t for t in ticks if low <= t <= high], [text for t, text in ticks.items() if low <= t <= high])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def bare(ax: Axes) -> None:
+    """Light horizontal lines and no frame above and on the right."""
     ax.grid(axis="y", color="#e5e5e5", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

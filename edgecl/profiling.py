@@ -76,13 +76,14 @@ class Profile:
     reconstruction: float | None = None
 
 
-def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
+def profile(prepared: Prepared, engine: str = "onnx", pending: int = DEFAULT_PENDING) -> Profile:
     """Cost of every step and the memory ledger, counted on the graphs that an export would write.
 
     Args:
         prepared: A learner; it need not have seen base samples and is left as it is. A codec without a range gets a
             made-up one, which changes no count.
         engine: The runtime on the device.
+        pending: Predictions that may wait for a delayed label.
 
     Raises:
         InputError: when there is no such engine.
@@ -105,7 +106,7 @@ def profile(prepared: Prepared, engine: str = "onnx") -> Profile:
         graph_bytes=0,
         replay_bytes=(0 if memory is None else memory.nbytes, 0),
         codebook_bytes=table_bytes(ready.learner.codebooks),
-        pending=DEFAULT_PENDING,
+        pending=pending,
     )
     del found["graphs"]
     found["not_counted"] += ", graph files and padding of the weight file (known after export)"

@@ -1,11 +1,13 @@
 """Plans: where to cut a network, which method learns behind it, and on how much, within a budget and measured on the user's data."""
 
-from edgecl.planning.costs import FLASH, RAM, Costs, Limits
-from edgecl.planning.data import class_by_class, validation_split
-from edgecl.planning.planner import Planned, Settings, default_configs, plan
+from edgecl.planning.candidates import Candidate, default_configs
+from edgecl.planning.data import validation_split
+from edgecl.planning.limits import FLASH, RAM, Costs, Limits
+from edgecl.planning.planner import plan
 from edgecl.planning.refusal import InfeasibleError
+from edgecl.planning.result import Planned, Settings
 from edgecl.planning.search import Option
-from edgecl.planning.space import Candidate, Network
+from edgecl.planning.space import Network
 
 __all__ = [
     "FLASH",
@@ -18,7 +20,6 @@ __all__ = [
     "Option",
     "Planned",
     "Settings",
-    "class_by_class",
     "default_configs",
     "plan",
     "validation_split",

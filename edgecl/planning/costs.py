@@ -3,7 +3,6 @@
 import dataclasses
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,67 +12,13 @@ from edgecl.graph.capture import capture, capture_encode
 from edgecl.graph.lowering import BuiltStep, build_step
 from edgecl.learner import Learner
 from edgecl.ledger import ledger, table_bytes
-from edgecl.planning.latents import At, Latents, Unpacked
-from edgecl.planning.space import Candidate, Depth
+from edgecl.planning.candidates import Candidate
+from edgecl.planning.latents import At, Latents, Unpacked, specs_of
+from edgecl.planning.limits import Costs
+from edgecl.planning.space import Depth
 from edgecl.profiling import frozen_bytes
 from edgecl_device.manifest import ReplaySpec, TensorSpec
 from edgecl_device.memory import memory_layout
-
-RAM = ("state", "state_second_buffers", "replay", "activations_peak", "inputs_outputs", "pending_features")
-"""Entries of the ledger that ``--ram`` limits."""
-
-FLASH = ("frozen_weights", "graphs", "state")
-"""Entries of the ledger that ``--flash`` limits."""
-
-LIMITS = ("ram", "flash", "macs")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan may cost; None is no limit.
-
-    Attributes:
-        ram: Most bytes of :data:`RAM`.
-        flash: Most bytes of :data:`FLASH`.
-        macs: Most multiply-accumulates of one sample: the trunk once, and one update.
-    """
-
-    ram: int | None = None
-    flash: int | None = None
-    macs: int | None = None
-
-    def given(self) -> dict[str, int]:
-        """The limits that there are."""
-        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
-
-    def allow(self, costs: Mapping[str, int], but: str | None = None) -> bool:
-        """Whether costs by name keep to every limit, or to all but one."""
-        return all(costs[name] <= value for name, value in self.given().items() if name != but)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Exact costs of a candidate.
-
-    Attributes:
-        ledger: Bytes by name, as in the manifest.
-        macs_by_step: Canonical multiply-accumulates of every step.
-        capacity_bytes: Of its replay memory, None without one.
-        rows: Replay rows that fit into it.
-    """
-
-    ledger: dict[str, Any]
-    macs_by_step: dict[str, int]
-    capacity_bytes: int | None = None
-    rows: int = 0
-
-    def totals(self) -> dict[str, int]:
-        """What the limits are about."""
-        return {
-            "ram": sum(self.ledger[name] for name in RAM),
-            "flash": sum(self.ledger[name] for name in FLASH),
-            "macs": self.macs_by_step["encode"] + self.macs_by_step["learn"],
-        }
 
 
 class Accountant:
@@ -91,12 +36,7 @@ class Accountant:
         self._x, self._engine, self._pending = x, engine, pending
         self._latents, self._base = latents, base
         self._encode: dict[At, BuiltStep] = {}
-        self._exact: dict[Candidate, Costs] = {}
-
-    @property
-    def captured(self) -> int:
-        """Candidates whose graphs were built."""
-        return len(self._exact)
+        self._exact: dict[str, Costs] = {}
 
     def bound(self, depth: Depth, candidate: Candidate) -> dict[str, int]:
         """Costs that a candidate has at least, without any of its graphs: its state, its smallest replay memory, its features.
@@ -106,8 +46,8 @@ class Accountant:
         """
         learner = candidate.learner(depth)
         state = state_bytes(learner)
-        replay = 0 if learner.replay is None else smallest(learner.replay, depth.problem.max_classes)
-        features = _nbytes(depth.problem.features)
+        replay = 0 if learner.replay is None else least_memory(candidate, learner.replay, depth.problem.max_classes)[1]
+        features = sum(spec.nbytes for spec in specs_of(depth.problem.features).values())
         return {
             "ram": state + replay + self._x.nbytes + (1 + self._pending) * features,
             "flash": state,
@@ -140,9 +80,10 @@ class Accountant:
             GraphError: when a step cannot be captured, lowered or written.
             InputError: when the method cannot work there.
         """
-        if candidate not in self._exact:
-            self._exact[candidate] = self._count(depth, candidate)
-        return self._exact[candidate]
+        key = f"{candidate.family} { ({**dataclasses.asdict(candidate.config), 'capacity_bytes': None}) }"
+        if key not in self._exact:
+            self._exact[key] = self._count(depth, candidate)
+        return self._exact[key]
 
     def _count(self, depth: Depth, candidate: Candidate) -> Costs:
         from edgecl_export.targets import target_of  # flash is what an export writes; see pyproject.toml
@@ -154,9 +95,9 @@ class Accountant:
         with tempfile.TemporaryDirectory() as folder:
             written = target_of(self._engine).write(steps, Path(folder))
             files = sum(path.stat().st_size for path in Path(folder).iterdir())
-        capacity, rows, classes = None, 0, depth.problem.max_classes
+        rows, capacity = 0, None
         if learner.replay is not None:
-            capacity, rows = smallest(learner.replay, classes), least_rows(learner.replay, classes)
+            rows, capacity = least_memory(candidate, learner.replay, depth.problem.max_classes)
         found = ledger(
             steps,
             learner.init(),
@@ -169,29 +110,26 @@ class Accountant:
         return Costs(found, {name: step.canonical.total_macs for name, step in steps.items()}, capacity, rows)
 
 
-def filled(costs: Costs, candidate: Candidate, depth: Depth, ram: int | None) -> tuple[Candidate, Costs]:
-    """A candidate whose replay memory takes what a RAM limit leaves, or its configuration's capacity where there is no limit.
-
-    Neither graphs nor state depend on the rows.
+def resized(costs: Costs, candidate: Candidate, depth: Depth, room: int, most_rows: int) -> tuple[Candidate, Costs]:
+    """A candidate with a replay memory of another size; neither graphs nor state depend on its rows.
 
     Args:
-        costs: With the smallest memory, within the limit.
+        costs: With the smallest memory.
         candidate: Whose they are.
         depth: Its place.
-        ram: The limit.
+        room: Most bytes of the memory; the smallest one is kept where they do not suffice.
+        most_rows: Rows beyond which a memory does not grow.
     """
-    if costs.capacity_bytes is None:
+    spec, classes = candidate.learner(depth).replay, depth.problem.max_classes
+    if spec is None or not candidate.sizes_memory:
         return candidate, costs
     least = costs.ledger["replay"]
-    room = candidate.config.capacity_bytes if ram is None else ram - costs.totals()["ram"] + least
-    config = dataclasses.replace(candidate.config, capacity_bytes=max(room, least))
-    larger = dataclasses.replace(candidate, config=config)
-    spec = larger.learner(depth).replay
-    assert spec is not None
-    rows, nbytes = memory_layout(spec, depth.problem.max_classes)
-    config = dataclasses.replace(config, capacity_bytes=nbytes)
+    most = memory_of(spec, max(most_rows, least_rows(spec, classes)), classes)
+    capacity = min(max(room, least), most)
+    rows, nbytes = memory_layout(dataclasses.replace(spec, capacity_bytes=capacity), classes)
+    config = dataclasses.replace(candidate.config, capacity_bytes=nbytes)
     entries = {**costs.ledger, "replay": nbytes, "beyond_trunk": costs.ledger["beyond_trunk"] + nbytes - least}
-    return dataclasses.replace(candidate, config=config), dataclasses.replace(costs, ledger=entries, capacity_bytes=nbytes, rows=rows)
+    return dataclasses.replace(candidate, config=config), dataclasses.replace(costs, ledger=entries, rows=rows, capacity_bytes=nbytes)
 
 
 def state_bytes(learner: Learner) -> int:
@@ -205,19 +143,23 @@ def least_rows(spec: ReplaySpec, classes: int) -> int:
     return max(spec.rows_per_step, classes)
 
 
-def smallest(spec: ReplaySpec, classes: int) -> int:
-    """Bytes of the smallest memory of :func:`least_rows`, from the layouts of two larger ones.
+def least_memory(candidate: Candidate, spec: ReplaySpec, classes: int) -> tuple[int, int]:
+    """Rows and bytes of a candidate's smallest memory; of its own, where its configuration cannot size it."""
+    if not candidate.sizes_memory:
+        return memory_layout(spec, classes)
+    rows = least_rows(spec, classes)
+    return rows, memory_of(spec, rows, classes)
+
+
+def memory_of(spec: ReplaySpec, rows: int, classes: int) -> int:
+    """Bytes of a memory of so many rows, from the layouts of two larger ones.
 
     >>> spec = ReplaySpec((TensorSpec("z", (4,), "uint8"),), rows_per_step=2, capacity_bytes=0, policy="reservoir", seed=0)
-    >>> smallest(spec, classes=10), memory_layout(dataclasses.replace(spec, capacity_bytes=240), classes=10)
+    >>> memory_of(spec, 10, classes=10), memory_layout(dataclasses.replace(spec, capacity_bytes=240), classes=10)
     (240, (10, 240))
     """
-    rows = least_rows(spec, classes)
-    scale = 1024 * (sum(field.nbytes for field in spec.fields) + 64) * (rows + 1)
+    drawn = sum(draw.tensor.nbytes for draw in spec.draws)
+    scale = 2 * ((spec.rows_per_step + 1) * (sum(field.nbytes for field in spec.fields) + 64) + 8 * classes + drawn + 64)
     some, more = (memory_layout(dataclasses.replace(spec, capacity_bytes=times * scale), classes) for times in (1, 2))
     row = (more[1] - some[1]) // (more[0] - some[0])
     return some[1] - (some[0] - rows) * row
-
-
-def _nbytes(features: TensorSpec | Mapping[str, TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in ([features] if isinstance(features, TensorSpec) else features.values()))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.streams import ClassIncremental, Dataset, Stream
+from edgecl.streams import Dataset
 from edgecl_device.errors import InputError
 
 SHARE = 0.25
@@ -29,14 +29,12 @@ def validation_split(data: Dataset, samples: int, seed: int = 0) -> Dataset:
     >>> x, y = np.zeros((20, 2), np.float32), np.arange(20) % 2
     >>> part = validation_split(Dataset(x, y, x[:0], y[:0], ("a", "b")), samples=100)
     >>> len(part.y), part.y_test
-    (16, array([0, 1, 0, 1]))
+    (16, array([1, 0, 0, 1]))
     """
     counts = np.bincount(data.y)
     lonely = np.flatnonzero(counts == 1).tolist()
     if lonely or not len(data.y):
-        raise InputError(
-            f"--data: every class must have at least 2 samples, one to learn and one to test on, got classes {lonely} with one"
-        )
+        raise InputError(f"data: every class must have at least 2 samples, one to learn and one to test on, got classes {lonely} with one")
     held = drawn(data.y, min(samples, len(data.y)) * SHARE / len(data.y), seed)
     rest = np.setdiff1d(np.arange(len(data.y)), held)
     group_test = None if data.group is None else data.group[held]
@@ -70,16 +68,3 @@ def rows_of(data: Dataset, share: float, seed: int = 0) -> Dataset:
     kept = np.arange(len(data.y)) if share >= 1 else drawn(data.y, share, seed)
     held = np.arange(len(data.y), len(data.y) + len(data.y_test))
     return dataclasses.replace(_chosen(data, kept), x=kept, x_test=held)
-
-
-def class_by_class(data: Dataset, order: int, base_classes: tuple[int, ...] | None = None) -> Stream:
-    """The scenario of a plan without a configuration: base classes first, then the others one after another.
-
-    Args:
-        data: The samples.
-        order: Seed of the order within each class.
-        base_classes: Classes of the base set; the first half of those there are by default.
-    """
-    present = np.unique(data.y).tolist()
-    base = present[: -(-len(present) // 2)] if base_classes is None else list(base_classes)
-    return ClassIncremental(data, base_classes=base, steps=[[label] for label in present if label not in base], seed=order)

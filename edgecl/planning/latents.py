@@ -17,6 +17,11 @@ At = str | tuple[str, ...]
 """Where a network is cut, as :func:`edgecl.prepare.prepare` takes it."""
 
 
+def specs_of(features: TensorSpec | Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The tensors of one latent by name; a single one has the empty name."""
+    return {"": features} if isinstance(features, TensorSpec) else dict(features)
+
+
 def packed(parts: Sequence[Tensor]) -> Tensor:
     """Tensors [N, ...] as one row a sample [N, D].
 
@@ -39,7 +44,7 @@ class Unpacked(nn.Module):
 
     def forward(self, rows: Tensor) -> Any:
         """One tensor [N, ...], or a mapping of them, from rows [N, D]."""
-        specs = {"": self._features} if isinstance(self._features, TensorSpec) else self._features
+        specs = specs_of(self._features)
         parts = torch.split(rows, [prod(spec.shape) for spec in specs.values()], 1)
         tree = {name: part.reshape(-1, *spec.shape[1:]) for (name, spec), part in zip(specs.items(), parts, strict=True)}
         return tree[""] if isinstance(self._features, TensorSpec) else tree

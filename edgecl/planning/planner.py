@@ -3,19 +3,20 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from edgecl.methods import METHODS
-from edgecl.planning.costs import Accountant, Limits, filled
+from edgecl.planning.candidates import Candidate, candidates
+from edgecl.planning.costs import Accountant, resized
 from edgecl.planning.data import rows_of, thinned
 from edgecl.planning.latents import At, Latents
-from edgecl.planning.refusal import nearest, place_text
-from edgecl.planning.search import Option, Round, search
+from edgecl.planning.limits import Limits
+from edgecl.planning.refusal import nearest
+from edgecl.planning.result import Planned, Settings
+from edgecl.planning.search import Option, Search
 from edgecl.planning.simulate import Course, accuracy
-from edgecl.planning.space import Candidate, Depth, Network, candidates, opened, places
+from edgecl.planning.space import Depth, Network, opened, place_text, places
 from edgecl.streams import Dataset, Stream
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import TensorSpec
@@ -24,67 +25,11 @@ Progress = Callable[[str, int, int], None]
 Scenario = Callable[[Dataset, int], Stream]
 """Makes the stream of a data set, for a stream order."""
 
+VARIED = 3
+"""Best options of the first round of which variants are measured."""
 
-@dataclass(frozen=True)
-class Settings:
-    """How to look for plans.
-
-    Attributes:
-        engine: The runtime on the device.
-        pending: Predictions that may wait for a delayed label; one is enough for predict, then learn.
-        configs: Hyperparameters by method, of the methods to try; those of the registry that learn on the device by default.
-        at: Cuts to try; chosen among the network's own by default.
-        samples: Most samples in use, training and validation together.
-        orders: Stream orders of the best plans.
-        seconds: Time for measuring accuracy; no stream is begun after it.
-        top: Plans wanted.
-    """
-
-    engine: str = "onnx"
-    pending: int = 1
-    configs: Mapping[str, Any] = field(default_factory=lambda: default_configs())
-    at: Sequence[At] = ()
-    samples: int = 1000
-    orders: int = 3
-    seconds: float = 300.0
-    top: int = 10
-
-
-@dataclass
-class Planned:
-    """What was found.
-
-    Attributes:
-        limits: The budget.
-        options: Everything within it, the best first: by mean accuracy on all samples, the cheaper one first where that is equal; then
-            what was left behind.
-        rounds: How accuracy was measured.
-        counts: Depths in all and within the limit of MACs; at those candidates in all, left by lower bounds, and within the budget.
-        unsuited: Why candidates cannot be built, and how many.
-        validation: Held-out samples.
-        seconds: Time that it took.
-    """
-
-    limits: Limits
-    options: list[Option]
-    rounds: list[Round]
-    counts: dict[str, int]
-    unsuited: dict[str, int]
-    validation: int
-    seconds: float
-
-
-def default_configs(names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The defaults of methods that learn on the device, all by default.
-
-    Raises:
-        InputError: when there is no such method, or it has no step ``learn`` for the device.
-    """
-    known = {name: kind for name, kind in METHODS.items() if not kind.host_only and hasattr(kind, "learn")}
-    for name in names or ():
-        if name not in known:
-            raise InputError(f"--methods: must be among {', '.join(known)}, which learn on the device, got {name!r}")
-    return {name: known[name].Config() for name in names or known}
+FEWER_ROWS = 4
+"""A variant's replay memory is smaller by this factor."""
 
 
 def plan(
@@ -120,7 +65,7 @@ class _Planner:
     def __init__(self, network: Network, data: Dataset, scenario: Scenario, limits: Limits, settings: Settings, progress: Progress) -> None:
         self.network, self.data, self.scenario = network, thinned(data, settings.samples - len(data.y_test)), scenario
         self.limits, self.settings, self.progress = limits, settings, progress
-        data = self.data
+        max_rows, data = len(data.y), self.data
         self.latents = Latents(network.model, network.preprocess, np.concatenate([data.x, data.x_test]))
         self.courses: dict[tuple[float, int], Course] = {}
         base = self.course(1.0, 0).base
@@ -129,6 +74,8 @@ class _Planner:
         self.unsuited: Counter[str] = Counter()
         self.depths: dict[At, Depth] = {}
         self.hopeful: list[tuple[Depth, Candidate]] = []
+        self.untried: dict[tuple[At, str, str], list[Candidate]] = {}
+        self.most_rows = max_rows
 
     def run(self) -> Planned:
         """All stages."""
@@ -145,15 +92,16 @@ class _Planner:
             raise nearest(self.limits, bounded + self.bounded(far), self.accounts)
         self.progress("encoding the samples at every depth", 0, 1)
         self.latents.want(option.candidate.at for option in options)
-        rounds = search(
-            options,
+        search = Search(
             self.measure,
             samples=lambda share: len(self.course(share, 0).stream),
+            variants=self.variants,
             top=self.settings.top,
             orders=self.settings.orders,
             seconds=self.settings.seconds,
             progress=self.progress,
         )
+        options = search.run(options)
         counts = {
             "depths": len(wanted),
             "depths_within_macs": len(near),
@@ -163,7 +111,7 @@ class _Planner:
         }
         ranked = sorted(options, key=_rank)
         seconds = time.perf_counter() - start
-        return Planned(self.limits, ranked, rounds, counts, dict(self.unsuited), len(self.data.y_test), seconds)
+        return Planned(self.limits, ranked, search.rounds, counts, dict(self.unsuited), len(self.data.y_test), seconds)
 
     def bounded(self, wanted: Mapping[At, int]) -> list[tuple[Depth, Candidate, dict[str, int]]]:
         """Every candidate at these depths, with a lower bound of its costs that needs no graph."""
@@ -185,20 +133,52 @@ class _Planner:
         return found
 
     def affordable(self, bounded: Sequence[tuple[Depth, Candidate, dict[str, int]]]) -> list[Option]:
-        """Candidates whose exact costs keep to the budget, replay memories as large as it allows."""
+        """Candidates within the budget, replay memories as large as it allows; of each family the first codec that fits."""
         self.hopeful = [(depth, candidate) for depth, candidate, bound in bounded if self._hope(depth, candidate, bound)]
-        found = []
+        for _, candidate in self.hopeful:
+            self.untried.setdefault(candidate.family, []).append(candidate)
         self.latents.want(depth.at for depth, _ in self.hopeful)
-        for done, (depth, candidate) in enumerate(self.hopeful):
-            self.progress("counting costs on the graphs", done, len(self.hopeful))
-            try:
-                costs = self.accounts.exact(depth, candidate)
-            except EdgeclError as error:
-                self.unsuited[f"{candidate.method} at {place_text(depth.at)}: {error}"] += 1
-                continue
-            if self.limits.allow(costs.totals()):
-                found.append(Option(*filled(costs, candidate, depth, self.limits.ram)))
+        found = []
+        for done, codecs in enumerate(self.untried.values()):
+            self.progress("counting costs on the graphs", done, len(self.untried))
+            option = None
+            while codecs and option is None:
+                option = self._option(codecs.pop(0))
+            found += [] if option is None else [option]
         return found
+
+    def variants(self, options: Sequence[Option]) -> list[Option]:
+        """Other codecs of the first options that store rows, and the same with a smaller memory."""
+        varied = [option for option in options if option.costs.capacity_bytes is not None][:VARIED]
+        found = []
+        for done, option in enumerate(varied):
+            self.progress("counting costs of other codecs", done, len(varied))
+            others = [self._option(candidate) for candidate in self.untried.pop(option.candidate.family, [])]
+            found += [other for other in others if other is not None]
+            fewer = self._sized(option.candidate, option.costs.ledger["replay"] // FEWER_ROWS)
+            found += [fewer] if fewer.costs.rows < option.costs.rows else []
+        return found
+
+    def _option(self, candidate: Candidate) -> Option | None:
+        """A candidate with the largest memory that the budget allows, or None beyond it."""
+        depth = self.depths[candidate.at]
+        try:
+            costs = self.accounts.exact(depth, candidate)
+        except EdgeclError as error:
+            self.unsuited[f"{candidate.method} at {place_text(depth.at)}: {error}"] += 1
+            return None
+        if not self.limits.allow(costs.totals()):
+            return None
+        if costs.capacity_bytes is None:
+            return Option(candidate, costs)
+        ram = self.limits.ram
+        room = candidate.config.capacity_bytes if ram is None else ram - costs.totals()["ram"] + costs.capacity_bytes
+        return self._sized(candidate, room)
+
+    def _sized(self, candidate: Candidate, room: int) -> Option:
+        """A candidate whose replay memory takes at most so many bytes."""
+        depth = self.depths[candidate.at]
+        return Option(*resized(self.accounts.exact(depth, candidate), candidate, depth, room, self.most_rows))
 
     def _hope(self, depth: Depth, candidate: Candidate, bound: Mapping[str, int]) -> bool:
         """Whether lower bounds leave a chance; the trunk is captured where the first one does."""

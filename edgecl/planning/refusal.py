@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgecl.planning.costs import Accountant, Limits
-from edgecl.planning.space import Candidate, Depth
+from edgecl.planning.candidates import Candidate
+from edgecl.planning.costs import Accountant
+from edgecl.planning.limits import Limits
+from edgecl.planning.space import Depth
 from edgecl.tables import si, size
 from edgecl_device.errors import EdgeclError
 
@@ -92,32 +94,14 @@ def _text(limits: Limits, alone: Mapping[str, Near | None], least: Near | None) 
     parts = []
     for name, near in alone.items():
         if near is not None:
-            parts.append(f"--{name} {near.costs[name]} with the rest kept ({words(near.candidate)})")
+            parts.append(f"--{name} {near.costs[name]} with the rest kept ({near.candidate.words()})")
     apart = [f"--{name}" for name, near in alone.items() if near is None]
     if apart:
         parts.append(f"no value of {' or '.join(apart)} alone is enough")
     if least is not None:
         wanted = " ".join(f"--{name} {max(least.costs[name], value)}" for name, value in limits.given().items())
-        parts.append(f"the least excess overall: {wanted} ({words(least.candidate)})")
+        parts.append(f"the least excess overall: {wanted} ({least.candidate.words()})")
     return f"{budget}: must allow some learner, none fits; nearest: {'; '.join(parts) or 'none, no learner suits this network'}"
-
-
-def words(candidate: Candidate) -> str:
-    """A candidate in a few words.
-
-    >>> words(Candidate(("a", "b"), "slda", None))
-    'slda at a,b'
-    """
-    return f"{candidate.method} at {place_text(candidate.at)}" + (f", {candidate.trains}" if candidate.trains else "")
-
-
-def place_text(at: str | tuple[str, ...]) -> str:
-    """A place as ``--at`` takes it.
-
-    >>> place_text("a"), place_text(("a",)), place_text(("a", "b"))
-    ('a', 'a,', 'a,b')
-    """
-    return at if isinstance(at, str) else ",".join(at) + ("," if len(at) == 1 else "")
 
 
 def _number(name: str, value: int) -> str:

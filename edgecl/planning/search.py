@@ -2,23 +2,24 @@
 
 Source: Jamieson, Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016 (successive
 halving). Deviations: what no other candidate beats in accuracy, RAM, flash and MACs at once stays, too, so that the Pareto front
-is measured on all samples; the last round measures the best ones on more stream orders instead of more samples.
+is measured on all samples; variants of the best ones (other codecs, smaller memories) join behind the first round; the last rounds
+measure the best ones on more stream orders instead of more samples.
 """
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from edgecl.planning.costs import LIMITS, Costs
-from edgecl.planning.space import Candidate
+from edgecl.planning.candidates import Candidate
+from edgecl.planning.limits import LIMITS, Costs
 from edgecl_device.errors import EdgeclError
 
 QUARTER = 0.25
 """Share of the training samples that the first round takes."""
 
-FIRST, SECOND = 0.4, 0.8
+FIRST, SECOND = 0.35, 0.75
 """Shares of the time after which the first and the second round begin no stream."""
 
 FEW = 12
@@ -78,7 +79,7 @@ Measure = Callable[[Candidate, float, int], float]
 def front(options: Sequence[Option], score: Callable[[Option], float]) -> list[Option]:
     """Options that no other one beats: at least as accurate and as cheap in everything, and better in something.
 
-    >>> from edgecl.planning.costs import FLASH, RAM
+    >>> from edgecl.planning.limits import FLASH, RAM
     >>> def option(at, ram, right):
     ...     ledger = {**dict.fromkeys(RAM + FLASH, 0), "replay": ram}
     ...     return Option(Candidate(at, "ncm", None), Costs(ledger, {"encode": 0, "learn": 0}), [right])
@@ -91,87 +92,77 @@ def front(options: Sequence[Option], score: Callable[[Option], float]) -> list[O
     return [option for option, lost in zip(options, beaten, strict=True) if not lost]
 
 
-def search(
-    options: Sequence[Option],
-    measure: Measure,
-    *,
-    samples: Callable[[float], int],
-    top: int,
-    orders: int,
-    seconds: float,
-    progress: Callable[[str, int, int], None],
-) -> list[Round]:
-    """Measure options in place, the promising ones longer.
+@dataclass
+class Search:
+    """Measures options in place, the promising ones longer.
 
-    Args:
-        options: Within the budget.
+    Attributes:
         measure: Runs one stream.
         samples: Samples in the stream on a share of the training samples.
+        variants: Further options beside some, which are the best ones of the first round, best first.
         top: Plans that are wanted.
         orders: Stream orders of the best ones.
-        seconds: No new stream is begun after this time; one option a round is measured in any case.
+        seconds: No new stream is begun after this time; one option of each of the first two rounds is measured in any case.
         progress: Called with what runs, options done and in all.
-
-    Returns:
-        The rounds, in their order.
+        rounds: What was done.
     """
-    start, rounds = time.monotonic(), list[Round]()
 
-    def late(share: float) -> bool:
-        return time.monotonic() - start > share * seconds
+    measure: Measure
+    samples: Callable[[float], int]
+    variants: Callable[[Sequence[Option]], list[Option]]
+    top: int
+    orders: int
+    seconds: float
+    progress: Callable[[str, int, int], None]
+    rounds: list[Round] = field(default_factory=list)
 
-    left = list(options)
-    if len(left) > FEW:
-        rounds.append(Round(samples(QUARTER), 1, len(left)))
-        for done, option in enumerate(left):
-            if done and late(FIRST):
+    def run(self, options: Sequence[Option]) -> list[Option]:
+        """Measure options within the budget; returns them with the variants that joined them."""
+        start = time.monotonic()
+        left = list(reversed(options))  # deep cuts are seldom the worst ones
+        if len(left) > FEW:
+            known = self._round("first quarter", left, QUARTER, 0, until=start + FIRST * self.seconds)
+            ranked = sorted(known, key=_first, reverse=True)
+            first = sorted(front(known, _first), key=_first, reverse=True)
+            others = [option for option in ranked[: max(self.top, len(left) // 2)] if not any(option is kept for kept in first)]
+            left = [*first, *others]
+        paused = time.monotonic()
+        more = self.variants(sorted(left, key=_first, reverse=True) if self.rounds else left)
+        start += time.monotonic() - paused
+        measured = self._round("all samples", _interleaved(left, more), 1.0, 0, until=start + SECOND * self.seconds)
+        best = sorted(measured, key=lambda option: -option.mean)[: self.top]
+        for order in range(1, self.orders):
+            self._round(f"stream order {order + 1}", best, 1.0, order, until=start + self.seconds)
+        return [*options, *more]
+
+    def _round(self, name: str, options: Sequence[Option], share: float, order: int, until: float) -> list[Option]:
+        """Measure options until a time; returns those that were measured."""
+        self.rounds.append(Round(self.samples(share), order + 1, len(options)))
+        found = []
+        for done, option in enumerate(options):
+            if time.monotonic() > until and (done or order):
                 break
-            progress("measuring accuracy, first quarter", done, len(left))
-            option.first = _measured(option, measure, QUARTER, 0)
-            rounds[-1].measured += 1
-        known = [option for option in left if option.first is not None]
-        ranked = sorted(known, key=_first, reverse=True)
-        kept = {id(option) for option in [*ranked[: max(top, len(left) // 2)], *front(known, _first)]}
-        left = [option for option in ranked if id(option) in kept]
-    rounds.append(Round(samples(1.0), 1, len(left)))
-    for done, option in enumerate(left):
-        if done and late(SECOND):
-            break
-        progress("measuring accuracy, all samples", done, len(left))
-        found = _measured(option, measure, 1.0, 0)
-        option.accuracy += [] if found is None else [found]
-        rounds[-1].measured += 1
-    best = sorted((option for option in left if option.accuracy), key=lambda option: -option.mean)[:top]
-    for order in range(1, orders):
-        rounds.append(Round(samples(1.0), order + 1, len(best)))
-        for done, option in enumerate(best):
-            if late(1):
-                return rounds
-            progress(f"measuring accuracy, stream order {order + 1}", done, len(best))
-            found = _measured(option, measure, 1.0, order)
-            option.accuracy += [] if found is None else [found]
-            rounds[-1].measured += 1
-    return rounds
+            self.progress(f"measuring accuracy, {name}", done, len(options))
+            self.rounds[-1].measured += 1
+            try:
+                accuracy = self.measure(option.candidate, share, order)
+            except EdgeclError as error:  # a method may refuse these samples; what it says stands in the result
+                option.failed = str(error)
+                continue
+            if share < 1:
+                option.first = accuracy
+            else:
+                option.accuracy.append(accuracy)
+            found.append(option)
+        return found
+
+
+def _interleaved(some: Sequence[Option], others: Sequence[Option]) -> list[Option]:
+    """Both, in turns, so that both are measured when the time is short."""
+    pairs = itertools.zip_longest(some, others)
+    return [option for pair in pairs for option in pair if option is not None]
 
 
 def _first(option: Option) -> float:
     assert option.first is not None
     return option.first
-
-
-def _measured(option: Option, measure: Measure, share: float, order: int) -> float | None:
-    try:
-        return measure(option.candidate, share, order)
-    except EdgeclError as error:  # a method may refuse these samples; what it says stands in the result
-        option.failed = str(error)
-        return None
-
-
-def record(option: Option) -> Mapping[str, Any]:
-    """Accuracies of an option as plain values."""
-    return {
-        "accuracy": option.mean if option.accuracy else None,
-        "accuracy_sd": option.deviation,
-        "accuracy_by_order": option.accuracy,
-        "accuracy_first_quarter": option.first,
-    }

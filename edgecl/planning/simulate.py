@@ -11,8 +11,9 @@ from torch import Tensor
 
 from edgecl.engine import to_arrays
 from edgecl.learner import State, call_step
+from edgecl.planning.candidates import Candidate
 from edgecl.planning.latents import Unpacked
-from edgecl.planning.space import Candidate, Depth
+from edgecl.planning.space import Depth
 from edgecl.prepare import Prepared, Trunk
 from edgecl.streams import Stream
 from edgecl.trees import unflatten_like
@@ -72,11 +73,23 @@ def accuracy(depth: Depth, candidate: Candidate, rows: Array, course: Course) ->
             state = _learned(ready, state, trunk(torch.from_numpy(rows[place : place + 1])), label)
         right = 0
         for places, labels, choices in course.tests:
-            for place, label in zip(places, labels, strict=True):
-                scores = learner.predict(state, trunk(torch.from_numpy(rows[place : place + 1])))[0]["scores"][0].numpy()
+            for scores, label in zip(_scores(ready, state, torch.from_numpy(rows[places])), labels, strict=True):
                 best = best_class(scores if choices is None else scores[list(choices)])
                 right += int(best is not None and (best if choices is None else choices[best]) == label)
     return right / sum(len(labels) for _, labels, _ in course.tests)
+
+
+def _scores(ready: Prepared, state: State, rows: Tensor) -> Array:
+    """Scores [N, K] of latents [N, D]: each as if alone, all in one pass."""
+
+    def predict(row: Tensor) -> Tensor:
+        return ready.learner.predict(state, ready.trunk(row.unsqueeze(0)))[0]["scores"][0]
+
+    try:
+        scores: Array = torch.vmap(predict, chunk_size=64)(rows).numpy()
+    except RuntimeError:  # an operator without a batching rule; one by one the result is the same
+        scores = torch.stack([predict(row) for row in rows]).numpy()
+    return scores
 
 
 def _learned(ready: Prepared, state: State, z: Any, label: int) -> State:

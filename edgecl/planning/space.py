@@ -1,8 +1,6 @@
-"""What the planner chooses from: depths of the network, and at each of them methods, trained tensors and codecs."""
+"""Where a network may be cut: the depths that the planner chooses from."""
 
-import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -11,15 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgecl.codecs import CODECS
-from edgecl.learner import Learner, Problem
-from edgecl.methods import METHODS
-from edgecl.methods._suffix import NORMS, SuffixLearner
-from edgecl.planning.latents import At
+from edgecl.learner import Problem
+from edgecl.methods._suffix import SuffixLearner
+from edgecl.planning.latents import At, specs_of
 from edgecl.prepare import Trunk, prepare
 from edgecl.profiling import SplitPoint, split_points
 from edgecl_device.errors import EdgeclError, InputError
-from edgecl_device.manifest import Array, TensorSpec
+from edgecl_device.manifest import Array
 
 ENOUGH_DEPTHS = 5
 """Cuts that are enough to choose from; with fewer, names of more parts are listed."""
@@ -74,33 +70,6 @@ class Depth:
     trunk_macs: int
     suffix: nn.Module | None
     untrainable: str = ""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One learner that could be proposed.
-
-    Attributes:
-        at: Its depth.
-        method: Its method.
-        config: Its hyperparameters.
-        trains: Which tensors of the network it trains, in words; empty for methods that train none.
-    """
-
-    at: At
-    method: str
-    config: Any
-    trains: str = ""
-
-    def learner(self, depth: Depth) -> Learner:
-        """The method at its depth.
-
-        Raises:
-            InputError: when it cannot work there.
-        """
-        kind = METHODS[self.method]
-        extra: dict[str, Any] = {"suffix": depth.suffix} if issubclass(kind, SuffixLearner) else {}
-        return kind(depth.problem, self.config, **extra)
 
 
 def places(network: Network, at: Sequence[At] = (), progress: Callable[[int, int], None] | None = None) -> dict[At, int]:
@@ -159,7 +128,7 @@ def opened(network: Network, at: At, trunk_macs: int) -> Depth:
     common: dict[str, Any] = {"at": at, "example": network.example, "classes": network.classes, "preprocess": network.preprocess}
     frozen = prepare(network.model, method="ncm", **common)
     features = frozen.learner.problem.features
-    for spec in [features] if isinstance(features, TensorSpec) else features.values():
+    for spec in specs_of(features).values():
         if spec.dtype != "float32":
             raise InputError(f"at: the latent {spec.name} behind {at!r} must be float32 to plan with, got {spec.dtype}; cut elsewhere")
     suffix, why = None, ""
@@ -172,59 +141,10 @@ def opened(network: Network, at: At, trunk_macs: int) -> Depth:
     return Depth(at, frozen.trunk, frozen.learner.problem, trunk_macs, suffix, why)
 
 
-def candidates(depth: Depth, configs: Mapping[str, Any], *, calibrated: bool = True) -> list[Candidate]:
-    """Every learner to try at one depth.
+def place_text(at: At) -> str:
+    """A place as ``--at`` takes it.
 
-    Args:
-        depth: The place.
-        configs: Hyperparameters of each method to try; of these ``trainable``, ``codec`` and ``capacity_bytes`` are the planner's to
-            choose where they have their default.
-        calibrated: Whether there are base samples, which a codec's range is fitted to.
+    >>> place_text("a"), place_text(("a",)), place_text(("a", "b"))
+    ('a', 'a,', 'a,b')
     """
-    found = []
-    for method, config in configs.items():
-        if issubclass(METHODS[method], SuffixLearner):
-            if depth.suffix is not None:
-                found += _suffix_candidates(depth, method, config, calibrated)
-        else:
-            found.append(Candidate(depth.at, method, config))
-    return found
-
-
-def _suffix_candidates(depth: Depth, method: str, config: Any, calibrated: bool) -> list[Candidate]:
-    assert depth.suffix is not None
-    default = METHODS[method].Config()
-    choices: list[list[dict[str, Any]]] = [[{}], [{}]]
-    words: dict[tuple[str, ...] | None, str] = {None: "as given"}
-    if getattr(config, "trainable", 0) is None:
-        groups = trainable_groups(depth.suffix)
-        words = {patterns: name for name, patterns in groups.items()}
-        choices[0] = [{"trainable": patterns} for patterns in words]
-    if hasattr(config, "codec") and config.codec == default.codec:
-        choices[1] = [{"codec": name} for name in CODECS if calibrated or name == "float32"]
-    found = []
-    for changes in itertools.product(*choices):
-        values = {key: value for change in changes for key, value in change.items()}
-        trains = words.get(values.get("trainable"), "as given")
-        found.append(Candidate(depth.at, method, dataclasses.replace(config, **values), trains))
-    return found
-
-
-def trainable_groups(suffix: nn.Module) -> dict[str, tuple[str, ...] | None]:
-    """Sets of trained tensors: all but norms, the head, and the head with the layer before it; patterns as ``trainable`` takes them.
-
-    >>> groups = trainable_groups(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
-    >>> groups["whole suffix"], groups["head"]
-    (None, ('4.weight', '4.bias'))
-    """
-    layers: list[tuple[str, ...]] = []
-    for path, module in suffix.named_modules():
-        own = tuple(f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False))
-        if own and not isinstance(module, NORMS):
-            layers.append(own)
-    found: dict[str, tuple[str, ...] | None] = {"whole suffix": None}
-    if len(layers) > 1:
-        found["head"] = layers[-1]
-    if len(layers) > 2:
-        found["last 2 layers"] = layers[-2] + layers[-1]
-    return found
+    return at if isinstance(at, str) else ",".join(at) + ("," if len(at) == 1 else "")

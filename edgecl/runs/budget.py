@@ -58,7 +58,7 @@ def check_budget(config: RunConfig, entry: LearnerConfig, label: str, net: nn.Mo
         InputError: when it does not, with the ledger's figures and the nearest change that would.
     """
     with with_label(label):
-        found = profile(prepared_of(config, entry, net, data), config.device.engine)
+        found = profile(prepared_of(config, entry, net, data), config.device.engine, config.device.pending)
         over = exceeded(config.budget, found)
         if not over:
             return found
@@ -88,7 +88,7 @@ def _mend(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: Dataset
 
 def _tried(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: Dataset, **changes: Any) -> Profile | None:
     try:
-        found = profile(prepared_of(config, entry, net, data, **changes), config.device.engine)
+        found = profile(prepared_of(config, entry, net, data, **changes), config.device.engine, config.device.pending)
     except EdgeclError:  # not every cut suits every method, nor every capacity a memory
         return None
     return None if exceeded(config.budget, found) else found

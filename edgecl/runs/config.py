@@ -15,6 +15,7 @@ from edgecl.runs.errors import checked, choice
 from edgecl.runs.methods import method_config
 from edgecl.runs.registry import DATASETS, SCENARIOS, check_options, dataset_options
 from edgecl_device.errors import InputError
+from edgecl_device.manifest import DEFAULT_PENDING
 
 MOST_SEEDS = 100
 
@@ -127,6 +128,9 @@ class Device(Section):
     engine: str = Field(default="onnx", description=f"the runtime, {' or '.join(RULES)}")
     store: bool = Field(
         default=True, description="whether the learner keeps a crash-safe store; without one an interrupted stream starts again"
+    )
+    pending: int = Field(
+        default=DEFAULT_PENDING, ge=1, le=1 << 20, description="the number of predictions that may wait for a delayed label"
     )
     every: int = Field(default=50, ge=1, description="the number of samples between two tests along the stream")
     test_samples: int | None = Field(default=None, ge=1, description="the most test samples of a task, one fixed subset; all by default")

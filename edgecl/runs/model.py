@@ -61,8 +61,14 @@ def build(config: RunConfig, data: Dataset, generator: torch.Generator) -> nn.Mo
             raise InputError(text) from error
 
 
-def ready(config: RunConfig, data: Dataset, stream: Stream, seed: int, path: Path) -> dict[str, Any]:
-    """Build, pretrain if that is wanted, and write the network's tensors to ``path``; returns what to remember of it."""
+def check_pretraining(config: RunConfig, stream: Stream) -> None:
+    """Whether there is a base set where the configuration wants to pretrain on it."""
+    if config.model.pretrain is not None and not len(stream.base[1]):
+        raise InputError("model.pretrain: must have a base set to train on, the scenario has none; leave it out, or give weights")
+
+
+def trained(config: RunConfig, data: Dataset, stream: Stream, seed: int) -> nn.Module:
+    """The network of a seed: built, and pretrained on the base set where the configuration says so."""
     generator = torch.Generator().manual_seed(seed)
     net = build(config, data, generator)
     how = config.model.pretrain
@@ -70,8 +76,14 @@ def ready(config: RunConfig, data: Dataset, stream: Stream, seed: int, path: Pat
         x, y = stream.base
         with threads(how.threads):
             train(net, x, y, preprocess=preprocess_of(config), recipe=how.recipe(), generator=generator, device=how.device)
+    return net
+
+
+def ready(config: RunConfig, data: Dataset, stream: Stream, seed: int, path: Path) -> dict[str, Any]:
+    """Make the network of a seed, and write its tensors to ``path``; returns what to remember of it."""
+    net = trained(config, data, stream, seed)
     save_network(path, net.state_dict())
-    return {"sha256": weight_hash(net), "pretrained": how is not None}
+    return {"sha256": weight_hash(net), "pretrained": config.model.pretrain is not None}
 
 
 def load(config: RunConfig, data: Dataset, seed: int, path: Path) -> nn.Module:

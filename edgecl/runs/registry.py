@@ -125,3 +125,17 @@ def load(name: str, options: Mapping[str, Any]) -> Dataset:
     if "folder" in options and options["folder"] is None:
         return source.load(**{**options, "folder": fetch(str(source.public))})
     return source.load(**options)
+
+
+def make_stream(name: str, options: Mapping[str, Any], data: Dataset, seed: int) -> Stream:
+    """A scenario's stream.
+
+    Args:
+        name: In :data:`SCENARIOS`.
+        options: As :func:`check_options` returns them.
+        data: The data set.
+        seed: Of the order, where the scenario draws one.
+    """
+    make = SCENARIOS[name]
+    given = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
+    return make(data, **options, **given)

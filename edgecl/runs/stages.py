@@ -5,7 +5,6 @@ stopped. What it finds is what a run without a break finds, to the bit, times an
 """
 
 import dataclasses
-import inspect
 import re
 import shutil
 import time
@@ -25,9 +24,9 @@ from edgecl.runs.config import LearnerConfig, RunConfig
 from edgecl.runs.device import BUNDLE, device_run
 from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
 from edgecl.runs.methods import method_config
-from edgecl.runs.model import build, load, ready, with_label
-from edgecl.runs.registry import SCENARIOS
+from edgecl.runs.model import build, check_pretraining, load, ready, with_label
 from edgecl.runs.registry import load as load_data
+from edgecl.runs.registry import make_stream
 from edgecl.streams import Dataset, Stream
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import read_manifest
@@ -165,16 +164,13 @@ class _Run:
 
     def stream(self, seed: int) -> Stream:
         """The scenario of a seed."""
-        make = SCENARIOS[self.config.scenario.name]
-        given = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
-        return make(self.data, **self.config.scenario_options(), **given)
+        return make_stream(self.config.scenario.name, self.config.scenario_options(), self.data, seed)
 
     def _check_base(self, stream: Stream) -> None:
         """Whether there is a base set for what needs one."""
+        check_pretraining(self.config, stream)
         if len(stream.base[1]):
             return
-        if self.config.model.pretrain is not None:
-            raise InputError("model.pretrain: must have a base set to train on, the scenario has none; leave it out, or give weights")
         for i, entry in enumerate(self.config.learner):
             config = method_config(f"learner[{i}].config", entry.method, entry.config)
             if getattr(config, "codec", "float32") != "float32":
@@ -285,7 +281,12 @@ class _OnDevice:
         whole.progress(f"{self.title}: writing the bundle and checking it", 0, 1)
         folder.mkdir(parents=True, exist_ok=True)
         exported = export(
-            prepared, folder / BUNDLE, engine=whole.config.device.engine, overwrite=True, ram_budget_bytes=whole.config.budget.ram
+            prepared,
+            folder / BUNDLE,
+            engine=whole.config.device.engine,
+            overwrite=True,
+            pending_capacity=whole.config.device.pending,
+            ram_budget_bytes=whole.config.budget.ram,
         )
         return {"bundle_id": exported.manifest.bundle_id, "gates": [dataclasses.asdict(gate) for gate in exported.gates]}
 
