@@ -41,6 +41,7 @@ WRONG = {
     "subquantizers": (0, -1),
     "centroids": (0, 1, 48, 512),
     "crop": ("yes", 1),
+    "dropout": ("yes", 1),
     "mixup": (-0.1, 1.5, float("nan")),
     "lr_decay": (0.0, 1.1, float("nan")),
     "lr_decay_every": (0, 2.5),

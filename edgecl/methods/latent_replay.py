@@ -28,6 +28,7 @@ from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
 from edgecl.learner import Problem, State, StepResult, one_hot
 from edgecl.methods._augment import ENTRIES, MOST_SIDE, PLACES, beta_quantiles, crop, crop_sizes, mix
+from edgecl.methods._dropout import Site, with_masks
 from edgecl.methods._features import SMALLEST_NORM, require
 from edgecl.methods._losses import losses, soft_cross_entropy
 from edgecl.methods.finetune import Finetune
@@ -68,6 +69,8 @@ class LatentReplay(Finetune):
             seed: Key of the device's generator.
             crop: Random resized crop of every feature map of an update, the new sample's among them (:mod:`edgecl.methods._augment`).
             mixup: Alpha of Beta(alpha, alpha) for mixing pairs of stored rows, one share an update; then 2 r rows are drawn. 0 mixes none.
+            dropout: The suffix's dropout modules act in the update (:mod:`edgecl.methods._dropout`); dropout within attention and
+                recurrent layers stays off.
             lr_decay: Factor of a class's learning rate after each ``lr_decay_every`` samples of it; 1 keeps it.
             lr_decay_every: Samples of a class.
         """
@@ -86,6 +89,7 @@ class LatentReplay(Finetune):
         centroids: int = 64
         crop: bool = False
         mixup: float = 0.0
+        dropout: bool = False
         lr_decay: float = 1.0
         lr_decay_every: int = 100
 
@@ -150,6 +154,11 @@ class LatentReplay(Finetune):
             mend = f"leave it out, or cut the model at one map [1, C, H, W] of at most {MOST_SIDE} positions a side"
             require(ok, "crop", f"be False for a latent of {shapes}", True, mend)
             self._sizes = crop_sizes(*shapes[0][2:])
+        self._sites: tuple[Site, ...] = ()
+        if self.config.dropout:
+            rows = 1 + self.config.rows_per_step
+            batch = {name: torch.zeros(rows, *spec.shape[1:]) for name, spec in features.items()}
+            self._dropping, self._sites = with_masks(self.suffix, self._whole(batch))
         if self.config.mixup:
             self._shares = beta_quantiles(self.config.mixup)
 
@@ -187,6 +196,7 @@ class LatentReplay(Finetune):
             draws += [DrawSpec("size", (1 + self._drawn,), ENTRIES), DrawSpec("place", (1 + self._drawn, 2), PLACES)]
         if config.mixup:
             draws.append(DrawSpec("share", (1,), ENTRIES))
+        draws += [site.draw for site in self._sites]
         return ReplaySpec(tuple(fields), self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
 
     @property
@@ -243,8 +253,11 @@ class LatentReplay(Finetune):
             real = real[:rows]
         weights = torch.cat([weight * config.new_weight, real / real.sum().clamp_min(1.0)])
 
+        with phase("augment"):
+            dropped = {site.draw.name: site.mask(draw[site.draw.name]) for site in self._sites}
+
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            scores = self.scores(parameters, batch)
+            scores = self._dropped(parameters, batch, dropped) if config.dropout else self.scores(parameters, batch)
             if config.mixup:
                 return (soft_cross_entropy(scores, targets, allowed) * weights).sum(), scores
             return (losses(self.problem.target, scores, targets, allowed) * weights).sum(), scores
@@ -255,7 +268,7 @@ class LatentReplay(Finetune):
             lr = lr * config.lr_decay ** ((state["learned"] * fresh).sum() / config.lr_decay_every).floor()
             schedule = {"learned": state["learned"] + fresh}
         value, scores, new = self.descend(state, loss, lr)
-        if config.average or config.crop:
+        if config.average or config.crop or config.dropout:
             with phase("forward"):
                 scores = self.scores(self._predictors(state), decoded)
         outputs = {"scores": self.masked(scores[:1], state), "loss": value, **self._row(code)}
@@ -290,6 +303,11 @@ class LatentReplay(Finetune):
         share = torch.where(partners > 0, self._shares.index_select(0, drawn), 1.0)
         mixed = {name: torch.cat([part[:1], mix(part[1:], share, rows)]) for name, part in self._parts(batch).items()}
         return self._whole(mixed), torch.cat([truth[:1], mix(truth[1:], share, rows)])
+
+    def _dropped(self, parameters: dict[str, Tensor], batch: Any, masks: dict[str, Tensor]) -> Tensor:
+        """Scores [1 + r, K, ...] of the suffix with these masks where it drops."""
+        scores: Tensor = torch.func.functional_call(self._dropping, parameters, (batch, masks))
+        return scores
 
     def _filled(self, rows: Any, code: Any, real: Tensor) -> Any:
         """Rows with this sample's code in place of filler: of zeros a suffix may make NaN, which no weight of zero takes away."""

@@ -1,0 +1,100 @@
+"""Dropout whose masks are inputs: the device draws integers, the graph makes masks of them.
+
+Source: Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting"; by channel, Tompson et al. 2015,
+"Efficient Object Localization Using Convolutional Networks". Deviation: shares that are kept are multiples of 1 / :data:`GRAIN`.
+"""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from edgecl_device.checks import MOST_DRAWS
+from edgecl_device.errors import InputError
+from edgecl_device.manifest import DrawSpec
+
+GRAIN = 1 << 16
+"""Equally likely integers of which one is drawn for each value, or channel."""
+
+_BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d)
+_KINDS = (nn.Dropout, *_BY_CHANNEL)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a dropout module.
+
+    Attributes:
+        draw: The integers that its mask is made of.
+        p: Share of values, or channels, that are dropped.
+    """
+
+    draw: DrawSpec
+    p: float
+
+    def mask(self, drawn: Tensor) -> Tensor:
+        """What the activation is multiplied by, float32 of the draw's shape: 0, or ``1 / (1 - p)``.
+
+        >>> Site(DrawSpec("drop", (2,), GRAIN), 0.75).mask(torch.tensor([16383, 16384]))
+        tensor([4., 0.])
+        """
+        kept = (drawn < round((1 - self.p) * GRAIN)).to(torch.float32)
+        return kept * (1 / (1 - self.p))
+
+
+def with_masks(suffix: nn.Module, z: Any) -> tuple[fx.GraphModule, tuple[Site, ...]]:
+    """The suffix with a second argument, the masks by name of their draw, and the calls that they act at.
+
+    Args:
+        suffix: Maps features to scores; parameters keep their names.
+        z: Features of the batch of an update, [1 + r, ...]; their values do not matter.
+
+    Raises:
+        InputError: when no dropout module is called, or the masks of one cannot be drawn.
+    """
+    traced = fx.symbolic_trace(suffix)
+    modules = dict(traced.named_modules())
+    ShapeProp(traced).propagate(z)
+    calls = [node for node in traced.graph.nodes if node.op == "call_module" and _drops(modules[node.target])]
+    hidden = sorted({name for name, module in modules.items() if _drops(module)} - {node.target for node in calls})
+    if hidden:
+        raise InputError(f"dropout: must be False for dropout within a layer of PyTorch's, got True with {hidden}; leave it out")
+    if not calls:
+        raise InputError(
+            "dropout: must be False for a suffix that calls no nn.Dropout, nn.Dropout1d or nn.Dropout2d with p above 0, got True; "
+            "leave it out, or cut the model further up"
+        )
+    sites = tuple(_site(node, modules[node.target]) for node in calls)
+    with traced.graph.inserting_after(next(node for node in traced.graph.nodes if node.op == "placeholder")):
+        masks = traced.graph.placeholder("masks")
+    for node, site in zip(calls, sites, strict=True):
+        with traced.graph.inserting_before(node):
+            mask = traced.graph.call_function(operator.getitem, (masks, site.draw.name))
+            node.replace_all_uses_with(traced.graph.call_function(operator.mul, (node.all_input_nodes[0], mask)))
+        traced.graph.erase_node(node)
+    traced.recompile()
+    return traced, sites
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, _KINDS) and module.p > 0
+
+
+def _site(node: fx.Node, module: Any) -> Site:
+    shape = tuple(node.meta["tensor_meta"].shape)
+    if module.p == 1:
+        raise InputError(f"dropout: {node.target!r} must keep a share, got p = 1; give it a p below 1")
+    if isinstance(module, _BY_CHANNEL):
+        if len(shape) < 3:
+            raise InputError(f"dropout: {node.target!r} must act on [N, C, ...], got {list(shape)}; use nn.Dropout there")
+        shape = (*shape[:2], *[1] * (len(shape) - 2))
+    if math.prod(shape) > MOST_DRAWS:
+        raise InputError(
+            f"dropout: {node.target!r} must draw at most {MOST_DRAWS:,} integers an update, got {list(shape)}; "
+            "lower rows_per_step, drop whole channels with nn.Dropout2d, or cut the model further down"
+        )
+    return Site(DrawSpec(f"dropout_{node.name}", shape, GRAIN), float(module.p))
