@@ -52,10 +52,17 @@ def test_the_results_at_equal_bytes_are_of_the_settings_that_were_chosen(name):
     assert all(row["bytes"] <= limits[row["budget"]] for row in result["rows"] if row["fits"])
 
 
+def plain(config):
+    return json.loads(json.dumps(asdict(config)))
+
+
 def test_the_demo_runs_the_settings_that_were_chosen():
+    """Hyperparameters that came later have their defaults, which leave a method as it was."""
     chosen = {label: entries[0]["config"] for label, entries in read("benchmarks/results/choose_settings.json")["rows"].items()}
-    configs = {s.label: json.loads(json.dumps(asdict(s.config))) for s in SETTINGS if s.config is not None}
-    assert configs == chosen
+    configs = {s.label: s.config for s in SETTINGS if s.config is not None}
+    assert {label: plain(config) for label, config in configs.items()} == {
+        label: {**plain(type(configs[label])()), **values} for label, values in chosen.items()
+    }
 
 
 def test_the_committed_demo_is_of_these_settings(demo):
