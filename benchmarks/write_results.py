@@ -42,7 +42,7 @@ def page() -> str:
     parts = [
         INTRODUCTION,
         "## Beyond the reference\n\n" + beyond(equal["sets"]["cifar100"]),
-        *[f"## {title}\n\n" + set_table(equal["sets"][name]) for name, title in SETS.items()],
+        *[f"## {title}\n\n" + set_table(equal["sets"][name]) for name, title in titles(equal["sets"]).items()],
         f"`python benchmarks/equal_bytes.py`. {conditions(equal)}",
         "## Replay codecs at equal bytes\n\n" + codec_table(equal["sets"]),
         "## Streaming against batch\n\n" + batch_table(equal["sets"]),
@@ -73,6 +73,11 @@ budgets, with their own bytes: they are what the reference figures were measured
 nothing but the order of sums.
 
 ![Accuracy against bytes beyond the trunk](figures/equal_bytes.png)"""
+
+
+def titles(sets: Row) -> dict[str, str]:
+    """Titles of the sets that were run, by name."""
+    return {name: title for name, title in SETS.items() if name in sets}
 
 
 def accuracy(row: Row, key: str = "accuracy") -> str:
@@ -159,7 +164,7 @@ def beyond(result: Row) -> str:
 def codec_table(sets: Row) -> str:
     """Latent replay that differs in nothing but its codec."""
     lines = []
-    for name, title in SETS.items():
+    for name, title in titles(sets).items():
         for row in sets[name]["rows"]:
             if row["label"].startswith("codec ") and row["fits"]:
                 pq = f" (m={row['config']['subquantizers']}, k={row['config']['centroids']})" if row["config"].get("codec") == "pq" else ""
@@ -176,7 +181,7 @@ def codec_table(sets: Row) -> str:
 def batch_table(sets: Row) -> str:
     """The largest distance of a stream from the same method solved at once."""
     lines = []
-    for name, title in SETS.items():
+    for name, title in titles(sets).items():
         for method in ("ncm", "slda", "ridge"):
             rows = [r for r in sets[name]["rows"] if r["method"] == method and r["fits"]]
             apart = max(abs(a - r["batch_accuracy"]) for r in rows for a in r["accuracy_by_seed"])
@@ -229,7 +234,7 @@ def plot(sets: Row) -> Figure:
     """Accuracy against budget, a panel a set."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels: Sequence[Any] = figure.subplots(1, len(sets))
-    for axes, (name, title) in zip(panels, SETS.items(), strict=True):
+    for axes, (name, title) in zip(panels, titles(sets).items(), strict=True):
         rows = tabled(sets[name])
         for label in dict.fromkeys(r["label"] for r in rows if "last layer" not in r["label"]):
             mine = [r for r in rows if r["label"] == label and r["fits"]]

@@ -42,7 +42,7 @@ def test_the_results_page_shows_the_committed_figures(benchmarks):
     assert benchmarks("write_results").page() == (ROOT / "docs/results.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["cifar100", "cifar10", "fashion_mnist"])
+@pytest.mark.parametrize("name", read("benchmarks/results/equal_bytes.json")["sets"])
 def test_the_results_at_equal_bytes_are_of_the_settings_that_were_chosen(name):
     chosen = read("benchmarks/results/equal_bytes_settings.json")["sets"][name]["rows"]
     result = read("benchmarks/results/equal_bytes.json")["sets"][name]
