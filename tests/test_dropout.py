@@ -1,4 +1,4 @@
-"""Dropout with drawn masks against autograd of a net that multiplies them in by hand, and after a crash."""
+"""Dropout with drawn masks against autograd of a net that multiplies them in by hand, on both runtimes and after a crash."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_masks_keep_their_share_and_the_mean(p):
     assert mask.double().mean().item() == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("runtime", ["onnx"])
+@pytest.mark.parametrize("runtime", ["onnx", "executorch"])
 def test_the_gates_hold_and_a_crash_changes_nothing(runtime, tmp_path):
     export(both(), tmp_path / "bundle", engine=runtime)
     whole = Learner.load(tmp_path / "bundle", engine=runtime, store=tmp_path / "whole.db")
