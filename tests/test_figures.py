@@ -42,16 +42,6 @@ def test_the_results_page_shows_the_committed_figures(benchmarks):
     assert benchmarks("write_results").page() == (ROOT / "docs/results.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", read("benchmarks/results/equal_bytes.json")["sets"])
-def test_the_results_at_equal_bytes_are_of_the_settings_that_were_chosen(name):
-    chosen = read("benchmarks/results/equal_bytes_settings.json")["sets"][name]["rows"]
-    result = read("benchmarks/results/equal_bytes.json")["sets"][name]
-    assert [{key: row[key] for key in chosen[0]} for row in result["rows"]] == chosen
-    assert result["seeds"] == 3
-    limits = {"0.25 MiB": 2**18, "1 MiB": 2**20, "4 MiB": 2**22, "8 MiB": 2**23}
-    assert all(row["bytes"] <= limits[row["budget"]] for row in result["rows"] if row["fits"])
-
-
 def plain(config):
     return json.loads(json.dumps(asdict(config)))
 
