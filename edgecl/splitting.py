@@ -127,6 +127,15 @@ def traced(model: nn.Module, inputs: Sequence[str] | None = None) -> tuple[nn.Mo
     return whole, tracer, graph, _inputs(graph, inputs)
 
 
+def recorded(model: nn.Module) -> fx.Graph:
+    """What a module computes, operations in place as such.
+
+    Raises:
+        SplitError: when it cannot be traced.
+    """
+    return _trace(_Tracer(), model)
+
+
 def check_backward(parts: Split) -> None:
     """Check that the suffix can be trained: its operators have the backward pass that the model gave them.
 

@@ -56,6 +56,23 @@ def test_an_update_equals_autograd_with_masks_by_hand(average):
     assert torch.allclose(outputs["scores"], learner.predict(state, z[:1])[0]["scores"], atol=1e-6), "predictions do not drop"
 
 
+def test_what_is_changed_in_place_is_changed_for_its_views_too():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.drop, self.head = nn.Linear(36, 6), nn.Dropout(0.5), nn.Linear(3, 3)
+
+        def forward(self, x):
+            hidden = self.layer(x.flatten(1))
+            view = hidden[:, :3]
+            hidden += 1.0
+            return self.head(self.drop(view))
+
+    learner = ready(InPlace()).learner
+    z, keep = torch.rand(3, 4, 3, 3), {site.draw.name: torch.ones(site.draw.shape) for site in learner._sites}
+    assert torch.equal(learner._dropped({}, z, keep), learner.suffix(z))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_masks_keep_their_share_and_the_mean(p):
     mask = Site(DrawSpec("drop", (GRAIN,), GRAIN), p).mask(torch.arange(GRAIN))
@@ -83,6 +100,7 @@ def test_the_gates_hold_and_a_crash_changes_nothing(runtime, tmp_path):
         ([nn.Flatten(), nn.Linear(36, 3)], 2, "dropout: must be False for a suffix that calls no nn.Dropout"),
         ([nn.Flatten(), nn.Dropout(1.0), nn.Linear(36, 3)], 2, "must keep a share, got p = 1"),
         ([nn.Flatten(), nn.Dropout1d(0.5), nn.Linear(36, 3)], 2, "must act on"),
+        ([nn.AlphaDropout(0.5), nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3)], 2, "must be False for AlphaDropout, whose masks are"),
         ([nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3)], 30_000, "must draw at most 1,048,576 integers"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from edgecl.splitting import recorded
 from edgecl_device.checks import MOST_DRAWS
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import DrawSpec
@@ -22,6 +23,7 @@ GRAIN = 1 << 16
 
 _BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d)
 _KINDS = (nn.Dropout, *_BY_CHANNEL)
+_ALL = (*_KINDS, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,13 @@ def with_masks(suffix: nn.Module, z: Any) -> tuple[fx.GraphModule, tuple[Site, .
     Raises:
         InputError: when no dropout module is called, or the masks of one cannot be drawn.
     """
-    traced = fx.symbolic_trace(suffix)
+    traced = fx.GraphModule(suffix, recorded(suffix))
     modules = dict(traced.named_modules())
     ShapeProp(traced).propagate(z)
     calls = [node for node in traced.graph.nodes if node.op == "call_module" and _drops(modules[node.target])]
+    others = sorted({type(modules[node.target]).__name__ for node in calls if not isinstance(modules[node.target], _KINDS)})
+    if others:
+        raise InputError(f"dropout: must be False for {', '.join(others)}, whose masks are not drawn, got True; take nn.Dropout there")
     hidden = sorted({name for name, module in modules.items() if _drops(module)} - {node.target for node in calls})
     if hidden:
         raise InputError(f"dropout: must be False for dropout within a layer of PyTorch's, got True with {hidden}; leave it out")
@@ -81,7 +86,7 @@ def with_masks(suffix: nn.Module, z: Any) -> tuple[fx.GraphModule, tuple[Site, .
 
 
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, _KINDS) and module.p > 0
+    return isinstance(module, _ALL) and module.p > 0
 
 
 def _site(node: fx.Node, module: Any) -> Site:
