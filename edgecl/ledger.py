@@ -24,6 +24,7 @@ def ledger(
     replay_bytes: tuple[int, int],
     codebook_bytes: int,
     pending: int,
+    target: TensorSpec | None,
 ) -> dict[str, Any]:
     """Bytes by name.
 
@@ -35,13 +36,14 @@ def ledger(
         replay_bytes: Size of the replay memory's arrays, and of its file of rows, if it has one.
         codebook_bytes: Size of the replay codecs' tables.
         pending: Predictions kept for a delayed label.
+        target: What the log keeps of a target behind the features (:meth:`edgecl_device.manifest.TargetSpec.stored`), or None.
 
     Returns:
         ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``,
         ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for ``graphs`` and ``replay_file``;
-        ``logged_features_per_update``: features of one sample, and a stream's state, as the log holds them, to which the store adds its own
-        (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with its file, and codebooks;
-        ``not_counted``.
+        ``logged_features_per_update``: features of one sample, a target that is no class index, and a stream's state, as the log holds them,
+        to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with its
+        file, and codebooks; ``not_counted``.
     """
     written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
     state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
@@ -60,7 +62,7 @@ def ledger(
         "replay_file": replay_bytes[1],
         "inputs_outputs": sum(ports),
         "pending_features": pending * features,
-        "logged_features_per_update": features + stream,
+        "logged_features_per_update": features + stream + (0 if target is None else target.nbytes),
         "beyond_trunk": sum(state_bytes.values()) + sum(replay_bytes) + codebook_bytes,
         "not_counted": NOT_COUNTED,
     }

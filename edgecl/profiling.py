@@ -107,6 +107,7 @@ def profile(prepared: Prepared, engine: str = "onnx", pending: int = DEFAULT_PEN
         replay_bytes=(0 if memory is None else memory.nbytes, 0),
         codebook_bytes=table_bytes(ready.learner.codebooks),
         pending=pending,
+        target=prepared.learner.problem.target.stored(prepared.learner.problem.max_classes),
     )
     del found["graphs"]
     found["not_counted"] += ", graph files and padding of the weight file (known after export)"

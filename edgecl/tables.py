@@ -27,7 +27,7 @@ LEDGER_WORDS = {
     "replay_file": "replay rows in a file (flash)",
     "inputs_outputs": "bound inputs and outputs of all steps",
     "pending_features": "features that wait for a delayed label, at most",
-    "logged_features_per_update": "features of one sample as the log holds them; the store adds its own bytes",
+    "logged_features_per_update": "one sample as the log holds it; the store adds its own bytes",
     "beyond_trunk": "state once + replay + codebooks",
 }
 WIDE = 104

@@ -16,6 +16,7 @@ from edgecl_device.cli import main
 from edgecl_device.errors import EdgeclError, ForgetRefusedError, InputError
 from edgecl_device.manifest import ReplaySpec, TargetSpec, TensorSpec
 from edgecl_device.memory import ReplayMemory
+from edgecl_device.record import Record
 from edgecl_export import export
 
 NAMES = ("red", "round", "small")
@@ -251,6 +252,7 @@ def test_rows_hold_their_targets(bundles):
         exported, _ = bundles(kind, "latent_replay")
         x, y = data(kind, 120, seed=7)
         base = data(kind)[1][:10]
+        assert exported.manifest.ledger["logged_features_per_update"] == Record(exported.manifest).nbytes
         with Learner.load(exported.path) as learner:
             known = {learner.learn(a, b).sample_id: b for a, b in zip(x, y, strict=True)}
             rows = learner.rows()

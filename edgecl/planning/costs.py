@@ -106,6 +106,7 @@ class Accountant:
             replay_bytes=(capacity or 0, 0),
             codebook_bytes=table_bytes(learner.codebooks),
             pending=self._pending,
+            target=depth.problem.target.stored(depth.problem.max_classes),
         )
         return Costs(found, {name: step.canonical.total_macs for name, step in steps.items()}, capacity, rows)
 

@@ -198,6 +198,7 @@ def _write(
         replay_bytes=replay_bytes,
         codebook_bytes=table_bytes(learner.codebooks),
         pending=pending_capacity,
+        target=learner.problem.target.stored(learner.problem.max_classes),
     )
     specs = state_specs(prepared.state)
     config = json.loads(json.dumps(learner.config_dict()))
