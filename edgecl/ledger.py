@@ -41,9 +41,9 @@ def ledger(
     Returns:
         ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``,
         ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for ``graphs`` and ``replay_file``;
-        ``logged_features_per_update``: features of one sample, a target that is no class index, and a stream's state, as the log holds them,
-        to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with its
-        file, and codebooks; ``not_counted``.
+        ``logged_features_per_update``: features of one sample, a target that is no class index, and a stream's state, as the log holds
+        them, to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with
+        its file, and codebooks; ``not_counted``.
     """
     written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
     state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}

@@ -98,7 +98,7 @@ class Prepared:
     """
 
     def __init__(self, trunk: Trunk, example: Samples, learner: Learner, class_names: Sequence[str] = ()) -> None:
-        _check_names(class_names, learner.problem.max_classes)
+        _check_names(_NAMES[learner.problem.target.kind], class_names, learner.problem.max_classes)
         self.trunk = trunk.eval().requires_grad_(False)
         self.example: Samples = example
         self.samples: Samples = example
@@ -393,15 +393,20 @@ def _check_weights(part: nn.Module) -> None:
             raise InputError(f"model: weight {name!r} must be finite, got NaN or infinity; load other weights, or train them again")
 
 
-def _check_names(names: Any, most: int) -> None:
+_NAMES = {"class": "class_names", "vector": "names", "multilabel": "labels", "map": "classes"}
+"""Which argument gave the names, by kind of target."""
+
+
+def _check_names(argument: str, names: Any, most: int) -> None:
     ok = isinstance(names, Sequence) and not isinstance(names, (str, bytes)) and all(isinstance(name, str) and name for name in names)
     if not ok:
-        raise InputError(f"class_names: must be a list of strings, none of them empty, got {names!r}; pass ['cat', 'dog']")
+        raise InputError(f"{argument}: must be a list of strings, none of them empty, got {names!r}; pass ['cat', 'dog']")
     if len(names) > most:
-        raise InputError(f"class_names: must be at most {most} names, got {len(names)}; raise classes")
+        wider = "size" if argument == "names" else "classes"
+        raise InputError(f"{argument}: must be at most {most} names, got {len(names)}; raise {wider}")
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
-        raise InputError(f"class_names: must be different names, got {twice} more than once; rename one")
+        raise InputError(f"{argument}: must be different names, got {twice} more than once; rename one")
 
 
 def _check_independent(z: Any, alone: Any, batch: int) -> None:

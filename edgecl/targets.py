@@ -37,6 +37,8 @@ class Vector:
             scores: Shape of the model's output for one sample, or None where it does not matter.
         """
         size = room("size", self.size, 1)
+        if isinstance(self.names, str):
+            raise InputError(f"names: must be a list of strings, got {short(self.names)}; pass [{short(self.names)}]")
         return TargetSpec("vector", (1, size), "float32"), size, tuple(self.names)
 
 
@@ -82,9 +84,10 @@ class DenseMap:
         if scores is None or len(scores) != 4:
             got = "a method without the model's head" if scores is None else list(scores)
             raise InputError(f"target: a dense map needs a model that returns scores [1, {count}, H, W], got {got}; give it such a head")
-        if self.ignore is not None and not -(1 << 31) <= as_int("ignore", self.ignore) < 1 << 31:
-            raise InputError(f"ignore: must fit into 32 bits, got {short(self.ignore)}; 255 is usual")
-        return TargetSpec("map", (1, *scores[2:]), "int64", self.ignore), count, names
+        ignore = None if self.ignore is None else as_int("ignore", self.ignore)
+        if not -(1 << 31) <= (ignore or 0) < 1 << 31:
+            raise InputError(f"ignore: must fit into 32 bits, got {short(ignore)}; 255 is usual")
+        return TargetSpec("map", (1, *scores[2:]), "int64", ignore), count, names
 
 
 TargetKind = Vector | MultiLabel | DenseMap | str

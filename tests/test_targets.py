@@ -20,7 +20,7 @@ from edgecl_device.record import Record
 from edgecl_export import export
 
 NAMES = ("red", "round", "small")
-TARGETS = {"vector": Vector(2), "multilabel": MultiLabel(NAMES), "map": DenseMap(4, ignore=255)}
+TARGETS = {"vector": Vector(2), "multilabel": MultiLabel(NAMES), "map": DenseMap(4, ignore=np.int64(255))}
 RATES = {"vector": 0.1, "multilabel": 0.5, "map": 3.0}
 CASES = (
     ("vector", "finetune"), ("vector", "latent_replay"), ("vector", "ridge"), ("vector", "frozen"),
@@ -362,6 +362,9 @@ REFUSED = {
     "no classes": (ready, "classes: must be an integer, got None"),
     "threshold": (lambda: ready(target=MultiLabel(3, threshold=1.0)), "threshold: must be between 0 and 1, got 1.0"),
     "ignore": (lambda: ready("map", "finetune", target=DenseMap(4, ignore=1 << 40)), "ignore: must fit into 32 bits"),
+    "one name": (lambda: ready(target=Vector(3, names="abc")), r"names: must be a list of strings, got 'abc'; pass \['abc'\]"),
+    "too many names": (lambda: ready(target=Vector(1, names=["a", "b"])), "^names: must be at most 1 names, got 2; raise size"),
+    "one name twice": (lambda: ready(target=MultiLabel(["a", "a"])), "^labels: must be different names"),
     "size": (lambda: ready(target=Vector(0)), "size: must be an integer of 1 to"),
     "base targets": (lambda: fitted(np.zeros(40)), r"y: must be float32 \[40, 2\], got float64 \[40\]; reshape it"),
     "base values": (lambda: fitted(np.where(np.arange(80).reshape(40, 2) == 7, np.nan, 0.0)), "sample 3: y: values must be finite"),
