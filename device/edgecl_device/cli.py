@@ -23,6 +23,7 @@ from edgecl_device.learner import Learner
 from edgecl_device.manifest import Array, Manifest, TargetSpec, TensorSpec, read_manifest
 from edgecl_device.reports import Prediction
 from edgecl_device.targets import example_target, target_of
+from edgecl_device.trial import tried
 
 _NO_STREAM = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 CLEAR_LINE = "\r\x1b[K"
@@ -117,11 +118,11 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def verify(args: argparse.Namespace) -> dict[str, Any]:
-    """Load everything, predict and learn one made-up sample in memory, and see that no file has changed."""
+    """Load everything, predict and learn one made-up sample, keep nothing of it, and see that no file has changed."""
     manifest = read_manifest(args.bundle)
     before = _digest(args.bundle)
     checks = []
-    with Learner.load(args.bundle) as learner:
+    with tried(args.bundle) as learner:
         checks.append({"check": "schema, hashes, state, graphs", "result": f"{len(manifest.files)} files"})
         seen = learner.predict(one_of({x.name: made_up(x) for x in manifest.steps["encode"].inputs}))
         checks.append({"check": "predict", "result": _told(seen)})

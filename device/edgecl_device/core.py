@@ -95,6 +95,16 @@ class Core:
         if self.memory is not None and self.memory.file is not None:
             self.memory.file.settle()
 
+    @property
+    def settled(self) -> bool:
+        """Whether no rows wait to be written into their file."""
+        return self.memory is None or self.memory.file is None or not self.memory.file.waiting
+
+    @property
+    def written(self) -> int:
+        """Bytes written into the file of rows."""
+        return 0 if self.memory is None or self.memory.file is None else self.memory.file.written
+
     def close(self) -> None:
         """Release the engine and the row file."""
         with ExitStack() as stack:

@@ -189,7 +189,7 @@ class Learner(OneAtATime):
             StoreFullError: when the sample cannot be logged.
             StepMissingError: when the method does not learn.
         """
-        start, written = perf_counter(), self._store.written
+        start, written = perf_counter(), self._written
         self._check_step("learn")
         target = self._target.array(y, self._core.names)
         weight, lr = self._check_options(weight, lr)
@@ -211,7 +211,7 @@ class Learner(OneAtATime):
         outputs = self._journal.learn(Sample(sample_id, z, target, weight, lr))
         self._session["learned"] += 1
         self._session["macs"] += macs
-        before, told, written = self._target.read(outputs["scores"]), self._target.told(target), self._store.written - written
+        before, told, written = self._target.read(outputs["scores"]), self._target.told(target), self._written - written
         loss = float(outputs["loss"])
         return LearnReport(sample_id, loss, before, told, dict(self._core.health), macs, written, perf_counter() - start)
 
@@ -226,7 +226,8 @@ class Learner(OneAtATime):
         Returns:
             Whether the store's files are free of it already. False: the sample is unlearned for good, but the disk was full (or
             failed) when the write-ahead log was to be emptied, which still holds its features. Every later ``learn``, ``save``,
-            ``forget`` and start tries again; ``report()["log"]["erased"]`` tells when it is done.
+            ``forget`` and start tries again; ``report()["log"]["erased"]`` tells when it is done. Or a file of rows could not be
+            written: the next snapshot tries again, ``report()["replay"]["rows_waiting"]`` is 0 right behind one that did.
 
         Raises:
             StepMissingError: when the method has no exact ``forget``.
@@ -240,7 +241,7 @@ class Learner(OneAtATime):
             raise StepMissingError(f"forget: {self.manifest.method} does not forget exactly, its steps are {self._steps()}; export another")
         else:
             self._journal.revise(sample_id, "forget", None)
-        return self._store.erased
+        return self._store.erased and self._core.settled
 
     @verb
     def relabel(self, sample_id: int, y: Any) -> None:
@@ -342,14 +343,15 @@ class Learner(OneAtATime):
         """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health.
 
         ``session.bytes_written`` is everything that the store has written since it was opened: log, snapshots, blocks of sample
-        ids, and each page once more when the write-ahead log is moved into the file. Not in it: what the file system adds, and
+        ids, and each page once more when the write-ahead log is moved into the file; of replay rows in a file the pages that each snapshot
+        changes there, too. Not in it: what the file system adds, and
         what :meth:`close` will write, which is nothing right after :meth:`save`.
         """
         core, store, memory = self._core, self._store, self._core.memory
         return {
             "method": self.manifest.method,
             **core.totals,
-            "session": {**self._session, "bytes_written": store.written, "refused": core.refused},
+            "session": {**self._session, "bytes_written": self._written, "refused": core.refused},
             "class_counts": {self._called(i): int(n) for i, n in enumerate(core.counts) if n},
             "pending": len(self._pending.samples),
             "log": store.report(),
@@ -358,6 +360,10 @@ class Learner(OneAtATime):
             "state_bytes": sum(spec.nbytes for spec in self.manifest.state),
             "health": dict(core.health),
         }
+
+    @property
+    def _written(self) -> int:
+        return self._store.written + self._core.written
 
     @verb
     def _close(self) -> None:

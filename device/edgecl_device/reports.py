@@ -69,7 +69,7 @@ class LearnReport:
         macs: Canonical multiply-accumulates spent, ``encode`` included when it ran.
         bytes_written: What the store wrote in this call: the transaction's whole pages in the write-ahead log, and, when they fell
             on it, a snapshot that a full log asked for, a block of sample ids, and the pages of a write-ahead log that was moved
-            into the file; 0 without a store.
+            into the file, of rows in a file the pages that the snapshot changes; 0 without a store.
         seconds: Wall time of the call.
     """
 

@@ -10,6 +10,7 @@ an event in it.
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ class RowFile:
         count: Rows that there is room for; all of the file is allocated when it is made.
         new: Whether the store is a new one, so that the file is to be made.
 
+    Attributes:
+        written: Bytes written so far: what was filled in, and the pages that each :meth:`settle` changed.
+
     Raises:
         StoreError: when a file is there that belongs to another store, the store's own is missing or damaged, or it cannot be made.
     """
@@ -92,6 +96,7 @@ class RowFile:
         self._record = np.dtype([(f.name, np.dtype(f.dtype).newbyteorder("<"), f.shape) for f in fields])
         self._fields, self._count = fields, count
         self._changed: dict[int, Any] = {}
+        self.written = 0
         if new:
             self._make()
         elif not path.exists() and not self._new.exists():
@@ -133,6 +138,7 @@ class RowFile:
         """Set the first rows of a new file."""
         for field in self._fields:
             self._rows[field.name][: len(values[field.name])] = values[field.name]
+            self.written += values[field.name].nbytes
         self._rows.flush()  # before the first snapshot, which does not hold them
 
     def snapshot(self, used: int) -> dict[str, Array]:
@@ -175,11 +181,16 @@ class RowFile:
             self._rows.flush()
             self._header["epoch"] = self._epoch + 1
             self._header.flush()
+            self.written += PAGESIZE * len({0, *(page for slot in self._changed for page in self._pages(slot))})
             if self._unsettled:
                 self._new.replace(self.path)
                 self._unsettled = False
             self._epoch += 1
             self._changed = {}
+
+    def _pages(self, slot: int) -> range:
+        start = HEADER_BYTES + slot * self._record.itemsize
+        return range(start // PAGESIZE, (start + self._record.itemsize - 1) // PAGESIZE + 1)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -194,14 +205,17 @@ class RowFile:
         try:
             with self._new.open("wb") as file:
                 file.write(header.tobytes().ljust(HEADER_BYTES, b"\0"))
-                left = self._count * self._record.itemsize
+                left = self.file_bytes - HEADER_BYTES
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, self.file_bytes)
                 else:  # a hole in the file would end the process where the disk is full
                     while left:
                         left -= file.write(_ZEROS[: min(left, len(_ZEROS))])
                 os.fsync(file.fileno())
+            self.written += self.file_bytes - left
         except OSError as error:
+            with suppress(OSError):
+                self._new.unlink()  # it may have taken what room there was
             what = f"{self.path} cannot be made with {self.file_bytes} bytes ({error})"
             raise StoreError(f"rows: {what}; make room or pass another path") from error
 

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from edgecl.trees import flatten_tree
 from edgecl_device.checks import REVISIONS
 from edgecl_device.engines import Engine
 from edgecl_device.errors import EdgeclError
-from edgecl_device.learner import Learner as DeviceLearner
 from edgecl_device.manifest import Array, Manifest, TensorSpec, check_files, read_manifest
 from edgecl_device.targets import example_target
+from edgecl_device.trial import tried
 from edgecl_export.errors import refuse
 from edgecl_export.parity import UNLESS, Tally, compare_outputs, compare_step
 from edgecl_export.targets import Written, target_of
@@ -208,17 +207,8 @@ def _samples(case: _Case, eager: EagerEngine) -> list[dict[str, Array]]:
 
 def _loads(case: _Case) -> str:
     """The device's own loop loads the bundle, predicts, and learns."""
-    in_file = case.manifest.replay is not None and case.manifest.replay.in_file
     try:
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            DeviceLearner.load(
-                case.folder,
-                engine=case.manifest.engine,
-                store=Path(scratch) / "store.db" if in_file else None,
-                rows=Path(scratch) / "rows.bin" if in_file else None,
-            ) as learner,
-        ):
+        with tried(case.folder) as learner:
             seen = learner.predict(case.prepared.example)
             if "learn" in case.manifest.steps:
                 learner.learn(seen.sample_id, example_target(case.manifest) if seen.label is None else seen.label)

@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from mmap import PAGESIZE
 
 import numpy as np
 import pytest
 
 from edgecl_device import InputError, StoreError, TensorSpec
+from edgecl_device.cli import main
 from edgecl_device.manifest import ReplaySpec
 from edgecl_device.memory import ReplayMemory, memory_bytes, memory_layout
 from edgecl_device.rows import HEADER_BYTES, RowFile
@@ -85,6 +87,21 @@ def test_a_snapshot_holds_the_rows_that_changed_and_no_others(start, stream, tmp
     assert np.array_equal(content[memory._slots[: len(memory)]], learner.rows()["replay.z"])
 
 
+def test_what_is_written_into_the_file_counts(start, stream):
+    def written():
+        return learner.report()["session"]["bytes_written"] - learner._store.written
+
+    learner = start()
+    assert written() == HEADER_BYTES + 3 * 8 + PAGESIZE, "the bundle's rows, and the number of the first snapshot"
+    told = sum(learner.learn(stream[0][i], int(stream[1][i])).bytes_written for i in range(30))
+    assert written() == HEADER_BYTES + 3 * 8 + 2 * PAGESIZE, "the log was full once"
+    assert told < learner.report()["session"]["bytes_written"]
+
+
+def test_the_command_verifies_such_a_bundle(filed, capsys):
+    assert main(["verify", str(filed)]) == 0 and "files unchanged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("moment", ["rows", "header", "done"])
 def test_a_process_that_dies_while_the_file_is_written_loses_nothing(start, plain, load, stream, crash, monkeypatch, moment):
     """The snapshot is in the store; of its rows one, or all, or all but the header's number are in the file."""
@@ -124,6 +141,7 @@ def test_a_disk_that_fails_leaves_the_rows_to_the_next_snapshot(start, plain, lo
         real = file._rows
         patch.setattr(file, "_rows", Broken())
         learner.save()
+        assert learner.forget(learner.predict(stream[0][0]).sample_id) is False, "what is gone may be in the file"
         patch.setattr(file, "_rows", real)
         assert learner.report()["replay"]["rows_waiting"] > 0
     learn(learner, stream, 20, 40)
@@ -247,6 +265,13 @@ def test_arguments_are_checked(filed, plain, load, tmp_path):
             load(bundle, store=store, rows=rows)
     with pytest.raises(StoreError, match=r"^rows: .* cannot be made with \d+ bytes .*; make room or pass another path"):
         load(filed, store=tmp_path / "l.db", rows=tmp_path / "no" / "rows.bin")
+
+
+def test_a_file_for_which_there_is_no_room_leaves_nothing(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(StoreError, match=r"cannot be made with .*no space left"):
+        start()
+    assert not [*tmp_path.glob("rows*")]
 
 
 @pytest.mark.parametrize("policy", ["reservoir", "largest-class"])
