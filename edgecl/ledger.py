@@ -11,7 +11,8 @@ from edgecl_device.manifest import TensorSpec
 
 NOT_COUNTED = (
     "runtime scratch, packed copies of frozen weights, the runtime's own code; the log's RAM without a store; "
-    "copies of state and replay rows made by save, close, forget, relabel, rollback and a learn that finds the log full"
+    "copies of state and replay rows made by save, close, forget, relabel, rollback and a learn that finds the log full; "
+    "of replay rows in a file those that changed since the last snapshot"
 )
 
 

@@ -99,7 +99,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
         }
         for name, step in manifest.steps.items()
     ]
-    inputs = manifest.steps["encode"].inputs
+    inputs, replay = manifest.steps["encode"].inputs, manifest.replay
     return {
         "method": manifest.method,
         "config": manifest.config,
@@ -108,7 +108,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
         "classes": f"{len(manifest.class_names)} named of {manifest.max_classes}",
         "class_names": list(manifest.class_names),
         "forgets": manifest.forgets,
-        "replay": f"{manifest.replay.capacity_bytes} bytes, {manifest.replay.policy}" if manifest.replay else None,
+        "replay": None if replay is None else f"{replay.capacity_bytes} bytes, {replay.policy}" + ", rows in a file" * replay.in_file,
         "state_bytes": sum(spec.nbytes for spec in manifest.state),
         "file_bytes": sum(entry.bytes for entry in manifest.files.values()),
         "log_capacity_bytes": manifest.log_capacity_bytes,

@@ -98,8 +98,9 @@ def test_what_is_written_into_the_file_counts(start, stream):
     assert told < learner.report()["session"]["bytes_written"]
 
 
-def test_the_command_verifies_such_a_bundle(filed, capsys):
+def test_the_command_knows_such_a_bundle(filed, capsys):
     assert main(["verify", str(filed)]) == 0 and "files unchanged" in capsys.readouterr().out
+    assert main(["info", str(filed)]) == 0 and "rows in a file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("moment", ["rows", "header", "done"])
