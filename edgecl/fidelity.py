@@ -52,13 +52,20 @@ def check_gradients(model: nn.Module, parts: Split, x: Any) -> None:
         x: As for :func:`check_values`.
 
     Raises:
-        SplitError: naming the first parameter whose gradient differs.
+        SplitError: when the model has no gradients, or naming the first parameter whose gradient differs.
     """
     whole, suffix = copied(model).eval(), copied(parts.suffix)
     known = dict(whole.named_parameters(remove_duplicate=False))
     frozen = {id(known[name]) for name, _ in parts.trunk.named_parameters(remove_duplicate=False)}  # whatever else they are called
     names = [name for name, _ in parts.suffix.named_parameters() if id(known[name]) not in frozen]
-    wanted = _gradients(whole, names, *_copies(parts, x))
+    try:
+        wanted = _gradients(whole, names, *_copies(parts, x))
+    except RuntimeError as error:
+        why = str(error).partition("; ")[0]
+        raise SplitError(
+            f"model: its layers behind the cut must have gradients, got {why}; write operations in place there as plain ones, or take a "
+            "method that trains no layer of the model"
+        ) from error
     with torch.no_grad():
         z = parts.trunk(*_copies(parts, x))
     found = _gradients(suffix, names, z)

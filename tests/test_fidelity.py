@@ -117,6 +117,17 @@ def test_a_lost_backward_pass_is_refused_where_the_suffix_is_trained(model, meth
     prepare(model(), at="r", example=X, method="ridge", classes=4)
 
 
+def test_a_model_without_gradients_is_refused():
+    class Overwritten(Net):
+        def back(self, x):
+            y = torch.sigmoid(self.h(x))
+            y += 1.0
+            return y
+
+    with pytest.raises(SplitError, match=r"model: its layers behind the cut must have gradients, got one of the variables .*; write"):
+        prepare(Overwritten(), at="r", example=X, method="finetune", classes=4)
+
+
 def test_the_gradient_that_differs_is_named():
     with pytest.raises(SplitError, match=r"the gradient of 'h\.weight' differs by \S+ between the model and its traced parts"):
         prepare(Stopped(), at="r", example=X, method="finetune", classes=4)
