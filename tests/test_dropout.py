@@ -18,6 +18,16 @@ X = np.random.default_rng(0).standard_normal((12, 2, 5, 5)).astype(np.float32)
 Y = np.arange(12) % 3
 
 
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5, inplace=True)
+
+    def forward(self, x):
+        y = x * 2
+        return self.drop(y) + y
+
+
 def ready(*suffix, rows=2, **changes):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), *suffix)
@@ -100,6 +110,7 @@ def test_the_gates_hold_and_a_crash_changes_nothing(runtime, tmp_path):
         ([nn.Flatten(), nn.Linear(36, 3)], 2, "dropout: must be False for a suffix that calls no nn.Dropout"),
         ([nn.Flatten(), nn.Dropout(1.0), nn.Linear(36, 3)], 2, "must keep a share, got p = 1"),
         ([nn.Flatten(), nn.Dropout1d(0.5), nn.Linear(36, 3)], 2, "must act on"),
+        ([Shared(), nn.Flatten(), nn.Linear(36, 3)], 2, "'2.drop' must not be in place where its input is used again; give it inplace=F"),
         ([nn.AlphaDropout(0.5), nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3)], 2, "must be False for AlphaDropout, whose masks are"),
         ([nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3)], 30_000, "must draw at most 1,048,576 integers"),
     ],

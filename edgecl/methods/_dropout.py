@@ -65,6 +65,9 @@ def with_masks(suffix: nn.Module, z: Any) -> tuple[fx.GraphModule, tuple[Site, .
     others = sorted({type(modules[node.target]).__name__ for node in calls if not isinstance(modules[node.target], _KINDS)})
     if others:
         raise InputError(f"dropout: must be False for {', '.join(others)}, whose masks are not drawn, got True; take nn.Dropout there")
+    shared = [node.target for node in calls if modules[node.target].inplace and len(node.all_input_nodes[0].users) > 1]
+    if shared:
+        raise InputError(f"dropout: {shared[0]!r} must not be in place where its input is used again; give it inplace=False")
     hidden = sorted({name for name, module in modules.items() if _drops(module)} - {node.target for node in calls})
     if hidden:
         raise InputError(f"dropout: must be False for dropout within a layer of PyTorch's, got True with {hidden}; leave it out")
