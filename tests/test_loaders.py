@@ -176,6 +176,8 @@ def test_windows_from_npz(tmp_path):
         ({"group": np.array([0, 1])}, "must be given together, got group and group_names; give all"),
         ({**GROUPS, "group_test": np.array([2])}, r"group_test: groups must be in 0\.\.1, got 2\.\.2; add group names"),
         ({**GROUPS, "group": np.array([0])}, r"group: must be int64 \[2\], one group for each sample"),
+        ({"y": np.array([0, 10**12])}, r"class_names: must be given where an index is above 1,048,575, got 1,000,000,000,000"),
+        ({"class_names": np.array([["a", "b", "c"]])}, r"class_names: must be text \[K\], got <U1 \[1, 3\]; convert it"),
         ({"x": np.array([{}], object)}, "plain arrays.*without objects"),
     ],
 )
@@ -191,6 +193,10 @@ def test_damaged_npz_and_other_files_are_refused(tmp_path):
     (tmp_path / "cut.npz").write_bytes(content[:-30])
     with refused("must be an npz archive"):
         load_windows(tmp_path / "cut.npz")
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, ARRAYS["x"])
+    with refused("array.npz: must be an npz archive"):
+        load_windows(tmp_path / "array.npz")
     with refused(r"path: must end in \.npz or \.csv, got '.*\.txt'"):
         load_windows(tmp_path / "a.txt")
     with refused(r"none\.csv: must be there"):
