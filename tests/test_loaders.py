@@ -257,6 +257,12 @@ def test_a_table_without_a_channel_is_refused(tmp_path):
         load_windows(table(tmp_path, "window,label,split\na,b,train\n"))
 
 
+def test_a_name_of_very_many_digits_is_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"window,label,split,a\n1,{'9' * 5000},train,1\n2,10,test,1\n")
+    assert load_windows(path).class_names == ("10", "9" * 5000)
+
+
 def test_csv_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "table.csv").write_bytes(TABLE.replace("u1", "ü").encode("latin-1"))
     with refused("UTF-8"):
@@ -350,11 +356,21 @@ def test_bad_wavs_are_refused(tmp_path):
         load_wavs(tmp_path)
 
 
+def test_damaged_headers_of_wavs_are_refused(tmp_path):
+    path = tmp_path / "1_ann_9.wav"
+    write_wav(path, np.zeros(800, np.int16))
+    whole = path.read_bytes()
+    for at, number, words in ((24, 1 << 30, "sample rate of at most 1,048,576 Hz, got 1,073,741,824"), (16, (1 << 31) - 1, "PCM wav")):
+        path.write_bytes(whole[:at] + struct.pack("<I", number) + whole[at + 4 :])
+        with refused(f"1_ann_9.wav: .*{words}"):
+            load_wavs(tmp_path)
+
+
 def test_log_mel_refuses_what_does_not_fit_the_rate():
-    for seconds in (0.02, float("nan"), float("inf")):
-        with refused(f"seconds: must be at least 0.025, one window, and finite, got {seconds}"):
+    for seconds in (0.02, float("nan"), float("inf"), 1e9):
+        with refused(f"seconds: must be from 0.025, one window, to 3600, got {seconds}"):
             log_mel(np.zeros(100, np.int16), 8000, seconds=seconds)
-    for mels in (100, 0, -1):
+    for mels in (100, 0, -1, 10**9):
         with refused(f"mels: must fit a sample rate of 8000 Hz, got {mels}"):
             log_mel(np.zeros(100, np.int16), 8000, mels=mels)
     assert log_mel(np.zeros(100, np.int16), 8000, seconds=0.025).shape == (1, 40)
