@@ -272,7 +272,7 @@ def export(
     rows_in_file: Annotated[
         bool, typer.Option("--rows-in-file", help="Keep replay rows in a file on the device, not in its RAM (edgecl-device run --rows).")
     ] = False,
-    pending: Annotated[int, typer.Option(min=1, help="Predictions that may wait for a delayed label.")] = DEFAULT_PENDING,
+    pending: Annotated[int, typer.Option(min=1, max=1 << 20, help="Predictions that may wait for a delayed label.")] = DEFAULT_PENDING,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -65,6 +65,7 @@ def train(
         samples = preprocess(samples)
     try:
         samples, labels = samples.to(device), labels.to(device)
+        labels.max().item()  # a device without values, as 'meta', cannot train
     except (RuntimeError, AssertionError) as error:  # torch raises either, by what it was built with
         raise InputError(f"device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got {device!r} ({error})") from error
     net.to(device).train()

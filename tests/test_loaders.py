@@ -176,6 +176,8 @@ def test_windows_from_npz(tmp_path):
         ({"group": np.array([0, 1])}, "must be given together, got group and group_names; give all"),
         ({**GROUPS, "group_test": np.array([2])}, r"group_test: groups must be in 0\.\.1, got 2\.\.2; add group names"),
         ({**GROUPS, "group": np.array([0])}, r"group: must be int64 \[2\], one group for each sample"),
+        ({"y": np.array([0, 10**12])}, r"class_names: must be given where an index is above 1,048,575, got 1,000,000,000,000"),
+        ({"class_names": np.array([["a", "b", "c"]])}, r"class_names: must be text \[K\], got <U1 \[1, 3\]; convert it"),
         ({"x": np.array([{}], object)}, "plain arrays.*without objects"),
     ],
 )
@@ -191,6 +193,10 @@ def test_damaged_npz_and_other_files_are_refused(tmp_path):
     (tmp_path / "cut.npz").write_bytes(content[:-30])
     with refused("must be an npz archive"):
         load_windows(tmp_path / "cut.npz")
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, ARRAYS["x"])
+    with refused("array.npz: must be an npz archive"):
+        load_windows(tmp_path / "array.npz")
     with refused(r"path: must end in \.npz or \.csv, got '.*\.txt'"):
         load_windows(tmp_path / "a.txt")
     with refused(r"none\.csv: must be there"):
@@ -249,6 +255,12 @@ def test_bad_csv_is_refused(tmp_path, old, new, words):
 def test_a_table_without_a_channel_is_refused(tmp_path):
     with refused("must name at least one channel"):
         load_windows(table(tmp_path, "window,label,split\na,b,train\n"))
+
+
+def test_a_name_of_very_many_digits_is_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"window,label,split,a\n1,{'9' * 5000},train,1\n2,10,test,1\n")
+    assert load_windows(path).class_names == ("10", "9" * 5000)
 
 
 def test_csv_in_another_encoding_is_refused(tmp_path):
@@ -344,11 +356,21 @@ def test_bad_wavs_are_refused(tmp_path):
         load_wavs(tmp_path)
 
 
+def test_damaged_headers_of_wavs_are_refused(tmp_path):
+    path = tmp_path / "1_ann_9.wav"
+    write_wav(path, np.zeros(800, np.int16))
+    whole = path.read_bytes()
+    for at, number, words in ((24, 1 << 30, "sample rate of at most 1,048,576 Hz, got 1,073,741,824"), (16, (1 << 31) - 1, "PCM wav")):
+        path.write_bytes(whole[:at] + struct.pack("<I", number) + whole[at + 4 :])
+        with refused(f"1_ann_9.wav: .*{words}"):
+            load_wavs(tmp_path)
+
+
 def test_log_mel_refuses_what_does_not_fit_the_rate():
-    for seconds in (0.02, float("nan"), float("inf")):
-        with refused(f"seconds: must be at least 0.025, one window, and finite, got {seconds}"):
+    for seconds in (0.02, float("nan"), float("inf"), 1e9):
+        with refused(f"seconds: must be from 0.025, one window, to 3600, got {seconds}"):
             log_mel(np.zeros(100, np.int16), 8000, seconds=seconds)
-    for mels in (100, 0, -1):
+    for mels in (100, 0, -1, 10**9):
         with refused(f"mels: must fit a sample rate of 8000 Hz, got {mels}"):
             log_mel(np.zeros(100, np.int16), 8000, mels=mels)
     assert log_mel(np.zeros(100, np.int16), 8000, seconds=0.025).shape == (1, 40)

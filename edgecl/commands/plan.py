@@ -5,7 +5,9 @@ import shlex
 import sys
 from contextlib import nullcontext, redirect_stdout
 from importlib.resources import as_file, files
+from io import BytesIO
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +36,9 @@ def plan(
     samples: Annotated[int, typer.Option(min=8, help="Most samples in use; a quarter of them is held out for validation.")] = 1000,
     seconds: Annotated[float, typer.Option(min=0, help="Time for measuring accuracy; no stream is begun after it.")] = 40.0,
     orders: Annotated[int, typer.Option(min=1, max=100, help="Stream orders of the best plans.")] = 3,
-    pending: Annotated[int | None, typer.Option(min=1, help="Predictions that wait for a late label; else CONFIG's, or 1.")] = None,
+    pending: Annotated[
+        int | None, typer.Option(min=1, max=1 << 20, help="Predictions that wait for a late label; else CONFIG's, or 1.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw accuracy against each cost.")] = None,
     write: Annotated[Path | None, typer.Option(metavar="TOML", help="Write the recommended plan as a file for edgecl run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -48,17 +52,18 @@ def plan(
     from edgecl.planning.source import configs_of, source_of
     from edgecl.planning.toml import run_config
     from edgecl.runs import read_config
+    from edgecl.runs.files import write_bytes
 
     limits = Limits(
         None if ram is None else parse_bytes("--ram", ram),
         None if flash is None else parse_bytes("--flash", flash),
         None if macs is None else parse_count("--macs", macs),
     )
-    if write is not None and write.exists():
-        raise InputError(f"--write: {write} exists; choose another name, or delete it")
     for option, file in (("--plot", plot), ("--write", write)):
-        if file is not None and not file.parent.is_dir():
-            raise InputError(f"{option}: must lie in an existing folder, got {file}; make {file.parent} first")
+        if file is not None:
+            _check_writable(option, file)
+    if plot is not None and write is not None and plot.resolve() == write.resolve():
+        raise InputError(f"--plot, --write: must be two files, got {plot} for both; choose another name for one")
     with nullcontext(config) if config is not None else as_file(files("edgecl.runs").joinpath("example.toml")) as path:
         read = read_config(path)
     device = read.device
@@ -76,13 +81,28 @@ def plan(
         found = look(source.network, source.data, source.scenario, limits, settings, step)
     result = record(found, settings, f"{read.model.name} on {read.data.name}, {read.scenario.name}")
     if plot is not None:
-        plan_figure(result).savefig(plot, dpi=150, format="png")
+        image = BytesIO()
+        plan_figure(result).savefig(image, dpi=150, format="png")
+        write_bytes(plot, image.getvalue())
     if write is not None:
-        write.write_text(run_config(read, found.best, settings, found.validation), encoding="utf-8")
+        write_bytes(write, run_config(read, found.best, settings, found.validation).encode())
     if as_json:
         print(json.dumps(result, indent=1))
         return
     _show(result, plot, write)
+
+
+def _check_writable(option: str, file: Path) -> None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    try:
+        if not file.parent.is_dir():
+            raise InputError(f"{option}: must lie in an existing folder, got {file}; make {file.parent} first")
+        if file.is_dir() or (option == "--write" and file.exists()):
+            raise InputError(f"{option}: {file} exists; choose another name, or delete it")
+        with NamedTemporaryFile(dir=file.parent, prefix=file.name):
+            pass
+    except OSError as error:
+        raise InputError(f"{option}: {file} cannot be written ({error.strerror}); choose another file") from error
 
 
 def _show(result: dict[str, Any], plot: Path | None, write: Path | None) -> None:

@@ -1,5 +1,6 @@
 """What the analytic methods share: the feature vector of a sample, and checks of hyperparameters."""
 
+import math
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from edgecl.learner import flatten_features
 from edgecl_device.errors import InputError
+
+LARGEST = float(np.finfo(np.float32).max)
 
 SMALLEST_NORM = 1e-12
 """A feature vector shorter than this is divided by it instead, so that zeros stay zeros."""
@@ -60,6 +63,9 @@ def check_types(config: Any) -> None:
         require(
             ok, name, f"be of type {getattr(hint, '__name__', hint) if plain and len(wanted) == 1 else hint}", value, "pass such a value"
         )
+        if float in wanted and isinstance(value, (int, float)):
+            beyond = LARGEST < abs(value) < math.inf  # whether infinity will do is the parameter's own affair
+            require(not beyond, name, f"be at most {LARGEST:.3g}, float32's largest number", value, "pass such a value")
 
 
 def require(ok: bool, parameter: str, constraint: str, value: object, mend: str) -> None:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,6 +23,7 @@ PANELS = {
 }
 
 
+@mpl.rc_context({"text.parse_math": False})  # a dollar in a name is a dollar
 def plan_figure(result: Row) -> Figure:
     """Accuracy on held-out samples against RAM, flash and MACs: the Pareto front numbered as in the table, the rest in grey.
 

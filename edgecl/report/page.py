@@ -27,11 +27,19 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         path: The file.
 
     Raises:
-        InputError: when a folder holds no finished run, or the file cannot be written.
+        InputError: when a folder holds no finished run or a damaged one, or the file is no HTML file or cannot be written.
     """
+    if path.suffix not in {".html", ".htm"}:  # and not, by a slip, the run itself
+        raise InputError(f"--out: must end in .html, got {path}; name such a file")
     runs = [_read(folder) for folder in folders]
     try:
-        write_bytes(path, page(runs).encode())
+        text = page(runs)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        named = ", ".join(str(folder / RESULT) for folder in folders)
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"RUN: {named} must be as edgecl run writes it, got something else ({why}); run it again with --fresh") from error
+    try:
+        write_bytes(path, text.encode())
     except OSError as error:
         raise InputError(f"--out: {path} cannot be written ({error.strerror}); choose another file") from error
 
@@ -51,7 +59,7 @@ def _read(folder: Path) -> dict[str, Any]:
         why = "is not finished; go on with it by edgecl run" if (folder / "start.json").exists() else "holds no run"
         raise InputError(f"RUN: must be the folder of a finished run, {folder} {why}")
     config = folder / "config.toml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     return {**read_json(folder / RESULT), "name": folder.name, "toml": text}
 
 

@@ -1,6 +1,7 @@
 """Matplotlib figures as SVG inside of a page: they take the page's colours, and bring no addresses and no ids twice."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
@@ -17,6 +18,7 @@ INK, FAINT = "#010203", "#040506"
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "edgecl",  # the same figure gives the same file
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -49,7 +51,9 @@ def inline(figure: Figure, name: str, alt: str) -> str:
         alt: What it shows, in words.
     """
     text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the browser has the fonts
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -60,7 +64,7 @@ def inline(figure: Figure, name: str, alt: str) -> str:
     svg = re.sub(r"'DejaVu Sans'(, '[^']*')*, sans-serif", "sans-serif", svg)
     width, height = (float(value) for value in re.findall(r'\b(?:width|height)="([\d.]+)pt"', svg)[:2])
     head = f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width:g} {height:g}" style="max-width:{width / 72:.2f}in"'
-    return re.sub(r"<svg[^>]*", head, svg, count=1).strip()
+    return re.sub(r"<svg[^>]*", lambda _: head, svg, count=1).strip()
 
 
 def bare(ax: Axes, grid: str) -> None:

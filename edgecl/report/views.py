@@ -80,8 +80,6 @@ def summary(result: Row) -> list[str]:
         cost += f" ({_milliseconds(best)} ms on this machine)"
     compared = [line.removeprefix("It is ") for line in tables.verdict(result_view(result))]
     lines = [first[0].upper() + first[1:], f"{cost}."]
-    compared = [line.removeprefix("It is ") for line in tables.verdict(result_view(result))]
-    lines = [first[0].upper() + first[1:], f"{cost}."]
     cheap = [row for row in learners if row.get("update_macs") is not None and best["accuracy"] - row["accuracy"] <= CLOSE]
     cheapest = min(cheap, key=lambda row: row["update_macs"], default=best)
     if cheapest is not best and cheapest["update_macs"] < (best.get("update_macs") or 0):

@@ -32,9 +32,12 @@ def _nbytes(value: Any) -> int:
 
 
 def _name(value: str) -> str:
-    """A label is part of a path and of a table."""
-    if not value.strip() or len(value) > 60 or any(c in value for c in '/\\:*?"<>|\n\r\t') or value.strip(". ") != value:
+    """A label is part of a path, beside the network's files, and of a table."""
+    special = not value.isprintable() or any(c in value for c in '/\\:*?"<>|')
+    if not value.strip() or len(value) > 60 or special or value.strip(". ") != value:
         raise ValueError(f"must be 1 to 60 characters of which none is special in a file name, got {value!r}")
+    if value.casefold().startswith("network."):
+        raise ValueError(f"must not start as the network's files beside it do, got {value!r}")
     return value
 
 
@@ -77,7 +80,7 @@ class Pretrain(Section):
     """``[model.pretrain]``: train the whole network on the base set first, once a seed; without it the network stays as it is."""
 
     epochs: int = Field(default=Recipe.epochs, ge=1, description="the number of passes over the base set")
-    batch: int = Field(default=Recipe.batch, ge=2, description="the number of samples a step")
+    batch: int = Field(default=Recipe.batch, ge=2, le=1 << 20, description="the number of samples a step")
     lr: float = Field(default=Recipe.lr, gt=0, lt=1e3, description="the highest learning rate of the one cycle")
     weight_decay: float = Field(default=Recipe.weight_decay, ge=0, lt=1e3, description="AdamW's decoupled weight decay")
     device: str = Field(default="cpu", description="PyTorch's device to train on, as 'cuda'")
@@ -186,10 +189,10 @@ def read_config(path: Path) -> RunConfig:
         InputError: when the file is missing or no TOML, or a value does not fit; everything wrong in one section is named at once.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"CONFIG: {path} cannot be read ({getattr(error, 'strerror', None) or error}); name a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside TOML's own: a number of too many digits, tables too deep in each other
         raise InputError(f"CONFIG: {path} must be TOML, got a mistake ({error}); mend that line") from error
     return parse(values, path.resolve().parent)
 
@@ -210,7 +213,8 @@ def parse(values: dict[str, Any], folder: Path) -> RunConfig:
     config.scenario_options()
     for i, entry in enumerate(config.learner):
         method_config(f"learner[{i}].config", entry.method, entry.config)
-    for name in (label for label in config.labels if config.labels.count(label) > 1):
+    folded = [label.casefold() for label in config.labels]  # a folder each, also where file names have no case
+    for name in (label for label in config.labels if folded.count(label.casefold()) > 1):
         raise InputError(f"learner.label: must differ between learners, got {name!r} twice; give each [[learner]] a label of its own")
     if len(set(config.device.seeds)) < len(config.device.seeds):
         raise InputError(f"device.seeds: must be different numbers, got {config.device.seeds}; drop one")

@@ -22,11 +22,14 @@ def read_json(path: Path) -> Any:
     """A file's value.
 
     Raises:
-        InputError: when it cannot be read.
+        InputError: when it cannot be read, or is no table.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__} instead of an object")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: must be a JSON file of a run ({error}); run it again with --fresh") from error
 
 
@@ -48,10 +51,14 @@ def save_network(path: Path, weights: dict[str, torch.Tensor]) -> None:
 def _written(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
-    write(new)
-    with new.open("rb+") as file:
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        write(new)
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def stage(path: Path, make: Callable[[], Any]) -> Any:

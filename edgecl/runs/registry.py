@@ -89,11 +89,12 @@ def check_options(where: str, function: Callable[..., Any], options: Mapping[str
     """
     fields: dict[str, Any] = {}
     hints = typing.get_type_hints(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
+    paths = {name for name, hint in hints.items() if Path in (hint, *typing.get_args(hint))}
     for name, parameter in options_of(function).items():
-        fields[name] = (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
+        hint = Path if name in paths else hints.get(name, Any)
+        fields[name] = (hint, ... if parameter.default is parameter.empty else parameter.default)
     model: type[BaseModel] = create_model("Options", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
     values = checked(model, options, where)
-    paths = {name for name in fields if Path in (hints.get(name), *typing.get_args(hints.get(name)))}
     return {name: base / value if name in paths else value for name in options if (value := getattr(values, name)) is not None}
 
 

@@ -68,7 +68,7 @@ def run(
         if not (folder / RESULT).exists():
             _Run(config, folder, data, progress).all()
         result: dict[str, Any] = read_json(folder / RESULT)
-        if result["title"] != config.report.title:
+        if result.get("title") != config.report.title:
             result["title"] = config.report.title
             write_json(folder / RESULT, result)
     return result

@@ -37,6 +37,21 @@ def config(small, tmp_path):
     return tmp_path / "run.toml"
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(config, tmp_path, capsys):
+    wrong = {
+        ("--plot", str(tmp_path)): f"--plot: {tmp_path} exists",
+        ("--write", str(config)): f"--write: {config} exists",
+        ("--write", "x" * 300): "cannot be written (File name too long)",
+        ("--plot", str(tmp_path / "gone" / "a.png")): "--plot: must lie in an existing folder",
+        ("--plot", str(tmp_path / "a"), "--write", str(tmp_path / "a")): "--plot, --write: must be two files",
+    }
+    (tmp_path / "windows.npz").unlink()  # whoever comes to the data fails otherwise
+    for options, words in wrong.items():
+        assert main(["plan", str(config), *options]) == 2
+        assert words in capsys.readouterr().err
+    assert config.read_text() == CONFIG
+
+
 def test_plan_is_shown_drawn_and_written_and_runs(config, tmp_path, capsys):
     other = tmp_path / "elsewhere"
     other.mkdir()

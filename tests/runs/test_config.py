@@ -5,12 +5,15 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from pydantic import BaseModel
 
 from edgecl import cli
 from edgecl.backbones import BACKBONES
 from edgecl.methods import METHODS
+from edgecl.pretraining import Recipe, train
 from edgecl.runs import RunConfig, read_config, registry
 from edgecl.runs.config import parse
 from edgecl.runs.registry import DATASETS, SCENARIOS, options_of
@@ -99,6 +102,32 @@ WRONG = {
         "got -1.0",
     ),
     "a label that is a path": ('at = "pool"', 'at = "pool"\nlabel = "../x"', "learner[0].label: must be 1 to 60 characters", "got '../x'"),
+    "a label with a control character": (
+        'at = "pool"',
+        'at = "pool"\nlabel = "a\\u0000b"',
+        "learner[0].label: must be 1 to 60",
+        "'a\\x00b'",
+    ),
+    "a label that is a file of the network": (
+        'at = "pool"',
+        'at = "pool"\nlabel = "network.pth"',
+        "learner[0].label: must not start as the network's files",
+        "'network.pth'",
+    ),
+    "a path of another type": (
+        'name = "fashion-mnist-subset"',
+        'name = "windows"\npath = 3',
+        "data.path: must be a valid string, got 3",
+        "",
+    ),
+    "a number too large for float32": (
+        'at = "pool"',
+        'at = "pool"\nmethod = "ridge"\nconfig = { gamma = 1e300 }',
+        "learner[0].config.gamma: must be at most 3.4e+38",
+        "got 1e+300",
+    ),
+    "a number of too many digits": ("seeds = [0]", f"seeds = [{'9' * 5000}]", "CONFIG: ", "must be TOML, got a mistake"),
+    "lists too deep in each other": ("seeds = [0]", f"seeds = {'[' * 50000}", "CONFIG: ", "must be TOML, got a mistake"),
     "no TOML": ("[model]", "[model", "CONFIG: ", "must be TOML, got a mistake"),
 }
 
@@ -130,9 +159,16 @@ def test_two_learners_of_one_name_are_refused():
         parse(values, ROOT)
 
 
+def test_two_learners_that_differ_in_case_alone_are_refused():
+    values = tomllib.loads(GOOD)
+    values["learner"] = [{"at": "pool", "label": "A"}, {"at": "block3", "label": "a"}]
+    with pytest.raises(InputError, match="must differ between learners, got 'A' twice"):
+        parse(values, ROOT)
+
+
 def test_values_as_they_are_meant(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text(GOOD.replace('at = "pool"', 'at = "pool"\nconfig = { gamma = 2 }'))
+    path.write_text("\ufeff" + GOOD.replace('at = "pool"', 'at = "pool"\nconfig = { gamma = 2 }'))
     config = read_config(path)
     assert config.labels == ["ridge"] and config.budget.ram == 1 << 20 and config.folder == tmp_path
     assert config.scenario_options() == {"base_classes": [0, 1], "steps": [[2]]}
@@ -196,3 +232,10 @@ def test_the_page_describes_every_key():
         assert all(f"`{name}`" in page for name in options_of(source.load))
     assert all(f"`{name}`" in page for scenario in SCENARIOS.values() for name in options_of(scenario))
     assert set(BACKBONES) <= set(re.findall(r"\w+", page)) and METHODS
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", ""])
+def test_a_device_that_cannot_train_is_refused(device):
+    x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
+    with pytest.raises(InputError, match="device: must be a device that PyTorch has here"):
+        train(torch.nn.Linear(2, 2), x, y, preprocess=None, recipe=Recipe(), generator=torch.Generator(), device=device)

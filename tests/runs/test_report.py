@@ -125,6 +125,31 @@ def test_names_of_the_users_are_text_and_not_markup(result):
     assert tree(text).find(".//h1").text == "<b>&"
 
 
+def test_a_dollar_in_a_name_is_no_formula(result):
+    changed = json.loads(json.dumps(result))
+    changed["learners"][0]["label"], changed["tasks"][1]["name"] = "$x_{$", "$\\frac{$"
+    text = page([{**changed, "name": "x", "toml": ""}])
+    assert "$x_{$</text>" in text and "$\\frac{$" in text
+
+
+def test_a_damaged_run_is_one_error_and_leaves_no_page(result, tmp_path, capsys):
+    missing = {key: value for key, value in result.items() if key != "tasks"}
+    for content in ("[]", "[" * 100_000, json.dumps(missing)):
+        (tmp_path / "run.json").write_text(content)
+        assert cli.main(["report", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "run.json" in error and "run it again with --fresh" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_report_does_not_replace_a_file_of_the_run(whole, capsys):
+    before = (whole / "run.json").read_bytes()
+    for out in (str(whole / "run.json"), "."):
+        assert cli.main(["report", str(whole), "--out", out]) == 2
+        assert capsys.readouterr().err == f"edgecl: --out: must end in .html, got {out}; name such a file\n"
+    assert (whole / "run.json").read_bytes() == before
+
+
 def test_several_runs_are_compared_on_one_page(whole, tmp_path, capsys):
     other = tmp_path / "other.run"
     shutil.copytree(whole, other)

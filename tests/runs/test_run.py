@@ -153,6 +153,14 @@ def test_other_data_and_another_model_are_refused(config, whole, small):
         run(read_config(config), config, folder)
 
 
+def test_a_damaged_result_is_one_error(config, whole, tmp_path, capsys):
+    damaged = tmp_path / "damaged.run"
+    shutil.copytree(whole, damaged)
+    (damaged / "run.json").write_text("{}")
+    assert cli.main(["run", str(config), "--out", str(damaged)]) == 2
+    assert "run.json must be as edgecl run writes it" in capsys.readouterr().err
+
+
 def test_a_title_may_change_and_fresh_starts_anew(config, whole):
     folder = config.with_suffix(".run")
     shutil.copytree(whole, folder)

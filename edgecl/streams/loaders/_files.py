@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from edgecl_device.errors import InputError
 
+MOST_DIGITS = 18
+"""A name of more digits is text."""
+
 DAMAGED = "the file is damaged or cut off; get it again"
 
 
@@ -39,7 +42,7 @@ def index(names: Iterable[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     (array([1, 0, 1]), ('9', '10'))
     """
     listed = list(names)
-    whole = all(name.isascii() and name.isdigit() for name in listed)
+    whole = all(name.isascii() and name.isdigit() and len(name) <= MOST_DIGITS for name in listed)
     distinct = sorted(set(listed), key=lambda name: (int(name) if whole else 0, name))
     position = {name: i for i, name in enumerate(distinct)}
     return np.array([position[name] for name in listed], np.int64), tuple(distinct)

@@ -1,6 +1,5 @@
 """A folder of recordings, one word each, as log-mel spectrograms."""
 
-import math
 import re
 import wave
 from pathlib import Path
@@ -15,6 +14,10 @@ from edgecl_device.errors import EdgeclError, InputError
 
 NAME = re.compile(r"(?P<label>[^_]+)_(?P<group>[^_]+)_(?P<index>[0-9]+)\.wav")
 """How the Free Spoken Digit Dataset names its files: ``{digit}_{speaker}_{index}.wav``."""
+
+
+LONGEST_S, HIGHEST_HZ, MOST_MELS = 3600, 1 << 20, 1024
+"""Beyond these a number is a slip or a damaged header, and would fill the memory with silence."""
 
 
 def load_wavs(folder: str | Path, *, seconds: float = 1.0, mels: int = 40, test_below: int = 5) -> Dataset:
@@ -93,8 +96,10 @@ def log_mel(samples: NDArray[np.int16], rate_hz: int, *, seconds: float = 1.0, m
         import kaldi_native_fbank as knf
     except ImportError as error:
         raise EdgeclError("kaldi-native-fbank is not installed; install it with: pip install 'edgecl[audio]'") from error
-    if not 0.025 <= seconds < math.inf:
-        raise InputError(f"seconds: must be at least 0.025, one window, and finite, got {seconds}; pass 1.0")
+    if not 0.025 <= seconds <= LONGEST_S:
+        raise InputError(f"seconds: must be from 0.025, one window, to {LONGEST_S}, got {seconds}; pass 1.0")
+    if not 1 <= mels <= MOST_MELS:
+        raise InputError(f"mels: must fit a sample rate of {rate_hz} Hz, got {mels}; pass 1 to {MOST_MELS}, 40 at 8 kHz")
     options: Any = knf.FbankOptions()
     options.frame_opts.samp_freq = rate_hz
     options.frame_opts.dither = 0
@@ -125,10 +130,12 @@ def _samples(path: Path) -> tuple[int, NDArray[np.int16]]:
         with wave.open(str(path), "rb") as file:
             kind, frames = (file.getnchannels(), 8 * file.getsampwidth()), file.getnframes()
             rate, content = file.getframerate(), file.readframes(frames)
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, RuntimeError, wave.Error) as error:  # RuntimeError: a chunk's size is beyond its file
         raise InputError(f"{path}: must be a PCM wav file, got {str(error) or 'its end'}; convert it or get it again") from error
     if kind != (1, 16):
         raise InputError(f"{path}: must have 1 channel of 16 bits, got {kind[0]} of {kind[1]} bits; convert it")
+    if rate > HIGHEST_HZ:
+        raise InputError(f"{path}: must have a sample rate of at most {HIGHEST_HZ:,} Hz, got {rate:,}; {DAMAGED}")
     if len(content) != 2 * frames or not frames:
         raise InputError(f"{path}: must have {frames} samples, as its header says, and at least 1, got {len(content) // 2}; {DAMAGED}")
     return rate, np.frombuffer(content, "<i2").astype(np.int16)

@@ -24,6 +24,8 @@ KEYS = ("window", "label", "split")
 """Columns that a table must have; ``group`` may be there, all others are channels."""
 SPLITS = ("train", "test")
 LARGEST = float(np.finfo(np.float32).max)
+MOST_NAMES = 1 << 20
+"""Names that are made from numbers."""
 
 
 def load_windows(path: str | Path) -> Dataset:
@@ -65,7 +67,7 @@ def _from_npz(path: Path) -> Dataset:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays: Arrays = dict(file.items())
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: must be an npz archive of plain arrays, got {error}; save it with np.savez, without objects") from error
     missing = [name for name in REQUIRED if name not in arrays]
     unknown = [name for name in arrays if name not in REQUIRED + OPTIONAL]
@@ -97,8 +99,13 @@ def _from_npz(path: Path) -> Dataset:
 def _names(arrays: Arrays, name: str, indices: Sequence[NDArray[Any]]) -> tuple[str, ...]:
     """Names from the archive, or the numbers that the indices use; what is no index the data set refuses."""
     if name in arrays:
-        return tuple(str(text) for text in arrays[name].reshape(-1))
+        texts = arrays[name]
+        if texts.dtype.kind != "U" or texts.ndim != 1:
+            raise InputError(f"{name}: must be text [K], got {texts.dtype} {list(texts.shape)}; convert it")
+        return tuple(str(text) for text in texts)
     largest = max((int(values.max()) for values in indices if values.size and values.dtype == np.int64), default=-1)
+    if largest >= MOST_NAMES:
+        raise InputError(f"{name}: must be given where an index is above {MOST_NAMES - 1:,}, got {largest:,}; number them from 0")
     return tuple(map(str, range(largest + 1)))
 
 
