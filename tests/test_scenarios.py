@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgecl.runs.registry import make_stream
 from edgecl.streams import Blurry, ClassIncremental, Dataset, DomainIncremental, Recurring, Stream, TaskIncremental
 from edgecl_device.errors import InputError
 
@@ -180,8 +181,11 @@ DATA = tiny([[2, 2], [2, 1], [1, 0]])
         (lambda: DomainIncremental(DATA, [0], [[2]]), r"base_groups, steps: .*training samples of each group, got none of \[2\]"),
         (lambda: DomainIncremental(DATA, [0], [[1], [0]]), "each group may be listed once"),
         (lambda: DomainIncremental(DATA, [0], [[]]), "every task needs a group"),
-        (lambda: DomainIncremental(DATA, [0], []), "base_groups, steps: the stream must have at least one task, got none"),
-        (lambda: Recurring(DATA, [0], []), "base_values, visits: the stream must have at least one task, got none"),
+        (
+            lambda: make_stream("domain-incremental", {"base_groups": [0], "steps": []}, DATA, 0),
+            "scenario: .*at least one sample.* got none",
+        ),
+        (lambda: make_stream("recurring", {"base_values": [0], "visits": []}, DATA, 0), "scenario: .*at least one sample"),
         (lambda: Blurry(DATA, 2, disjoint=50), "disjoint: must be a share from 0 to 1, got 50; divide percents"),
         (lambda: Blurry(DATA, 2, blurred=-0.1), "blurred: must be a share"),
         (lambda: Blurry(DATA, 4), "splits: must be from 1 to 3, the classes of the stream, got 4"),

@@ -136,7 +136,13 @@ def make_stream(name: str, options: Mapping[str, Any], data: Dataset, seed: int)
         options: As :func:`check_options` returns them.
         data: The data set.
         seed: Of the order, where the scenario draws one.
+
+    Raises:
+        InputError: when the options do not suit the data, or the stream has no sample.
     """
     make = SCENARIOS[name]
     given = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
-    return make(data, **options, **given)
+    stream = make(data, **options, **given)
+    if not len(stream):
+        raise InputError(f"scenario: {name} must have at least one sample behind the base set, got none; list one more task")
+    return stream

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 
 from edgecl.streams.dataset import Dataset
-from edgecl.streams.stream import Indices, Plan, PlannedStream, check_present, check_steps, where
+from edgecl.streams.stream import Indices, Plan, PlannedStream, check_present, where
 from edgecl_device.errors import InputError
 
 
@@ -49,7 +49,6 @@ class Recurring(PlannedStream):
     def __post_init__(self) -> None:
         values, values_test = self._values()
         base, visits = list(self.base_values), [list(visit) for visit in self.visits]
-        check_steps("base_values, visits", visits)
         parts = [base, *visits]
         if not all(visits) or any(len(set(part)) != len(part) for part in parts):
             raise InputError(f"base_values, visits: every visit needs values, each listed once in it, got {parts}; mend the list")

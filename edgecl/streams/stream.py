@@ -131,7 +131,6 @@ def check_parts(names: str, what: str, base: Sequence[int], steps: Sequence[Sequ
         steps: Values of every task.
         present: Value of every training sample.
     """
-    check_steps(names, steps)
     parts = [*([base] if base else []), *steps]
     listed = list(chain.from_iterable(parts))
     if not all(parts):
@@ -139,12 +138,6 @@ def check_parts(names: str, what: str, base: Sequence[int], steps: Sequence[Sequ
     if len(set(listed)) != len(listed):
         raise InputError(f"{names}: each {what} may be listed once, got {parts}")
     check_present(names, what, listed, present)
-
-
-def check_steps(names: str, steps: Sequence[Sequence[int]]) -> None:
-    """Refuse a stream without a task."""
-    if not steps:
-        raise InputError(f"{names}: the stream must have at least one task, got none; list one")
 
 
 def check_present(names: str, what: str, listed: Iterable[int], present: Indices) -> None:
