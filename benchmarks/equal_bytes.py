@@ -184,7 +184,7 @@ def run_all(jobs: Sequence[tuple[str, Row, int, Path, Path, Path]], workers: int
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds, with the standard deviation and all values of the accuracies."""
+    """Means over seeds, with all values of the accuracies."""
     if not found[0]:
         return {"fits": False}
     means = {key: statistics.fmean(f[key] for f in found) if isinstance(value, float) else value for key, value in found[0].items()}

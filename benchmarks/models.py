@@ -24,7 +24,7 @@ from torch import nn
 
 from edgecl import prepare
 from edgecl.backbones import BACKBONES
-from edgecl.demo import machine
+from edgecl.figures import machine
 from edgecl.methods import LatentReplay
 from edgecl.options import INPUTS
 from edgecl_export import export

@@ -27,8 +27,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from edgecl.demo import machine
 from edgecl.engine import EagerEngine, to_tensor
+from edgecl.figures import machine
 from edgecl.learner import call_step
 from edgecl.methods import LatentReplay
 from edgecl.prepare import Prepared, prepare

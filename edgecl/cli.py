@@ -22,7 +22,7 @@ from edgecl import tables
 from edgecl.backbones import BACKBONES
 from edgecl.commands import plan as planning
 from edgecl.commands import runs
-from edgecl.console import console, progress, show
+from edgecl.console import progress, show, show_rows
 from edgecl.graph.rules import RULES
 from edgecl.learner import Problem
 from edgecl.methods import METHODS
@@ -142,14 +142,7 @@ def show_demo(seeds: int, out: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         print(text)
         return
-    screen = console()
-    table = tables.demo_table(result, screen.width)
-    screen.print(table)
-    screen.print()
-    screen.print(tables.demo_legend(result, table))
-    screen.print()
-    for line in [*tables.verdict(result), f"{result['seconds']:.0f} s. Files: {', '.join(map(str, files))}"]:
-        screen.print(line, highlight=False)
+    show_rows(result, f"{result['seconds']:.0f} s. Files: {', '.join(map(str, files))}")
 
 
 @app.command(epilog=_examples("edgecl methods", "edgecl methods --json"))

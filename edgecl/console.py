@@ -34,6 +34,23 @@ def show(*results: Table) -> None:
         screen.print(tables.fit(table, screen.width))
 
 
+def show_rows(result: tables.Row, *ends: str) -> None:
+    """Print a comparison of learners: its table, the legend, the verdict, and lines to end with.
+
+    Args:
+        result: As :func:`edgecl.tables.demo_table` takes it.
+        ends: The last lines.
+    """
+    screen = console()
+    table = tables.demo_table(result, screen.width)
+    screen.print(table)
+    screen.print()
+    screen.print(tables.demo_legend(result, table))
+    screen.print()
+    for line in [*tables.verdict(result), *ends]:
+        screen.print(line, highlight=False)
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Step]:
     """A line on stderr that says what runs and how far it is: a bar on a terminal, else a plain line for everything new."""

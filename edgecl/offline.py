@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgecl.prepare import Prepared
+from edgecl.prepare import Prepared, stacked
 from edgecl.streams import Stream
 
 
@@ -19,19 +19,12 @@ def offline_accuracy(prepared: Prepared, learner: Any, stream: Stream) -> float:
     """
     x = np.concatenate([stream.base[0], np.stack([s.x for s in stream])])
     y = np.concatenate([stream.base[1], np.array([s.y for s in stream])])
-    state = learner.fit(_stacked(prepared.encode(x)), torch.tensor(y))
+    state = learner.fit(stacked(prepared.encode(x)), torch.tensor(y))
     right = []
     with torch.no_grad():
         for task in range(stream.tasks):
             (xs, ys), choices = stream.test(task), stream.choices(task)
-            scores = learner.scores(learner.parameters(state), _stacked(prepared.encode(xs)))
+            scores = learner.scores(learner.parameters(state), stacked(prepared.encode(xs)))
             classes = torch.arange(scores.shape[1]) if choices is None else torch.tensor(list(choices))
             right.append(classes[scores[:, classes].argmax(1)].numpy() == ys)
     return float(np.concatenate(right).mean())
-
-
-def _stacked(latents: list[Any]) -> Any:
-    """Latents of single samples as one batch."""
-    if isinstance(latents[0], torch.Tensor):
-        return torch.cat(latents)
-    return {name: torch.cat([z[name] for z in latents]) for name in latents[0]}

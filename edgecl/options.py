@@ -188,8 +188,7 @@ def parse_bytes(option: str, text: str) -> int:
     if found is None:
         raise InputError(f"{option}: must be bytes, as 64MiB, 500KB or 1048576, got {text!r}")
     number, prefix, binary = found.groups()
-    power = " KMG".index(prefix.upper()) if prefix else 0
-    return int(Fraction(number) * (1024 if binary else 1000) ** power)
+    return _scaled(number, prefix, 1024 if binary else 1000)
 
 
 def parse_count(option: str, text: str) -> int:
@@ -205,7 +204,12 @@ def parse_count(option: str, text: str) -> int:
     if found is None:
         raise InputError(f"{option}: must be a count, as 5M, 800k or 675648, got {text!r}")
     number, prefix = found.groups()
-    return int(Fraction(number) * 1000 ** (" KMGT".index(prefix.upper()) if prefix else 0))
+    return _scaled(number, prefix, 1000)
+
+
+def _scaled(number: str, prefix: str | None, base: int) -> int:
+    """A number with a unit's letter, whole: exact for any size."""
+    return int(Fraction(number) * base ** (" KMGT".index(prefix.upper()) if prefix else 0))
 
 
 def place(at: str) -> str | tuple[str, ...]:

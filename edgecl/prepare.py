@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import traceback
 
+from edgecl.engine import to_arrays
 from edgecl.fidelity import check_gradients, check_values
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
@@ -20,7 +21,7 @@ from edgecl.trees import flatten_tree, leaves, map_tree
 from edgecl_device.checks import as_float32, as_int, has_length
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import DTYPES, STREAM, Array, TensorSpec
-from edgecl_device.memory import ReplayMemory
+from edgecl_device.memory import ReplayMemory, row_of
 from edgecl_device.targets import target_of
 
 KEPT = 32
@@ -194,8 +195,8 @@ class Prepared:
             raise InputError("x: features must be finite, and so must their squares; check the model's weights and the preprocessing")
         weights = [None] * len(latents) if weight is None else _weights(weight, len(latents))
         if not self.examples:
-            self.learner.calibrate(_stack(latents))
-            self.reconstruction = self.learner.reconstruction(_stack(latents))
+            self.learner.calibrate(stacked(latents))
+            self.reconstruction = self.learner.reconstruction(stacked(latents))
         state, rows = self.state, []
         for i, (z, target, one) in enumerate(zip(latents, targets, weights, strict=True)):
             with torch.no_grad():
@@ -203,7 +204,7 @@ class Prepared:
             state = {**state, **new}
             if not bool(outputs.get("guard", True)) or not _finite(new.values()):
                 raise InputError(f"x: sample {i} must leave a finite state within the method's guard, it does not; scale the features")
-            rows.append({name.removeprefix("row."): row[0].numpy() for name, row in outputs.items() if name.startswith("row.")})
+            rows.append(to_arrays(row_of(outputs)))
             if progress is not None:
                 progress(i + 1, len(latents))
         self.state = state
@@ -230,7 +231,7 @@ class Prepared:
             InputError: as :meth:`encode`.
             CodecError: before ``fit``, where there is a codec to fit.
         """
-        return self.learner.reconstruction(_stack(self.encode(x, batch)))
+        return self.learner.reconstruction(stacked(self.encode(x, batch)))
 
 
 def prepare(
@@ -478,7 +479,8 @@ def _specs(tensors: Any, name: str) -> Any:
     return {key: TensorSpec(f"{name}.{key}", tuple(t.shape), dtype_name(t.dtype)) for key, t in tensors.items()}
 
 
-def _stack(latents: Sequence[Any]) -> Any:
+def stacked(latents: Sequence[Any]) -> Any:
+    """Latents of single samples as one batch."""
     if isinstance(latents[0], Tensor):
         return torch.cat(list(latents))
     return {key: torch.cat([z[key] for z in latents]) for key in latents[0]}

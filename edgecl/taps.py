@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
+from edgecl.methods._features import unit
 from edgecl.splitting import SplitError, listing, traced
-
-SMALLEST_NORM = 1e-12
-"""A part shorter than this is divided by it instead, so that zeros stay zeros."""
 
 
 def pooled(x: Tensor, positions: Sequence[int]) -> Tensor:
@@ -28,8 +26,7 @@ def pooled(x: Tensor, positions: Sequence[int]) -> Tensor:
     >>> pooled(torch.tensor([[[3.0, 3.0], [2.0, 6.0]]]), [2])
     tensor([[0.6000, 0.8000]])
     """
-    mean = x.mean(list(positions)) if positions else x
-    return mean / (mean * mean).sum(1, keepdim=True).sqrt().clamp_min(SMALLEST_NORM)
+    return unit(x.mean(list(positions)) if positions else x)
 
 
 def taps(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.GraphModule:

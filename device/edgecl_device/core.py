@@ -11,7 +11,7 @@ from edgecl_device.checks import check_state, short
 from edgecl_device.engines import Engine
 from edgecl_device.errors import RESTORE, BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
 from edgecl_device.manifest import Array, Manifest, ReplaySpec
-from edgecl_device.memory import ReplayMemory, memory_layout
+from edgecl_device.memory import ReplayMemory, memory_layout, row_of
 from edgecl_device.record import Sample
 from edgecl_device.rows import RowFile
 from edgecl_device.snapshot import Snapshot
@@ -125,8 +125,7 @@ class Core:
         """Make what :meth:`propose` found the present."""
         self._engine.commit()
         if self.memory is not None:
-            row = {name.removeprefix("row."): value[0] for name, value in outputs.items() if name.startswith("row.")}
-            self.memory.offer(row, sample.target[0], sample.id)
+            self.memory.offer(row_of(outputs), sample.target[0], sample.id)
         self.counts[self._target.classes_of(sample.target)] += 1
         self.totals["learned"] += 1
         self.health = _health(outputs)

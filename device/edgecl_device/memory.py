@@ -10,6 +10,7 @@ ECCV 2020 (eviction from the largest class).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,15 @@ def memory_bytes(spec: ReplaySpec, classes: int) -> tuple[int, int]:
         return nbytes, 0
     in_rows = rows * sum(field.nbytes for field in spec.fields)
     return nbytes - in_rows, HEADER_BYTES + in_rows
+
+
+def row_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample's own row among a step's outputs, without its batch dimension, as :meth:`ReplayMemory.offer` takes it; empty without one.
+
+    >>> row_of({"loss": 0.5, "row.z": [[1, 2]]})
+    {'z': [1, 2]}
+    """
+    return {name.removeprefix("row."): value[0] for name, value in outputs.items() if name.startswith("row.")}
 
 
 def has_targets(spec: ReplaySpec) -> bool:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgecl import tables
-from edgecl.console import console, progress
+from edgecl.console import progress, show_rows
 from edgecl.figures import FORGETTING
 from edgecl_device.errors import InputError
 
@@ -87,11 +86,4 @@ def _show(result: dict[str, Any], folder: Path) -> None:
         "tasks": tasks,
         "forgetting": FORGETTING,
     }
-    screen = console()
-    table = tables.demo_table(view, screen.width)
-    screen.print(table)
-    screen.print()
-    screen.print(tables.demo_legend(view, table))
-    screen.print()
-    for line in [*tables.verdict(view), f"Files: {folder / 'run.json'}, {folder / REPORT}"]:
-        screen.print(line, highlight=False)
+    show_rows(view, f"Files: {folder / 'run.json'}, {folder / REPORT}")

@@ -19,6 +19,7 @@ from edgecl.streams import Stream
 from edgecl.trees import unflatten_like
 from edgecl_device.checks import best_class
 from edgecl_device.manifest import Array
+from edgecl_device.memory import row_of
 
 Indices = NDArray[np.int64]
 
@@ -106,8 +107,7 @@ def _learned(ready: Prepared, state: State, z: Any, label: int) -> State:
             memory.generator.counter = counter
         return state
     if memory is not None:
-        row = to_arrays({field.name: outputs[f"row.{field.name}"][0] for field in memory.spec.fields})
-        memory.offer(row, label, -1)
+        memory.offer(to_arrays(row_of(outputs)), label, -1)
     return {**state, **new}
 
 
