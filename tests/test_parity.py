@@ -405,6 +405,28 @@ def test_an_output_near_zero_needs_an_allowance():
         compare_step("learn", OLD, {}, Fixed([1.0, 2.0], loss=1e-5), Fixed([1.0, 2.0], loss=1.2e-5))
 
 
+@pytest.mark.parametrize(
+    ("tensor", "norm", "difference", "passes"),
+    [
+        ("param.w", 1.0, 1.2e-6, True),  # 1e-6 and a rounding of |w| |z| = 2.24
+        ("param.w", 1.0, 1.4e-6, False),
+        ("param.w", 10.0, 3.6e-6, True),
+        ("param.w", 10.0, 3.8e-6, False),
+        ("param.w", 1e9, 1.005e-4, True),  # a hundredth of the score, whatever the terms
+        ("param.w", 1e9, 1.02e-4, False),
+        ("w", 1e9, 1.2e-6, False),
+    ],
+)
+def test_scores_that_cancel_are_known_to_a_rounding_of_their_terms(tensor, norm, difference, passes):
+    old, z = {tensor: np.array([1.0, 2.0])}, {"z": np.array([[norm]], np.float32)}
+    engines = [Fixed([1.0, 2.0], tensor, scores=value) for value in (1e-4, 1e-4 + difference)]
+    if passes:
+        compare_step("predict", old, z, *engines)
+    else:
+        with pytest.raises(ExportError, match="scores differs"):
+            compare_step("predict", old, z, *engines)
+
+
 def test_codes_may_lie_on_an_edge_but_not_be_floored(toy):
     exported, ready = toy.bundle("latent_replay")
     eager = EagerEngine(ready.trunk, ready.learner)

@@ -29,8 +29,8 @@ CODES = 0.01
 RECONSTRUCTION = "health.reconstruction"
 """What a replay row loses of its latent."""
 
-MOST_LOST, MOST_VANISHING = 100.0, 0.5
-"""Limits of two allowances of :func:`compare_step`, so that no state makes a comparison pass whatever it finds."""
+MOST_LOST, MOST_VANISHING, MOST_CANCELLED = 100.0, 0.5, 1e-2
+"""Limits of three allowances of :func:`compare_step`, so that no state makes a comparison pass whatever it finds."""
 
 CONDITIONED = 1e-4
 """Bar of a badly conditioned state. The change, whose bar stays, is what tells a wrong step."""
@@ -101,7 +101,7 @@ def compare_step(
         return False
     # dividing by s < 1, as taking out a sample does, loses that factor of precision on either side
     lost = min(max(1.0, 1.0 / max(float(outputs.get("health.s", 1.0)), 1.0 / MOST_LOST)), MOST_LOST)
-    compare_outputs(step, outputs, others, tally, lost)
+    compare_outputs(step, outputs, others, tally, lost, _rounding_of_products(state, inputs))
     # the gradient of a sample that is all but learned is a probability minus one, exact to a rounding of one
     smallest = ROUNDING["float32"]
     vanishing = min(8 * smallest / max(float(outputs.get("loss", 1.0)), smallest), MOST_VANISHING)
@@ -132,6 +132,13 @@ def compare_step(
     return True
 
 
+def _rounding_of_products(state: Mapping[str, Array], inputs: Mapping[str, Array]) -> float:
+    """One rounding of the largest product of an input with a trained weight, by Cauchy and Schwarz: scores are sums of such products."""
+    weights = [_norm(value.astype(np.float64)) for name, value in state.items() if name.startswith("param.")]
+    given = [_norm(value.astype(np.float64)) for value in inputs.values() if value.dtype.kind == "f"]
+    return ROUNDING["float32"] * max(weights, default=0.0) * max(given, default=0.0)
+
+
 def _without_lost_signs(name: str, state: Mapping[str, Array], new: Mapping[str, Array], other: Mapping[str, Array]) -> Array:
     """The other engine's tensor; under Adam, less what its weights inherit from moments that differ.
 
@@ -148,7 +155,9 @@ def _without_lost_signs(name: str, state: Mapping[str, Array], new: Mapping[str,
     return np.asarray(new[name] + np.sign(difference) * np.maximum(np.abs(difference) - inherited, 0))
 
 
-def compare_outputs(step: str, reference: Mapping[str, Array], other: Mapping[str, Array], tally: Tally, lost: float = 1.0) -> None:
+def compare_outputs(
+    step: str, reference: Mapping[str, Array], other: Mapping[str, Array], tally: Tally, lost: float = 1.0, rounding: float = 0.0
+) -> None:
     """Compare the outputs of one step; integers and truth values must be equal, a few codes may differ by one rounding.
 
     Args:
@@ -157,6 +166,7 @@ def compare_outputs(step: str, reference: Mapping[str, Array], other: Mapping[st
         other: The other's.
         tally: Collects what was found.
         lost: Factor by which the bar is wider.
+        rounding: Size of a difference that scores and losses owe to the rounding of the products that they are sums of.
     """
     for name, value in reference.items():
         got = other[name]
@@ -171,16 +181,18 @@ def compare_outputs(step: str, reference: Mapping[str, Array], other: Mapping[st
                 raise refuse("parity", f"step {step!r}: codes {name} differ", "report this as a defect")
             tally.add(bare=not apart.any())
         elif value.dtype.kind == "f":
-            _compare_floats(step, name, value, got, lost, tally)
+            _compare_floats(step, name, value, got, lost, tally, rounding)
         else:
             _check_equal(step, f"output {name}", value, got, tally)
 
 
-def _compare_floats(step: str, name: str, value: Array, got: Array, lost: float, tally: Tally) -> None:
+def _compare_floats(step: str, name: str, value: Array, got: Array, lost: float, tally: Tally, rounding: float = 0.0) -> None:
     wide = value.astype(np.float64)
     difference, size = _norm(wide - got), _norm(wide)
     # a loss near zero is a difference of scores: it is known no better than their own rounding, about 1e-6
-    _judge(step, name, difference / max(size, FLOOR), lost * MOMENTS, "outputs", tally, _ratio(difference, size) <= MOMENTS)
+    scale = max(size, FLOOR)
+    bar = lost * MOMENTS + min(rounding / scale, MOST_CANCELLED)
+    _judge(step, name, difference / scale, bar, "outputs", tally, _ratio(difference, size) <= MOMENTS)
 
 
 def _other_codewords(outputs: Mapping[str, Array], others: Mapping[str, Array]) -> bool:
