@@ -9,7 +9,7 @@ from torch import nn
 
 from edgecl import EagerEngine, LogMel, prepare
 from edgecl_device import Learner
-from edgecl_device.errors import BundleError, EdgeclError, InputError, StepMissingError
+from edgecl_device.errors import BundleError, EdgeclError, InputError, StepMissingError, StoreFullError
 from edgecl_device.manifest import sealed
 from edgecl_export import export
 
@@ -151,6 +151,22 @@ def test_a_frame_whose_state_would_not_be_finite_is_refused(tmp_path):
         with pytest.raises(InputError, match="x: its features are not finite"):
             learner.predict(frame)
         assert learner.state()["encode.sum"].tolist() == [[1.0] * 6]
+
+
+def test_a_frame_that_is_not_predicted_is_not_heard(bundle, monkeypatch):
+    """Given once more, after the failure, it gives what it would have given."""
+    exported, _ = bundle
+    clip = pcm(6, seed=4)
+    with Learner.load(exported.path) as learner:
+        for frame in clip[:3]:
+            learner.predict(frame)
+        before = heard(learner)
+        for error in (StoreFullError("store: the disk is full"), KeyboardInterrupt()):
+            with monkeypatch.context() as patch, pytest.raises(type(error)):
+                patch.setattr(learner._store, "new_id", lambda error=error: (_ for _ in ()).throw(error))
+                learner.predict(clip[3])
+            assert heard(learner) == before
+        np.testing.assert_allclose([features(learner, frame) for frame in clip[3:]], whole_clip(clip)[3:], rtol=1e-4, atol=1e-5)
 
 
 def test_only_frames_advance_the_stream(bundle):

@@ -90,6 +90,16 @@ class Core:
     def stream(self, state: Mapping[str, Array]) -> None:
         self._engine.put(state)
 
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """A stream stands where it stood when anything inside fails."""
+        heard = self.stream
+        try:
+            yield
+        except BaseException:
+            self.stream = heard
+            raise
+
     def settle(self) -> None:
         """Call it when an automatic snapshot of the present is in the store for good: rows in a file go there."""
         if self.memory is not None and self.memory.file is not None:
@@ -111,6 +121,11 @@ class Core:
             stack.callback(self._engine.close)
             if self.memory is not None and self.memory.file is not None:
                 stack.callback(self.memory.file.close)
+
+    def abandon(self) -> None:
+        """Remove the row file of a store that came to no first snapshot."""
+        if self.memory is not None and self.memory.file is not None:
+            self.memory.file.remove()
 
     def propose(self, sample: Sample) -> dict[str, Array]:
         """Run ``learn`` on a sample and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.

@@ -28,7 +28,7 @@ from edgecl_device.core import Core
 from edgecl_device.engines import Engine
 from edgecl_device.engines.executorch import ExecutorchEngine
 from edgecl_device.engines.onnx import OnnxEngine
-from edgecl_device.errors import BundleError, InputError, StepMissingError
+from edgecl_device.errors import BundleError, EdgeclError, InputError, StepMissingError
 from edgecl_device.event import EVENT_OVERHEAD
 from edgecl_device.journal import Journal
 from edgecl_device.manifest import Array, Manifest, check_files, read_manifest
@@ -86,7 +86,12 @@ class Learner(OneAtATime):
         self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
         self._store.has_room(EVENT_OVERHEAD + record.nbytes)
         self._journal = Journal(self._core, self._pending, self._store, record)
-        self._journal.start()
+        try:
+            self._journal.start()
+        except EdgeclError:
+            if AUTOMATIC not in self._store.snapshots():
+                self._core.abandon()
+            raise
 
     @classmethod
     def load(
@@ -162,10 +167,11 @@ class Learner(OneAtATime):
             PredictionError: when a score is not finite.
             StoreFullError: when the disk is full and the next 1,024 sample ids cannot be reserved.
         """
-        z = self._encode(x)
-        scores = self._engine.run("predict", z)["scores"]
-        found = self._target.read(scores)
-        sample_id = self._store.new_id()
+        with self._core.hearing():
+            z = self._encode(x)
+            scores = self._engine.run("predict", z)["scores"]
+            found = self._target.read(scores)
+            sample_id = self._store.new_id()
         self._pending.add(sample_id, z)
         self._journal.changed = True
         self._session["predicted"] += 1
@@ -421,13 +427,13 @@ def _row_file(manifest: Manifest, bundle: Path, store: str | Path | None, rows: 
     in_file = manifest.replay is not None and manifest.replay.in_file
     if rows is None:
         if in_file:
-            raise InputError("rows: is needed, this bundle keeps its replay rows in a file beside the store; pass rows='rows.bin'")
+            raise InputError("rows: is needed, this bundle keeps its replay rows in a file beside the store; name one, as rows.bin")
         return None
     path = as_path("rows", rows).resolve()
     if not in_file:
         raise InputError(f"rows: this bundle keeps no replay rows in a file, got {short(rows)}; leave it out, or export with rows_in_file")
     if store is None:
-        raise InputError(f"rows: a file of rows goes with a store, got {short(rows)} without one; pass store='learner.db', too")
+        raise InputError(f"rows: a file of rows goes with a store, got {short(rows)} without one; name a store, too")
     if path.is_relative_to(bundle.resolve()) or path == as_path("store", store).resolve() or path.is_dir():
         raise InputError(f"rows: must be a file of its own, outside of the bundle, got {short(rows)}; pass another path")
     return path

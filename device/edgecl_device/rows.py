@@ -196,6 +196,11 @@ class RowFile:
         """Let go of the file."""
         del self._rows, self._header
 
+    def remove(self) -> None:
+        """Let go of a new file and delete it, before any snapshot tells of it."""
+        self.close()
+        self._new.unlink(missing_ok=True)
+
     def _make(self) -> None:
         if self.path.exists():
             raise StoreError(f"{self.path}: exists, but the store is new; pass the store that it was made with, or another path")

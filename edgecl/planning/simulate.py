@@ -88,7 +88,10 @@ def _scores(ready: Prepared, state: State, rows: Tensor) -> Array:
 
     try:
         scores: Array = torch.vmap(predict, chunk_size=64)(rows).numpy()
-    except RuntimeError:  # an operator without a batching rule; one by one the result is the same
+    except RuntimeError as error:
+        if "vmap" not in str(error) and "Batching rule" not in str(error):
+            raise
+        # an operator without a batching rule; one by one the result is the same
         scores = torch.stack([predict(row) for row in rows]).numpy()
     return scores
 

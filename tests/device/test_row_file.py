@@ -11,7 +11,7 @@ from mmap import PAGESIZE
 import numpy as np
 import pytest
 
-from edgecl_device import InputError, StoreError, TensorSpec
+from edgecl_device import InputError, StoreError, StoreFullError, TensorSpec
 from edgecl_device.cli import main
 from edgecl_device.manifest import ReplaySpec
 from edgecl_device.memory import ReplayMemory, memory_bytes, memory_layout
@@ -209,6 +209,16 @@ def test_a_start_that_dies_before_its_first_snapshot_begins_anew(start, stream, 
     learner = start()
     assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin"]
     assert len(learner.rows()["replay.target"]) == 3, "the bundle's own"
+
+
+def test_a_start_whose_first_snapshot_does_not_fit_leaves_no_file_of_rows(start, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("edgecl_device.journal.Journal.save", lambda self, name: (_ for _ in ()).throw(StoreFullError("disk is full")))
+        with pytest.raises(StoreFullError, match="disk is full"):
+            start()
+    assert not [*tmp_path.glob("rows*")]
+    start().close()
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin"]
 
 
 def test_a_start_that_dies_before_the_file_is_in_its_place_goes_on(start, stream, plain, load, crash, tmp_path, monkeypatch):
