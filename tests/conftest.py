@@ -31,12 +31,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def toy(request: pytest.FixtureRequest) -> Any:
     """A small model, its data and its bundles (helpers.py); loaded late, because the device's tests run without PyTorch."""
     spec = importlib.util.spec_from_file_location("edgecl_test_helpers", Path(__file__).with_name("helpers.py"))
     assert spec is not None and spec.loader is not None
     helpers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(helpers)
-    toy = helpers.Toy(tmp_path_factory.mktemp("bundles"))
+    toy = helpers.Toy(request.config.cache.mkdir("bundles"))
     toy.helpers = helpers
     return toy

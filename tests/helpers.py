@@ -3,6 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ from torch.nn import functional as F
 from edgecl import METHODS, EagerEngine, Prepared, prepare
 from edgecl_device import Learner
 from edgecl_device.engines.onnx import OnnxEngine
-from edgecl_device.manifest import Array
+from edgecl_device.manifest import Array, read_manifest
 from edgecl_export import Exported, export
+from edgecl_export.verify import Gate
 
 CLASSES = 5
 CONFIG: dict[str, dict[str, Any]] = {"latent_replay": {"rows_per_step": 4, "capacity_bytes": 4096}, "joint": {"epochs": 3}}
@@ -77,11 +82,32 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
+def sources() -> str:
+    """SHA-256 of everything that makes a bundle what it is: the project's code, this file, the packages that do the work."""
+    root = Path(__file__).resolve().parents[1]
+    files = sorted(path for folder in ("edgecl", "export", "device") for path in (root / folder).rglob("*.py"))
+    packages = [f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime", "executorch", "numpy", "safetensors")]
+    found = hashlib.sha256(" ".join([platform.machine(), platform.python_version(), *packages]).encode())
+    for path in (*files, Path(__file__)):
+        found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 class Toy:
-    """Prepared learners and bundles of :class:`Net` or of another model; a bundle is exported once a session."""
+    """Prepared learners and bundles of :class:`Net` or of another model.
+
+    A bundle is exported, and its gates run, once for the same code: it is kept from run to run, and the workers of a run share it.
+
+    Args:
+        folder: Where bundles are kept, by the hash of the sources; those of other sources are deleted.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder / sources()
+        for other in folder.iterdir():
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)
         self._bundles: dict[str, tuple[Exported, Prepared]] = {}
 
     def config(self, method: str, **changes: Any) -> Any:
@@ -99,8 +125,22 @@ class Toy:
         key = json.dumps([method, engine, dataclasses.asdict(self.config(method, **changes))], sort_keys=True)
         if key not in self._bundles:
             ready = self.prepared(method, **changes)
-            self._bundles[key] = export(ready, self.folder / str(len(self._bundles)), engine=engine), ready
+            self._bundles[key] = self._exported(ready, self.folder / hashlib.sha256(key.encode()).hexdigest()[:16], engine), ready
         return self._bundles[key]
+
+    def _exported(self, ready: Prepared, folder: Path, engine: str) -> Exported:
+        """Export to a folder, unless an earlier run or another worker has; a folder is there whole or not at all."""
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=self.folder) as new:
+                exported = export(ready, Path(new, "whole", "bundle"), engine=engine)
+                Path(new, "whole", "gates.json").write_text(json.dumps([dataclasses.asdict(gate) for gate in exported.gates]))
+                try:
+                    Path(new, "whole").rename(folder)
+                except OSError:
+                    if not folder.exists():  # else another worker was faster
+                        raise
+        gates = [Gate(**gate) for gate in json.loads((folder / "gates.json").read_text())]
+        return Exported(folder / "bundle", read_manifest(folder / "bundle"), tuple(gates))
 
     def device(self, method: str, engine: str, store: Path | None = None, **changes: Any) -> Learner:
         """The device's learner on an engine, as the bundle starts it."""

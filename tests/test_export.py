@@ -227,9 +227,10 @@ def test_gates_refuse_a_step_that_is_ten_percent_wrong(toy, spoil, tmp_path, tra
             optimiser.step()
         assert loss < 1e-3
     ready = prepare(net, at="stem", example=x[:1], method="latent_replay", classes=5, config=toy.config("latent_replay")).fit(x, y)
-    export(ready, toy.folder / f"right {trained} {factor}")
+    export(ready, tmp_path / "right")
+    (tmp_path / "wrong").mkdir()
     spoil(change)
-    refused(toy, tmp_path, ready, "gate 'parity': step 'learn': .* differs from eager by")
+    refused(toy, tmp_path / "wrong", ready, "gate 'parity': step 'learn': .* differs from eager by")
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4])
@@ -479,7 +480,8 @@ def test_two_processes_write_equal_bundles(toy, tmp_path):
     helpers = str(Path(__file__).with_name("helpers.py"))
     command = [sys.executable, "-c", code, helpers, str(tmp_path)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"})
-    assert toy.helpers.hashes(tmp_path / "0") == toy.helpers.hashes(toy.bundle("latent_replay")[0].path)
+    [made] = tmp_path.glob("*/*/bundle")
+    assert toy.helpers.hashes(made) == toy.helpers.hashes(toy.bundle("latent_replay")[0].path)
 
 
 @shipped
@@ -519,12 +521,12 @@ def test_all_graphs_read_one_weight_file(toy, method, changes):
     assert all(a % 64 == 0 for a, _ in spans)
 
 
-def test_stores_of_other_frozen_parts_do_not_fit(toy):
+def test_stores_of_other_frozen_parts_do_not_fit(toy, tmp_path):
     """The same trunk and hyperparameters behind another codec range or another frozen layer are another bundle."""
     x, y = toy.helpers.samples(60)
     first, _ = toy.bundle("latent_replay")
     ready = toy.prepared("latent_replay", fit=False).fit(2 * x[y < 2], y[y < 2])
-    other = export(ready, toy.folder / "other range").manifest
+    other = export(ready, tmp_path / "other range").manifest
     assert other.files["encode.onnx"] == first.manifest.files["encode.onnx"]
     assert other.bundle_id != first.manifest.bundle_id
     ids = set()
@@ -533,7 +535,7 @@ def test_stores_of_other_frozen_parts_do_not_fit(toy):
         net.mid[3].weight.data *= scale
         config = toy.config("finetune", trainable=("fc.*",))
         ready = prepare(net, at="stem", example=x[:1], method="finetune", classes=5, config=config).fit(x[y < 2], y[y < 2])
-        ids.add(export(ready, toy.folder / f"frozen {scale}").manifest.bundle_id)
+        ids.add(export(ready, tmp_path / f"frozen {scale}").manifest.bundle_id)
     assert len(ids) == 2
 
 
