@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from pooled_features import columns
-from update_readme import conditions, latency_table, markdown
+from update_tables import conditions, latency_table, markdown
 
 from edgecl.plots import METHOD_STYLES
 from edgecl.tables import percent, si, size

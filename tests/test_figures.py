@@ -10,10 +10,14 @@ import pytest
 from edgecl.demo import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {"0.25 MiB": 2**18, "1 MiB": 2**20, "4 MiB": 2**22, "8 MiB": 2**23}
 
 
 def read(path):
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+EQUAL_BYTES = read("benchmarks/results/equal_bytes.json")["sets"]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +37,10 @@ def benchmarks(monkeypatch):
     return importlib.import_module
 
 
-def test_the_readme_shows_the_committed_figures(benchmarks):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert benchmarks("update_readme").filled(readme) == readme
+def test_pages_show_the_committed_figures(benchmarks):
+    tables = benchmarks("update_tables")
+    for page in tables.PAGES:
+        assert tables.filled(page) == (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_results_page_shows_the_committed_figures(benchmarks):
@@ -53,6 +58,37 @@ def test_the_demo_runs_the_settings_that_were_chosen():
     assert {label: plain(config) for label, config in configs.items()} == {
         label: {**plain(type(configs[label])()), **values} for label, values in chosen.items()
     }
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar10", "fashion_mnist"])
+def test_the_results_at_equal_bytes_are_of_the_settings_that_were_chosen(name):
+    chosen = read("benchmarks/results/equal_bytes_settings.json")["sets"][name]["rows"]
+    result = EQUAL_BYTES[name]
+    assert [{key: row[key] for key in chosen[0]} for row in result["rows"]] == chosen
+    assert result["seeds"] == 3
+    assert all(row["bytes"] <= LIMITS[row["budget"]] for row in result["rows"] if row["fits"])
+
+
+def test_cifar100_reaches_the_reference_and_goes_past_it():
+    rows = [row for row in EQUAL_BYTES["cifar100"]["rows"] if row["fits"]]
+    last = {row["label"].removesuffix(", last layer"): row for row in rows if row["label"].endswith(", last layer")}
+    for method, wanted in {"slda": 0.57, "ridge": 0.565, "ncm": 0.505, "ER-ACE": 0.52}.items():
+        assert last[method]["accuracy"] >= wanted, method
+    assert max(row["accuracy"] for row in rows) >= 0.605 - 0.01, "within a point of joint logistic regression on the last layer"
+    quarter = [row for row in rows if row["bytes"] <= last["slda"]["bytes"] / 4]
+    assert max(row["accuracy"] for row in quarter) > last["slda"]["accuracy"]
+
+
+def test_streaming_ends_where_the_batch_does():
+    rows = [row for result in EQUAL_BYTES.values() for row in result["rows"] if row["fits"] and row["batch_accuracy"] is not None]
+    assert {row["method"] for row in rows} == {"ncm", "slda", "ridge"}
+    assert all(abs(accuracy - row["batch_accuracy"]) <= 0.003 for row in rows for accuracy in row["accuracy_by_seed"])
+
+
+def test_spoken_digits_by_speaker_reach_the_reference():
+    rows = {row["label"]: row for row in read("benchmarks/results/spoken_digits.json")["rows"]}
+    for label, new, others in (("ridge", 0.90, 0.96), ("slda", 0.90, 0.96), ("ridge, weight 5", 0.94, 0.95)):
+        assert rows[label]["new"] >= new and rows[label]["others"] >= others, label
 
 
 def test_the_committed_demo_is_of_these_settings(demo):

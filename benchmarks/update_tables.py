@@ -3,12 +3,12 @@
 edgecl demo --seeds 3 --out docs/figures
 edgecl demo --engine executorch --json > docs/figures/executorch.json
 python benchmarks/step_latency.py
-python benchmarks/update_readme.py
+python benchmarks/update_tables.py
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,6 @@ from edgecl.tables import percent, si, size, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 EXECUTORCH = ROOT / "docs/figures/executorch.json"
-SOURCES = {
-    "demo": ROOT / "docs/figures/demo.json",
-    "latency": ROOT / "benchmarks/results/step_latency.json",
-    "latency_rerun": ROOT / "benchmarks/results/step_latency_rerun.json",
-}
 
 
 def demo_table(result: Mapping[str, Any]) -> str:
@@ -94,14 +89,44 @@ def latency_table(result: Mapping[str, Any]) -> str:
     return markdown(["step", "ONNX Runtime, ms", "PyTorch, ms", "ratio", "target"], lines) + "\n\n" + note
 
 
-def filled(text: str) -> str:
-    """The README's text with every table written anew."""
-    tables = {"demo": demo_table, "latency": latency_table, "latency_rerun": latency_table}
-    for name, path in SOURCES.items():
-        table = tables[name](json.loads(path.read_text(encoding="utf-8")))
-        block = f"<!-- table:{name} -->\n{table}\n<!-- /table -->"
+def equal_bytes_table(result: Mapping[str, Any]) -> str:
+    """CIFAR-100: the accuracy of every method within each budget."""
+    found = result["sets"]["cifar100"]
+    rows = [row for row in found["rows"] if not row["label"].startswith("codec ")]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    inside = [row for row in rows if not row["label"].endswith(", last layer")]
+    cells = {(row["label"], row["budget"]): percent(row["accuracy"]) if row["fits"] else "does not fit" for row in inside}
+    labels = list(dict.fromkeys(row["label"] for row in inside))
+    lines = [[label, *[cells[label, budget] for budget in budgets]] for label in labels]
+    joint = {row["label"]: percent(row["accuracy"]) for row in found["joint"]["rows"]}
+    note = (
+        f"CIFAR-100, 20,000 images one at a time on a frozen MobileNetV2: accuracy at the end in percent, mean of {found['seeds']} seeds, "
+        "within so many bytes beyond the trunk (state, replay memory, codebooks). "
+        f"Logistic regression trained offline on the last layer: {joint['last layer']}. "
+        f"`python benchmarks/equal_bytes.py`. {conditions(result)}"
+    )
+    return markdown(["method", *budgets], lines) + "\n\n" + note
+
+
+PAGES: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
+    "README.md": {
+        "demo": ("docs/figures/demo.json", demo_table),
+        "equal_bytes": ("benchmarks/results/equal_bytes.json", equal_bytes_table),
+        "latency": ("benchmarks/results/step_latency.json", latency_table),
+        "latency_rerun": ("benchmarks/results/step_latency_rerun.json", latency_table),
+    },
+}
+"""The tables of each page: their JSON, and what writes them."""
+
+
+def filled(page: str) -> str:
+    """A page's text with every table written anew."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, (path, table) in PAGES[page].items():
+        rows = table(json.loads((ROOT / path).read_text(encoding="utf-8")))
+        block = f"<!-- table:{name} -->\n{rows}\n<!-- /table -->"
         text, found = re.subn(rf"<!-- table:{name} -->\n.*?<!-- /table -->", lambda _, block=block: block, text, flags=re.DOTALL)
-        assert found == 1, f"README.md: {found} places for the table {name!r}"
+        assert found == 1, f"{page}: {found} places for the table {name!r}"
     return text
 
 
@@ -119,5 +144,5 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        (ROOT / page).write_text(filled(page), encoding="utf-8")
