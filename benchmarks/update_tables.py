@@ -1,24 +1,30 @@
-"""Write the README's tables from the JSON that the commands wrote.
+"""Write the tables of the README and of docs/plan.md from the JSON that the commands wrote.
 
 edgecl demo --seeds 3 --out docs/figures
 edgecl demo --engine executorch --json > docs/figures/executorch.json
+edgecl plan --ram 256KiB --flash 1MiB --macs 5M --json > docs/figures/plan.json
+python benchmarks/equal_bytes.py --data FOLDER --weights FILE
 python benchmarks/step_latency.py
 python benchmarks/update_tables.py
 """
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgecl.planning.table import COLUMNS, plan_rows, remarks
 from edgecl.tables import percent, si, size, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 EXECUTORCH = ROOT / "docs/figures/executorch.json"
 
+Row = Mapping[str, Any]
 
-def demo_table(result: Mapping[str, Any]) -> str:
+
+def demo_table(result: Row) -> str:
     """Accuracy, forgetting and costs of every row of ``edgecl demo``."""
     numbers = [
         "accuracy, %",
@@ -62,13 +68,13 @@ def demo_table(result: Mapping[str, Any]) -> str:
     return markdown(head, lines) + "\n\n" + "\n".join(notes)
 
 
-def _above_joint(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _above_joint(rows: Mapping[str, Row]) -> list[str]:
     """A sentence when a method ends above offline training of the same part."""
     above = [row["label"] for row in rows.values() if row["joint"] in rows and row["accuracy"] > rows[row["joint"]]["accuracy"]]
     return [f"Above offline training by gradient descent, which is no upper bound: {'; '.join(above)}."] if above else []
 
 
-def _on_executorch(rows: Mapping[str, Mapping[str, Any]], other: Mapping[str, Any]) -> list[str]:
+def _on_executorch(rows: Mapping[str, Row], other: Row) -> list[str]:
     """How far the same stream on ExecuTorch ends from ONNX Runtime, seed by seed."""
     apart = [
         abs(a - b)
@@ -82,39 +88,58 @@ def _on_executorch(rows: Mapping[str, Mapping[str, Any]], other: Mapping[str, An
     ]
 
 
-def latency_table(result: Mapping[str, Any]) -> str:
+def latency_table(result: Row) -> str:
     """Time of one learning step against PyTorch."""
     lines = [[r["case"], f"{r['onnx_ms']:.3f}", f"{r['eager_ms']:.3f}", f"{r['ratio']:.2f}", r["target"]] for r in result["rows"]]
     note = f"`python benchmarks/step_latency.py`: medians of {result['repeats']} interleaved repeats. {conditions(result)}"
     return markdown(["step", "ONNX Runtime, ms", "PyTorch, ms", "ratio", "target"], lines) + "\n\n" + note
 
 
-def equal_bytes_table(result: Mapping[str, Any]) -> str:
+def accuracy(row: Row, key: str = "accuracy") -> str:
+    """Mean and standard deviation over seeds in percent; "does not fit" for a row that does not."""
+    if not row["fits"]:
+        return "does not fit"
+    values = row[f"{key}_by_seed"]
+    return percent(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def tabled(result: Row) -> list[Row]:
+    """All rows but those of the comparison of codecs."""
+    return [row for row in result["rows"] if not row["label"].startswith("codec ")]
+
+
+def equal_bytes_table(result: Row) -> str:
     """CIFAR-100: the accuracy of every method within each budget."""
     found = result["sets"]["cifar100"]
-    rows = [row for row in found["rows"] if not row["label"].startswith("codec ")]
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    inside = [row for row in rows if not row["label"].endswith(", last layer")]
-    cells = {(row["label"], row["budget"]): percent(row["accuracy"]) if row["fits"] else "does not fit" for row in inside}
-    labels = list(dict.fromkeys(row["label"] for row in inside))
+    inside = [row for row in tabled(found) if "last layer" not in row["label"]]
+    cells = {(row["label"], row["budget"]): accuracy(row) for row in inside}
+    labels, budgets = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     lines = [[label, *[cells[label, budget] for budget in budgets]] for label in labels]
     joint = {row["label"]: percent(row["accuracy"]) for row in found["joint"]["rows"]}
     note = (
-        f"CIFAR-100, 20,000 images one at a time on a frozen MobileNetV2: accuracy at the end in percent, mean of {found['seeds']} seeds, "
-        "within so many bytes beyond the trunk (state, replay memory, codebooks). "
+        "CIFAR-100, 20,000 images one at a time on a frozen MobileNetV2: accuracy at the end in percent, means and standard deviations "
+        f"over {found['seeds']} seeds, within so many bytes beyond the trunk (state, replay memory, codebooks). "
         f"Logistic regression trained offline on the last layer: {joint['last layer']}. "
         f"`python benchmarks/equal_bytes.py`. {conditions(result)}"
     )
     return markdown(["method", *budgets], lines) + "\n\n" + note
 
 
-PAGES: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
+def plan_table(result: Row) -> str:
+    """The Pareto front of ``edgecl plan``."""
+    lines = [[cells[0], f"`{cells[1]}`", *cells[2:]] for cells in plan_rows(result)]
+    notes = " ".join(remarks(result)).replace("* recommended", "\\* recommended")  # else a list's mark
+    return markdown([name.removeprefix(">").replace("\n", " ") for name in COLUMNS], lines) + f"\n\n{notes} {conditions(result)}"
+
+
+PAGES: dict[str, dict[str, tuple[str, Callable[[Row], str]]]] = {
     "README.md": {
         "demo": ("docs/figures/demo.json", demo_table),
         "equal_bytes": ("benchmarks/results/equal_bytes.json", equal_bytes_table),
         "latency": ("benchmarks/results/step_latency.json", latency_table),
         "latency_rerun": ("benchmarks/results/step_latency_rerun.json", latency_table),
     },
+    "docs/plan.md": {"plan": ("docs/figures/plan.json", plan_table)},
 }
 """The tables of each page: their JSON, and what writes them."""
 
@@ -130,7 +155,7 @@ def filled(page: str) -> str:
     return text
 
 
-def conditions(result: Mapping[str, Any]) -> str:
+def conditions(result: Row) -> str:
     """Versions and machine in one sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     machine = result["machine"]

@@ -3,10 +3,9 @@
 import dataclasses
 import hashlib
 import json
-import platform
 import shutil
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgecl import METHODS, EagerEngine, Prepared, prepare
+from edgecl.figures import machine
 from edgecl_device import Learner
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.manifest import Array, read_manifest
@@ -83,11 +83,11 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def sources() -> str:
-    """SHA-256 of everything that makes a bundle what it is: the project's code, this file, the packages that do the work."""
+    """SHA-256 of everything that makes a bundle what it is: the project's code, this file, the machine, all packages."""
     root = Path(__file__).resolve().parents[1]
     files = sorted(path for folder in ("edgecl", "export", "device") for path in (root / folder).rglob("*.py"))
-    packages = [f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime", "executorch", "numpy", "safetensors")]
-    found = hashlib.sha256(" ".join([platform.machine(), platform.python_version(), *packages]).encode())
+    packages = sorted(f"{package.metadata['Name']} {package.version}" for package in distributions())
+    found = hashlib.sha256(" ".join([machine(), *packages]).encode())
     for path in (*files, Path(__file__)):
         found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return found.hexdigest()

@@ -12,15 +12,15 @@ Row = Mapping[str, Any]
 LIMIT_WORDS = {"ram": size, "flash": size, "macs": si}
 
 
-def plan_table(result: Row) -> Table:
-    """The Pareto front of a plan's record, the recommended row marked."""
-    limits = ", ".join(f"{name} {LIMIT_WORDS[name](value)}" for name, value in result["limits"].items()) or "no limit"
-    columns = ("plan", "cut at", "method", ">validation\naccuracy, %", ">RAM", ">flash", ">MACs a\nsample", "trains", "codec", ">rows")
-    table = grid(columns, title=f"{result['what']}; within {limits}")
-    for number, row in enumerate(result["front"], 1):
-        best = number - 1 == result["recommended"]
-        table.add_row(
-            f"{number} *" if best else str(number),
+COLUMNS = ("plan", "cut at", "method", ">validation\naccuracy, %", ">RAM", ">flash", ">MACs a\nsample", "trains", "codec", ">rows")
+"""Headings, as :func:`edgecl.tables.grid` takes them."""
+
+
+def plan_rows(result: Row) -> list[list[str]]:
+    """The Pareto front of a plan's record as texts in the order of :data:`COLUMNS`; the recommended plan has a star."""
+    return [
+        [
+            f"{number} *" if number - 1 == result["recommended"] else str(number),
             row["at"],
             row["method"],
             percent(row["accuracy"], row["accuracy_sd"]),
@@ -30,8 +30,17 @@ def plan_table(result: Row) -> Table:
             row["trains"] or "-",
             row["codec"] or "-",
             f"{row['replay_rows']:,}" if row["replay_rows"] else "-",
-            style="bold" if best else None,
-        )
+        ]
+        for number, row in enumerate(result["front"], 1)
+    ]
+
+
+def plan_table(result: Row) -> Table:
+    """The Pareto front of a plan's record, the recommended row marked."""
+    limits = ", ".join(f"{name} {LIMIT_WORDS[name](value)}" for name, value in result["limits"].items()) or "no limit"
+    table = grid(COLUMNS, title=f"{result['what']}; within {limits}")
+    for number, cells in enumerate(plan_rows(result)):
+        table.add_row(*cells, style="bold" if number == result["recommended"] else None)
     return table
 
 
