@@ -7,20 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import traceback
 
 from edgecl.engine import to_arrays
 from edgecl.fidelity import check_gradients, check_values
+from edgecl.given import NAMES, Samples, check_independent, check_like, check_names, plain_samples, sample_weights
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
-from edgecl.splitting import check_backward, copied, split
+from edgecl.splitting import check_backward, split
 from edgecl.taps import tapped
 from edgecl.targets import TargetKind, kind_of, room, target_arrays
 from edgecl.trees import flatten_tree, leaves, map_tree
-from edgecl_device.checks import as_float32, as_int, has_length
+from edgecl.trunk import Trunk, checked_stream, model_inputs, preprocessing
+from edgecl_device.checks import as_int, has_length
 from edgecl_device.errors import EdgeclError, InputError
-from edgecl_device.manifest import DTYPES, STREAM, Array, TensorSpec
+from edgecl_device.manifest import DTYPES, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory, row_of
 from edgecl_device.targets import target_of
 
@@ -29,57 +30,6 @@ KEPT = 32
 
 KEPT_RAW = 8
 """Raw base samples kept for the same."""
-
-
-Samples = Array | Mapping[str, Array]
-"""Raw samples [N, ...], or a mapping of a model's inputs to such."""
-
-
-class Trunk(nn.Module):
-    """Preprocessing, then the frozen part of the model.
-
-    Args:
-        preprocess: One module (or None) for each input.
-        model: The frozen part.
-        inputs: Names of its inputs in its order.
-        stream: What runs between the two and carries state from frame to frame, or None.
-    """
-
-    def __init__(
-        self, preprocess: Sequence[nn.Module | None], model: nn.Module, inputs: Sequence[str], stream: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.stream = stream
-        self.preprocess = nn.ModuleList([nn.Identity() if module is None else module for module in preprocess])
-        self.model = model
-        self.inputs = tuple(inputs)
-
-    def prepared(self, x: Any) -> list[Tensor]:
-        """The model's inputs, in its order, from one tensor or a mapping of named ones."""
-        parts = [x] if isinstance(x, Tensor) else [x[name] for name in self.inputs]
-        with traceback.annotate({"module": "preprocess"}):  # for the errors of capture
-            return [module(part) for module, part in zip(self.preprocess, parts, strict=True)]
-
-    def forward(self, x: Any) -> Any:
-        """Latents of ``x``, of a stream's frame as the first one."""
-        return self.model(*self.prepared(x)) if self.stream is None else self.advance(x, self.initial_state())[0]
-
-    def advance(self, x: Any, state: State) -> tuple[Any, State]:
-        """Latents of a stream's next frame, and the state behind it."""
-        features, new = self.streamed(x, state)
-        return self.model(features), new
-
-    def streamed(self, x: Any, state: State) -> tuple[Tensor, State]:
-        """What the model gets of a frame, and the state behind it."""
-        stream: Any = self.stream
-        with traceback.annotate({"module": "stream"}):
-            features, new = stream(self.prepared(x)[0], {name.removeprefix(STREAM): tensor for name, tensor in state.items()})
-        return features, {f"{STREAM}{name}": tensor for name, tensor in new.items()}
-
-    def initial_state(self) -> State:
-        """The stream's state before its first frame, new tensors by name; nothing without a stream."""
-        stream: Any = self.stream
-        return {} if stream is None else {f"{STREAM}{name}": tensor.clone() for name, tensor in stream.initial_state().items()}
 
 
 class Prepared:
@@ -99,7 +49,7 @@ class Prepared:
     """
 
     def __init__(self, trunk: Trunk, example: Samples, learner: Learner, class_names: Sequence[str] = ()) -> None:
-        _check_names(_NAMES[learner.problem.target.kind], class_names, learner.problem.max_classes)
+        check_names(NAMES[learner.problem.target.kind], class_names, learner.problem.max_classes)
         self.trunk = trunk.eval().requires_grad_(False)
         self.example: Samples = example
         self.samples: Samples = example
@@ -139,11 +89,11 @@ class Prepared:
             InputError: when shape or dtype differ from the example's, a value is not finite, or a latent depends on the other samples
                 of its batch.
         """
-        x = _samples("x", x)
+        x = plain_samples("x", x)
         batch = as_int("batch", batch)
         if batch < 1:
             raise InputError(f"batch: must be at least 1 sample, got {batch}; 64 is usual")
-        _check_like(x, self.x)
+        check_like(x, self.x)
         tensors, count = map_tree(x, torch.tensor), len(leaves(x)[0])
         latents: list[Any] = []
         if self.trunk.stream is not None:
@@ -154,7 +104,7 @@ class Prepared:
                 part = map_tree(tensors, itemgetter(slice(start, start + batch)))
                 z = self.trunk(part)
                 if len(rows) > 1 and not latents:
-                    _check_independent(z, self.trunk(map_tree(part, itemgetter(slice(1)))), len(rows))
+                    check_independent(z, self.trunk(map_tree(part, itemgetter(slice(1)))), len(rows))
                 latents += [map_tree(z, lambda t, i=i: t[i : i + 1].clone()) for i in rows]  # type: ignore[misc]
         return latents
 
@@ -193,7 +143,7 @@ class Prepared:
         targets = target_arrays(y, problem.target, problem.max_classes, len(latents))
         if not all(has_length(t.numpy()) for z in latents for t in leaves(z)):
             raise InputError("x: features must be finite, and so must their squares; check the model's weights and the preprocessing")
-        weights = [None] * len(latents) if weight is None else _weights(weight, len(latents))
+        weights = [None] * len(latents) if weight is None else sample_weights(weight, len(latents))
         if not self.examples:
             self.learner.calibrate(stacked(latents))
             self.reconstruction = self.learner.reconstruction(stacked(latents))
@@ -210,7 +160,7 @@ class Prepared:
         self.state = state
         named = target_of(problem.target, problem.max_classes)
         self._known = max(self._known, *(int(named.classes_of(target).max(initial=-1)) + 1 for target in targets))
-        x = _samples("x", x)
+        x = plain_samples("x", x)
         self.example = map_tree(x, lambda a: a[:1].copy())
         chosen = np.linspace(0, len(latents) - 1, min(len(latents), KEPT_RAW)).astype(int)  # samples are often sorted by class
         self.samples = map_tree(x, lambda a: a[chosen])
@@ -287,26 +237,26 @@ def prepare(
         classes = room("classes", classes, 2)
     elif classes is not None or class_names:
         raise InputError("classes, class_names: are for target='class', got them beside another; say them in the target itself")
-    example = _samples("example", example)
+    example = plain_samples("example", example)
     for name, part in flatten_tree(example, "example").items():
         if part.dtype.name not in DTYPES:
             raise InputError(f"{name}: must be of {', '.join(DTYPES)}, got {part.dtype}; convert it to float32 or uint8")
         if part.shape[0] != 1:
             raise InputError(f"{name}: must have a batch dimension of 1, got {part.dtype} {list(part.shape)}; use x[:1]")
-    carried = None if stream is None else _checked_stream(stream, example)
+    carried = None if stream is None else checked_stream(stream, example)
     try:
         with torch.no_grad():
             if not isinstance(at, str):
                 if isinstance(example, Mapping):
                     raise InputError(f"at: several modules are for models of one input, got {list(example)}; pass one name")
                 outputs = as_int("classes", classes) if isinstance(target, str) else target.resolved(None)[1]
-                front = Trunk(_preprocessing(preprocess, example), nn.Identity(), ("x",), carried).eval()
-                model, at = tapped(model, at, _model_inputs(front, example), outputs), "taps"
+                front = Trunk(preprocessing(preprocess, example), nn.Identity(), ("x",), carried).eval()
+                model, at = tapped(model, at, model_inputs(front, example), outputs), "taps"
             parts = split(model, at, list(example) if isinstance(example, Mapping) else None)
             if isinstance(example, Mapping):
                 example = {name: example[name] for name in parts.inputs}
-            trunk = Trunk(_preprocessing(preprocess, example), parts.trunk, parts.inputs, carried).eval()
-            x = _model_inputs(trunk, example)
+            trunk = Trunk(preprocessing(preprocess, example), parts.trunk, parts.inputs, carried).eval()
+            x = model_inputs(trunk, example)
             # The model before its parts: when it fails, torch.fx prints nothing about the code that it made of them
             output = check_values(model, parts, x)
             z = trunk(map_tree(example, torch.tensor))
@@ -353,120 +303,11 @@ def prepare(
     return Prepared(trunk, example, kind(problem, config, **extra), class_names)
 
 
-def _checked_stream(stream: Any, example: Samples) -> nn.Module:
-    """A copy of a stream's module, its state checked."""
-    if not isinstance(stream, nn.Module) or not callable(getattr(stream, "initial_state", None)):
-        raise InputError(f"stream: must be a module with initial_state(), got {type(stream).__name__}; define it and forward(x, state)")
-    if isinstance(example, Mapping):
-        raise InputError(f"stream: is for models of one input, got {list(example)}; join them in one array")
-    module: Any = stream
-    state = module.initial_state()
-    if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"stream: initial_state() must return tensors by name, got {type(state).__name__}; return a dict")
-    for name, tensor in state.items():
-        if not isinstance(name, str) or dtype_name(tensor.dtype) not in DTYPES or not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"stream: state {name!r} must be finite and of {', '.join(DTYPES)}, got {dtype_name(tensor.dtype)}; mend it")
-    return copied(stream, "stream").eval()
-
-
-def _model_inputs(trunk: Trunk, example: Samples) -> Any:
-    """What the model takes for the example: a tensor, or a mapping of its inputs to such."""
-    if trunk.stream is not None:
-        return _first_frame(trunk, torch.tensor(example))
-    ready = trunk.prepared(map_tree(example, torch.tensor))
-    return dict(zip(trunk.inputs, ready, strict=True)) if isinstance(example, Mapping) else ready[0]
-
-
-def _first_frame(trunk: Trunk, frame: Tensor) -> Tensor:
-    """What the model gets of a stream's first frame; the state behind it must be like the one before."""
-    before = trunk.initial_state()
-    features, after = trunk.streamed(frame, before)
-    specs = [{name: (tuple(t.shape), t.dtype) for name, t in state.items()} for state in (before, after)]
-    if specs[0] != specs[1] or not isinstance(features, Tensor):
-        raise InputError(f"stream: must return a tensor and state as initial_state() has it, {specs[0]}, got {specs[1]}; keep its shapes")
-    return features
-
-
 def _check_weights(part: nn.Module) -> None:
     """Finite parameters, and buffers without NaN: an infinite buffer may be a mask."""
     for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
         if bool(torch.isnan(tensor).any()) or (isinstance(tensor, nn.Parameter) and bool(torch.isinf(tensor).any())):
             raise InputError(f"model: weight {name!r} must be finite, got NaN or infinity; load other weights, or train them again")
-
-
-_NAMES = {"class": "class_names", "vector": "names", "multilabel": "labels", "map": "classes"}
-"""Which argument gave the names, by kind of target."""
-
-
-def _check_names(argument: str, names: Any, most: int) -> None:
-    ok = isinstance(names, Sequence) and not isinstance(names, (str, bytes)) and all(isinstance(name, str) and name for name in names)
-    if not ok:
-        raise InputError(f"{argument}: must be a list of strings, none of them empty, got {names!r}; pass ['cat', 'dog']")
-    if len(names) > most:
-        wider = "size" if argument == "names" else "classes"
-        raise InputError(f"{argument}: must be at most {most} names, got {len(names)}; raise {wider}")
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise InputError(f"{argument}: must be different names, got {twice} more than once; rename one")
-
-
-def _check_independent(z: Any, alone: Any, batch: int) -> None:
-    """The first row of a batch of latents must be the latent of the first sample alone, which is how the device computes it."""
-    for together, single in zip(leaves(z), leaves(alone), strict=True):
-        ok = len(together) == batch and len(single) == 1
-        if not ok or not torch.allclose(together[:1].double(), single.double(), rtol=1e-3, atol=1e-4 * float(single.double().abs().max())):
-            raise InputError(
-                f"x: the model's latent of a sample depends on the rest of its batch of {batch}; pass batch=1 to fit and encode"
-            )
-
-
-def _preprocessing(given: Any, example: Samples) -> list[nn.Module | None]:
-    """Copies of the modules in front of each input, in their order."""
-    if not isinstance(example, Mapping):
-        return [None if given is None else copied(given, "preprocess")]
-    if not isinstance(given, Mapping | None) or not set(given or ()) <= set(example):
-        got = list(given) if isinstance(given, Mapping) else type(given).__name__
-        raise InputError(f"preprocess: must be None or a mapping of some of {list(example)} to modules, got {got}; pass a dict")
-    modules = [(given or {}).get(name) for name in example]
-    return [None if module is None else copied(module, "preprocess") for module in modules]
-
-
-def _check_like(x: Samples, wanted: Any) -> None:
-    if isinstance(x, Mapping) != isinstance(wanted, Mapping) or (isinstance(x, Mapping) and set(x) != set(wanted)):
-        names = list(wanted) if isinstance(wanted, Mapping) else "one array"
-        raise InputError(f"x: must have the inputs of the example, {names}, got {list(x) if isinstance(x, Mapping) else 'one array'}")
-    specs = flatten_tree({"x": wanted})
-    for name, part in flatten_tree({"x": x}).items():
-        spec = specs[name]
-        if part.shape[1:] != spec.shape[1:] or part.dtype.name != spec.dtype:
-            sizes = ", ".join(map(str, ("N", *spec.shape[1:])))
-            raise InputError(
-                f"{name}: must be {spec.dtype} [{sizes}] as the example, got {part.dtype} {list(part.shape)}; convert or resize it"
-            )
-
-
-def _samples(name: str, x: Any) -> Any:
-    """Samples as plain arrays in this machine's byte order: one, or a mapping of inputs to equally many."""
-    if isinstance(x, Mapping) and x and all(isinstance(key, str) and key.isidentifier() for key in x):
-        parts = {key: _samples(f"{name}.{key}", part) for key, part in x.items()}
-        if len({len(part) for part in parts.values()}) > 1:
-            raise InputError(f"{name}: inputs must have equally many samples, got {[len(part) for part in parts.values()]}; cut the longer")
-        return parts
-    if isinstance(x, np.ma.MaskedArray) or not isinstance(x, np.ndarray) or x.ndim < 2 or not len(x):
-        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise InputError(f"{name}: must be a numpy array [N, ...] of at least one sample, got {got}; use numpy.asarray, or x[None] for one")
-    if x.dtype.kind not in "fiub":
-        raise InputError(f"{name}: must hold numbers, got {x.dtype}; convert it to float32 or uint8")
-    if x.dtype.kind == "f" and not np.isfinite(x).all():
-        raise InputError(f"{name}: values must be finite, got NaN or infinity; drop or repair those samples")
-    return np.ascontiguousarray(x, x.dtype.newbyteorder("="))
-
-
-def _weights(weight: Any, samples: int) -> list[Tensor]:
-    found = np.asarray(weight)
-    if found.shape != (samples,):
-        raise InputError(f"weight: must be numbers [{samples}], one a sample, got {found.dtype} {list(found.shape)}; reshape it")
-    return [torch.tensor([as_float32(f"weight of sample {i}", value, positive=True)]) for i, value in enumerate(found)]
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -35,6 +35,7 @@ from edgecl_device.manifest import Array, Manifest, check_files, read_manifest
 from edgecl_device.pending import Pending
 from edgecl_device.record import Record, Sample
 from edgecl_device.reports import LearnReport, Prediction, predicted
+from edgecl_device.rows import row_file_of
 from edgecl_device.store import AUTOMATIC, Store
 from edgecl_device.targets import target_of
 from edgecl_device.turns import OneAtATime, verb
@@ -140,7 +141,7 @@ class Learner(OneAtATime):
         if engine not in (None, manifest.engine):
             raise BundleError(f"{folder}: was exported for engine {manifest.engine!r}, not {engine!r}; pass engine={manifest.engine!r}")
         check_manifest(manifest)
-        row_file = _row_file(manifest, folder, store, rows)
+        row_file = row_file_of(manifest, folder, store, rows)
         check_files(folder, manifest)
         state = read_tensors(folder / manifest.state_file)
         check_state(manifest, state)  # before the engine allocates what the manifest says
@@ -420,20 +421,3 @@ class Learner(OneAtATime):
 
     def _macs(self, *steps: str) -> int:
         return sum(self.manifest.steps[step].canonical_macs for step in steps)
-
-
-def _row_file(manifest: Manifest, bundle: Path, store: str | Path | None, rows: str | Path | None) -> Path | None:
-    """The file of the replay rows, checked against what the bundle and the store ask for."""
-    in_file = manifest.replay is not None and manifest.replay.in_file
-    if rows is None:
-        if in_file:
-            raise InputError("rows: is needed, this bundle keeps its replay rows in a file beside the store; name one, as rows.bin")
-        return None
-    path = as_path("rows", rows).resolve()
-    if not in_file:
-        raise InputError(f"rows: this bundle keeps no replay rows in a file, got {short(rows)}; leave it out, or export with rows_in_file")
-    if store is None:
-        raise InputError(f"rows: a file of rows goes with a store, got {short(rows)} without one; name a store, too")
-    if path.is_relative_to(bundle.resolve()) or path == as_path("store", store).resolve() or path.is_dir():
-        raise InputError(f"rows: must be a file of its own, outside of the bundle, got {short(rows)}; pass another path")
-    return path

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from edgecl_device.checks import as_path, short
 from edgecl_device.errors import RESTORE, InputError, StoreError
-from edgecl_device.manifest import Array, TensorSpec
+from edgecl_device.manifest import Array, Manifest, TensorSpec
 
 ROW = "memory.row."
 HEADER_BYTES = 64
@@ -235,6 +236,27 @@ class RowFile:
         except (OSError, ValueError) as error:
             raise StoreError(f"{path}: cannot be opened ({error}); {RESTORE}") from error
         self._token, self._epoch = np.array(self._header["token"]), int(self._header["epoch"])
+
+
+def row_file_of(manifest: Manifest, bundle: Path, store: str | Path | None, rows: str | Path | None) -> Path | None:
+    """The file of the replay rows that :meth:`edgecl_device.Learner.load` was given, or None where the bundle keeps them in memory.
+
+    Raises:
+        InputError: when it is not what bundle and store ask for.
+    """
+    in_file = manifest.replay is not None and manifest.replay.in_file
+    if rows is None:
+        if in_file:
+            raise InputError("rows: is needed, this bundle keeps its replay rows in a file beside the store; name one, as rows.bin")
+        return None
+    path = as_path("rows", rows).resolve()
+    if not in_file:
+        raise InputError(f"rows: this bundle keeps no replay rows in a file, got {short(rows)}; leave it out, or export with rows_in_file")
+    if store is None:
+        raise InputError(f"rows: a file of rows goes with a store, got {short(rows)} without one; name a store, too")
+    if path.is_relative_to(bundle.resolve()) or path == as_path("store", store).resolve() or path.is_dir():
+        raise InputError(f"rows: must be a file of its own, outside of the bundle, got {short(rows)}; pass another path")
+    return path
 
 
 _HEADER = np.dtype([("magic", "S16"), ("token", "u1", (16,)), ("epoch", "<i8"), ("rows", "<i8"), ("record", "<i8")])

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from edgecl.prepare import Trunk
 from edgecl.splitting import cut, traced
 from edgecl.taps import pool
+from edgecl.trunk import Trunk
 from edgecl_device.manifest import Array, TensorSpec
 
 At = str | tuple[str, ...]

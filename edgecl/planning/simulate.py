@@ -14,9 +14,10 @@ from edgecl.learner import State, call_step
 from edgecl.planning.candidates import Candidate
 from edgecl.planning.latents import Unpacked
 from edgecl.planning.space import Depth
-from edgecl.prepare import Prepared, Trunk
+from edgecl.prepare import Prepared
 from edgecl.streams import Stream
 from edgecl.trees import unflatten_like
+from edgecl.trunk import Trunk
 from edgecl_device.checks import best_class
 from edgecl_device.manifest import Array
 from edgecl_device.memory import row_of

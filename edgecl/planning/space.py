@@ -12,8 +12,9 @@ from torch import nn
 from edgecl.learner import Problem
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.planning.latents import At, specs_of
-from edgecl.prepare import Trunk, prepare
+from edgecl.prepare import prepare
 from edgecl.profiling import SplitPoint, split_points
+from edgecl.trunk import Trunk
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import Array
 
