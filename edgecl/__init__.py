@@ -4,6 +4,7 @@
 bundle and learns.
 """
 
+from edgecl.channels import split_channels
 from edgecl.codecs import Codec
 from edgecl.engine import EagerEngine
 from edgecl.learner import Learner, Problem, State
@@ -31,6 +32,7 @@ __all__ = [
     "Vector",
     "prepare",
     "split",
+    "split_channels",
     "taps",
     "widen_head",
 ]

@@ -163,7 +163,7 @@ _FREE = """view.default _unsafe_view.default reshape.default unsqueeze.default s
 transpose.int permute.default slice.Tensor select.int narrow.default cat.default index_select.default gather.default
 constant_pad_nd.default flip.default _to_copy.default clone.default arange.default full.default zeros.default ones.default
 new_zeros.default scalar_tensor.default full_like.default zeros_like.default ones_like.default
-new_ones.default new_full.default diagonal.default stack.default"""
+new_ones.default new_full.default diagonal.default stack.default split_with_sizes.default"""
 _ONE_PER_OUTPUT = """add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar mul.Tensor mul.Scalar div.Tensor div.Scalar
 neg.default exp.default erf.default log.default sqrt.default rsqrt.default reciprocal.default abs.default sign.default sgn.default
 pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor maximum.default minimum.default relu.default sigmoid.default tanh.default

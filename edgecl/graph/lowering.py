@@ -1,13 +1,16 @@
 """The two forms of a step: canonical, on which its mathematics is counted, and lowered, which ships."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from torch import fx
 
 from edgecl.graph import cost, memory
 from edgecl.graph.capture import capture, capture_encode
 from edgecl.graph.cost import Cost
 from edgecl.graph.memory import Plan
-from edgecl.graph.passes import ApplyRules, Clean, FoldConstants, FoldConvolutionAffine, UpdateEarly
+from edgecl.graph.passes import ApplyRules, Clean, FoldConstants, FoldConvolutionAffine, JoinVectors, MergeEqual, ScaleKernels, UpdateEarly
 from edgecl.graph.rules import RULES
 from edgecl.graph.step import StepGraph
 from edgecl_device.errors import InputError
@@ -44,7 +47,10 @@ def canonicalise(graph: StepGraph) -> StepGraph:
 
 def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     """Rewrite a canonical graph for a runtime; the argument stays usable."""
-    for step in (ApplyRules(RULES[engine]), Clean(), FoldConstants(), Clean(), UpdateEarly()):
+    graph = replace(graph, module=fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph)))
+    smaller = (MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean())
+    joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
+    for step in (*smaller, ApplyRules(RULES[engine]), Clean(), FoldConstants(), *joined, UpdateEarly()):
         graph = step(graph)
     return graph
 

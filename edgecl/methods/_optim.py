@@ -1,8 +1,8 @@
 """Optimisers as pure functions over named tensors: new parameters and new slots from gradients.
 
 A mask acts on the update, not only on the gradient: momentum, Adam's moments and weight decay would otherwise move
-weights whose gradient is zero. Tensors are updated in flat shape, because runtimes broadcast a scalar over trailing
-dimensions of size one slowly.
+weights whose gradient is zero. Where a scalar takes part, tensors are updated in flat shape, because runtimes broadcast it over
+trailing dimensions of size one slowly.
 """
 
 import math
@@ -71,12 +71,13 @@ class Optimiser:
         if self.kind == "adam":
             slots["adam_step"] = state["adam_step"] + 1.0
         for name, parameter in parameters.items():
-            shape, mask = parameter.shape, masks.get(name)
-            old = {slot: state[slot].reshape(-1) for slot in self.slots({name: parameter}) if slot != "adam_step"}
-            changed = self._one(name, parameter.reshape(-1), gradients[name].reshape(-1), old, slots.get("adam_step"), lr)
+            shape = parameter.shape
+            flat = shape if self.kind == "sgd" and not self.weight_decay else (-1,)
+            old = {slot: state[slot].reshape(flat) for slot in self.slots({name: parameter}) if slot != "adam_step"}
+            changed = self._one(name, parameter.reshape(flat), gradients[name].reshape(flat), old, slots.get("adam_step"), lr)
             for key, value in changed.items():
-                before = parameter.reshape(-1) if key == "" else old[key]
-                kept = value if mask is None else torch.where(mask.reshape(-1), value, before)
+                before = parameter.reshape(flat) if key == "" else old[key]
+                kept = torch.where(masks[name].reshape(flat), value, before) if name in masks else value
                 (new if key == "" else slots)[key or name] = kept.reshape(shape)
         return new, slots
 

@@ -28,7 +28,7 @@ OPSET = 18
 """Read by ONNX Runtime 1.18 and later."""
 
 INLINE_BYTES = 128
-"""Constants up to this size stay in the model: sizes and axes must be known when a runtime loads the graph."""
+"""Constants up to this size stay in the model."""
 
 ALIGNMENT = 64
 """Start of a tensor in the weight file, in bytes: a cache line."""
@@ -160,14 +160,14 @@ class Emitter:
         self.nodes.append(ir.node(op_type, list(inputs), attributes, outputs=outputs, name=stem))
         return outputs
 
-    def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
-        """A frozen tensor, inline when small, else in the weight file."""
+    def constant(self, array: np.ndarray[Any, Any], inside: bool = False) -> ir.Value:
+        """A frozen tensor: in the model when it is small or must be known when a runtime loads the graph, else in the weight file."""
         array = np.ascontiguousarray(array).reshape(array.shape)
-        key = f"c_{array.dtype}_{'x'.join(map(str, array.shape))}_{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+        key = f"{'i' if inside else 'c'}_{array.dtype}_{'x'.join(map(str, array.shape))}_{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
         if key not in self.initializers:
             inline = ir.tensor(array, name=key)
             tensor: ir.TensorProtocol = inline
-            if array.nbytes > INLINE_BYTES:
+            if array.nbytes > INLINE_BYTES and not inside:
                 offset, length = self.weights.place(array)
                 tensor = ir.ExternalTensor(
                     self.weights.path.name,
@@ -185,7 +185,7 @@ class Emitter:
 
     def ints(self, values: Any) -> ir.Value:
         """A constant int64 vector."""
-        return self.constant(np.asarray(list(values), np.int64))
+        return self.constant(np.asarray(list(values), np.int64), inside=True)
 
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         """``value`` as ``dtype``; no operator when it is that already."""

@@ -267,6 +267,11 @@ def _cat(e: "Emitter", node: fx.Node, parts: Sequence[ir.Value], dim: int = 0) -
     return e.op("Concat", *(e.cast(p, value_of(node).dtype) for p in parts), axis=dim % len(shape_of(node)))
 
 
+@translates(aten.split_with_sizes.default)
+def _split(e: "Emitter", node: fx.Node, x: ir.Value, sizes: Sequence[int], dim: int = 0) -> Sequence[ir.Value]:
+    return e.ops("Split", len(sizes), x, e.ints(sizes), axis=dim)
+
+
 @translates(aten.index_select.default)
 def _index_select(e: "Emitter", node: fx.Node, x: ir.Value, dim: int, index: ir.Value) -> ir.Value:
     return e.op("Gather", x, index, axis=dim)

@@ -196,6 +196,10 @@ CASES: dict[Any, list[Case]] = {
         (lambda *x: aten.cat.default(list(x), 1), BOOL, INT),
         (lambda *x: aten.cat.default(list(x), 0), BYTE, BYTE),
     ],
+    aten.split_with_sizes.default: [
+        (lambda x: list(aten.split_with_sizes.default(x, [1] * (len(x) - 2) + [2])), F),
+        (lambda x: aten.split_with_sizes.default(x, [1, CUBE.shape[-1] - 1], -1)[1], CUBE),
+    ],
     aten.index_select.default: [
         (lambda x, i: aten.index_select.default(x, -1, i), CUBE, torch.tensor([3, 0, 0])),
         (lambda x, i: aten.index_select.default(x, 0, i), INT, torch.tensor([2])),

@@ -72,6 +72,8 @@ def native_batch_norm_backward(
     """Gradient of batch norm, only what the mask asks for; in training mode that of mean and variance is in it.
 
     With ``n`` the standardised input: ``(g - mean(g) - n * mean(g * n)) * inverse deviation * weight``, means over all but the channels.
+    With stored statistics ``g * inverse deviation * weight``, and the weight's is ``(sum(g x) - mean sum(g)) * inverse deviation``:
+    sums first, so that all but the products is work on vectors [C].
     """
     axes = _all_but_channels(x)
     if training and save_mean is not None and save_inverse is not None:
@@ -80,15 +82,18 @@ def native_batch_norm_backward(
         centre, inverse = mean, torch.rsqrt(variance + eps)
     else:
         return NotImplemented
-    normal = (x - _per_channel(centre, x)) * _per_channel(inverse, x) if training or output_mask[1] else x
+    if not training:
+        to_bias = gradient.sum(axes) if output_mask[1] or output_mask[2] else None
+        return (
+            gradient * _per_channel(inverse if weight is None else inverse * weight, x) if output_mask[0] else None,
+            ((gradient * x).sum(axes) - centre * to_bias) * inverse if output_mask[1] and to_bias is not None else None,
+            to_bias,
+        )
+    normal = (x - _per_channel(centre, x)) * _per_channel(inverse, x)
     to_input = None
     if output_mask[0]:
-        scale = _per_channel(inverse if weight is None else inverse * weight, x)
-        if training:
-            means = gradient.mean(axes, keepdim=True), (gradient * normal).mean(axes, keepdim=True)
-            to_input = (gradient - means[0] - normal * means[1]) * scale
-        else:
-            to_input = gradient * scale
+        means = gradient.mean(axes, keepdim=True), (gradient * normal).mean(axes, keepdim=True)
+        to_input = (gradient - means[0] - normal * means[1]) * _per_channel(inverse if weight is None else inverse * weight, x)
     to_weight = (normal * gradient).sum(axes) if output_mask[1] else None
     to_bias = gradient.sum(axes) if output_mask[2] else None
     return to_input, to_weight, to_bias

@@ -72,3 +72,9 @@ def embedding_dense_backward(gradient: Tensor, index: Tensor, rows: int, padding
     nothing = flat[:1] < flat[:1]  # zeros that are computed: a constant of this size would be stored in the bundle
     zeros = nothing.to(gradient.dtype).expand(rows, size)
     return zeros.scatter_add(0, flat.expand(-1, size), gradient)
+
+
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    """``aten.index_add``: the gradient of ``index_select``, for one."""
+    places = index.reshape(*[-1 if axis == dim % x.dim() else 1 for axis in range(x.dim())]).expand(source.shape)
+    return x.scatter_add(dim, places, source if alpha == 1 else source * alpha)

@@ -33,6 +33,8 @@ class Clean(Pass):
                 filled, x = node.args
                 if shape_of(filled) == shape_of(node) == shape_of(x):  # type: ignore[arg-type]
                     node.target, node.args = aten.rsub.Scalar, (x, filled.args[1])  # type: ignore[union-attr]
+            if node.target is aten.hardtanh_backward.default:
+                _mask_by_output(node)
             if _is_identity(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             elif _is_reshape(node) and _is_reshape(node.args[0]):
@@ -49,6 +51,14 @@ class Clean(Pass):
         graph.module.recompile()
         graph.module.delete_all_unused_submodules()
         return replace(graph, inputs=tuple(keep))
+
+
+def _mask_by_output(node: fx.Node) -> None:
+    """A clip's gradient passes where its input lies strictly between the limits, and there its output does: the input need not be kept."""
+    x, *limits = node.args[1:]
+    clips = [user for user in x.users if user.target is aten.hardtanh.default and list(user.args) == [x, *limits]]  # type: ignore[union-attr]
+    if clips:
+        node.update_arg(1, clips[0])
 
 
 def _is_filled(node: object) -> bool:

@@ -1,5 +1,7 @@
 """Gradients of activations and of the softmax, written out."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,16 @@ def threshold_backward(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
 
 
 def hardtanh_backward(gradient: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """Gradient of a clip, ReLU6 among them: passes strictly between both limits."""
-    return torch.where((x > low) & (x < high), gradient, 0.0)
+    """Gradient of a clip, ReLU6 among them: passes strictly between both limits, where a narrower clip changes nothing."""
+    inside = torch.clamp(x, _next(low, torch.inf), _next(high, -torch.inf))
+    return torch.where(x == inside, gradient, 0.0)
+
+
+def _next(value: float, towards: float) -> float:
+    """The next float32; from zero on the next normal one, as runtimes may take smaller ones for zero."""
+    number = float(torch.nextafter(torch.tensor(value), torch.tensor(towards)))
+    smallest = torch.finfo(torch.float32).tiny
+    return math.copysign(smallest, towards) if 0 < abs(number) < smallest else number
 
 
 def log_softmax_backward(gradient: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
