@@ -382,7 +382,8 @@ def test_executed_macs_equal_a_count_on_the_onnx_model(method: str, config: dict
     for step in learner.steps:
         built = build_step(capture(learner, step))
         assert built.executed.total_macs == onnx_macs(bench.emit(built.graph))
-        assert built.executed.total_macs >= built.canonical.total_macs
+        shifted = built.executed.elementwise - built.canonical.elementwise  # products that a rule writes as elementwise ones
+        assert built.executed.total_macs + max(shifted, 0) >= built.canonical.total_macs
         assert set(built.executed.macs) == set(built.canonical.macs)
         assert built.executed.macs.get("forward") == built.canonical.macs.get("forward")
 

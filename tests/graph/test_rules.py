@@ -87,6 +87,40 @@ def test_convolution_backward_with_a_different_value_on_each_axis(generator: tor
         close(got, want, EXACT, "axes")
 
 
+DEPTHWISE: list[dict[str, Any]] = [
+    {"sizes": (60,), "kernel": (5,), "padding": (2,), "dilation": (3,)},
+    {"sizes": (7, 6), "kernel": (3, 3), "padding": (1, 1), "dilation": (1, 1)},
+    {"sizes": (9, 13), "kernel": (3, 5), "padding": (2, 0), "dilation": (1, 2)},
+    {"sizes": (12, 8), "kernel": (4, 2), "padding": (0, 3), "dilation": (2, 1)},
+    {"sizes": (4, 5, 6), "kernel": (2, 3, 3), "padding": (1, 0, 2), "dilation": (1, 2, 1)},
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise_weight_gradients_equal_autograd(case: dict[str, Any], batch: int, bench: Any, generator: torch.Generator) -> None:
+    """Without a stride and on maps of some size these are shifted products; in PyTorch in float64, and on ONNX Runtime."""
+    rank = len(case["sizes"])
+    function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank]
+    options = {"padding": case["padding"], "dilation": case["dilation"], "groups": 6}
+    x = torch.randn(batch, 6, *case["sizes"], generator=generator).double()
+    w = torch.randn(6, 1, *case["kernel"], generator=generator).double()
+    y, pullback = torch.func.vjp(lambda w: function(x, w, **options), w)
+    g = torch.randn(y.shape, generator=generator).double()
+    one = [1] * rank
+    mask = (False, True, False)
+    found = convolution_backward(g, x, w, None, one, case["padding"], case["dilation"], False, [0] * rank, 6, mask)[1]
+    assert found is not None
+    close(found, pullback(g)[0], EXACT, case)
+    if rank < 3:
+
+        def gradient(x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+            return torch.func.vjp(lambda w: function(x, w, **options), w)[1](g)[0]
+
+        graph = bench.check(gradient, x.float(), w.float(), g.float())
+        assert aten.convolution.default not in {node.target for node in graph.operators}
+
+
 def transposed_convolutions() -> list[dict[str, Any]]:
     """Strides, dilations, paddings, rests and groups of transposed convolutions in one and two dimensions, channels 4 -> 4 or 8."""
     found = []

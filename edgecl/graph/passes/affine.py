@@ -5,7 +5,6 @@ gradient of ``V``, follow ``dW = dV s`` and ``ds = sum(dV W)``, so that no opera
 :class:`edgecl.graph.passes.fold.FoldConvolutionAffine` for what is trained.
 """
 
-import operator
 from dataclasses import dataclass
 from math import prod
 from typing import Any

@@ -6,10 +6,16 @@ channel change places, and stride and dilation too.
 """
 
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 
 import torch
 from torch import Tensor
+
+aten = torch.ops.aten
+
+LEAST_POSITIONS = 36
+"""Of an output map, from which on a depthwise weight gradient is shifted products: for smaller maps the convolution is faster."""
 
 
 def convolution_backward(
@@ -51,11 +57,12 @@ def convolution_backward(
             else _input_gradient(gradient, x, weight, stride, padding, dilation, groups)
         )
     if output_mask[1]:
-        to_weight = (
-            _pointwise_weight_gradient(gradient, x, weight)
-            if pointwise
-            else _weight_gradient(gradient, x, weight, stride, padding, dilation, groups)
-        )
+        if pointwise:
+            to_weight = _pointwise_weight_gradient(gradient, x, weight)
+        elif groups == x.shape[1] == weight.shape[0] and set(stride) == {1} and prod(gradient.shape[2:]) >= LEAST_POSITIONS:
+            to_weight = _depthwise_weight_gradient(gradient, x, weight, padding, dilation)
+        else:
+            to_weight = _weight_gradient(gradient, x, weight, stride, padding, dilation, groups)
     to_bias = gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
     return to_input, to_weight, to_bias
 
@@ -94,6 +101,28 @@ def _pointwise_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> T
     """A product: [O, N * positions] x [N * positions, C]."""
     out, channels = weight.shape[:2]
     return torch.mm(_channels_first(gradient).reshape(out, -1), _channels_first(x).reshape(channels, -1).t()).reshape(weight.shape)
+
+
+def _depthwise_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """For each tap a product of the gradient with the shifted input, summed: on ONNX Runtime up to twice as fast as the convolution.
+
+    With the input padded and the gradient's rows brought to its pitch, a shift is an offset into the flat map. What the gradient's
+    padding meets is multiplied by zero.
+    """
+    batch, channels = x.shape[:2]
+    pads = [n for p in reversed(padding) for n in (p, p)]
+    pads[-1] += 1  # the last taps' windows reach beyond the last row, where the gradient is padding
+    padded = aten.constant_pad_nd(x, pads, 0.0)
+    pitch = [*padded.shape[2:]]
+    rows = aten.constant_pad_nd(gradient, [n for p, g in zip(pitch[:0:-1], gradient.shape[:2:-1], strict=True) for n in (0, p - g)], 0.0)
+    flat, wanted = padded.reshape(batch, channels, -1), rows.reshape(batch, channels, -1)
+    taps = []
+    for tap in product(*(range(0, k * d, d) for k, d in zip(weight.shape[2:], dilation, strict=True))):
+        start = 0
+        for offset, size in zip(tap, pitch, strict=True):
+            start = start * size + offset
+        taps.append((flat.narrow(2, start, wanted.shape[2]) * wanted).sum([0, 2]).unsqueeze(1))
+    return torch.cat(taps, 1).reshape(weight.shape)
 
 
 def _channels_first(x: Tensor) -> Tensor:
