@@ -1,0 +1,124 @@
+"""Tables and plot of ``step_latency.py``."""
+
+import math
+import statistics
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from update_cases import SHAPES, UPDATES
+from update_tables import Row, conditions, markdown
+
+from edgecl.tables import si
+
+NAMES = {
+    "onnx": "edgecl, ONNX Runtime",
+    "ort_training": "ONNX Runtime training build",
+    "ort_training_constants": "the same, frozen weights as constants",
+    "eager": "eager PyTorch",
+    "compile": "torch.compile",
+    "executorch": "edgecl, ExecuTorch",
+    "executorch_training": "ExecuTorch training extension",
+    "forward": "forward pass",
+}
+"""Engines as the tables have them."""
+COLOURS = {
+    "onnx": "#1b6ca8",
+    "ort_training": "#8fb8d8",
+    "ort_training_constants": "#c9dcea",
+    "eager": "#b0432f",
+    "compile": "#e0a193",
+    "executorch": "#2f7d4f",
+    "executorch_training": "#9cc9ae",
+}
+NETS = {"mobilenet_v2": "MobileNetV2, 96 px", "resnet20": "ResNet-20, 32 px", "ds_cnn": "DS-CNN, 49 x 10"}
+
+TARGETS: dict[str, tuple[float, ...]] = {
+    "onnx/ort_training": (0.4, 0.6, 0.8, 0.6, 0.6, 0.7, 0.5),
+    "onnx/eager": (0.25, 0.4, 0.6, 0.4, 0.4, 0.5, 0.35),
+    "executorch/executorch_training": (1 / 50, 1 / 15, 1 / 5, 1 / 20, 1 / 20, 1 / 10, 1 / 10),
+}
+"""Of each ratio, W1 to W7: geometric means over the networks."""
+LIMITS = {"W2": 1.6, "W5": 1.6, "W6": 1.6, "W3": 2.5}
+"""Of an update's time over that of as many MACs in the forward pass."""
+
+
+def geometric_mean(values: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def ratio_table(result: Row) -> str:
+    """Geometric means of the ratios over the networks, beside their targets."""
+    rows = result["rows"]
+    updates = sorted({row["update"] for row in rows})
+    lines = []
+    for name in dict.fromkeys(name for row in rows for name in row["ratio"]):
+        if name == "onnx/forward":
+            continue
+        ours, theirs = (NAMES[part] for part in name.split("/"))
+        cells = []
+        for update in updates:
+            found = [row["ratio"][name] for row in rows if row["update"] == update and name in row["ratio"]]
+            text = (
+                "-" if not found else f"{geometric_mean(found):.3f}" if name.startswith("executorch/") else f"{geometric_mean(found):.2f}"
+            )
+            if name in TARGETS:
+                target = TARGETS[name][int(update[1:]) - 1]
+                text += f" (1/{1 / target:.0f})" if name.startswith("executorch/") else f" ({target:g})"
+            cells.append(text)
+        lines.append([f"{ours} / {theirs}", *cells])
+    cells = []
+    for update in updates:
+        found = [over_limit(row) for row in rows if row["update"] == update]
+        cells.append(f"{geometric_mean(found):.1f}" + (f" ({LIMITS[update]:g})" if update in LIMITS else ""))
+    lines.append(["edgecl, ONNX Runtime / forward pass x MACs", *cells])
+    nets = [NETS[name] for name in SHAPES if any(row["net"] == name for row in rows)]
+    meaning = "; ".join(f"{update} {UPDATES[update]}" for update in updates)
+    return (
+        markdown(["time of one update", *updates], lines)
+        + f"\n\nGeometric means over {', '.join(nets)}; targets in brackets. {meaning}. One sample, one thread; the engines took turns, "
+        "and a ratio is the median over the turns. All engines gave the same weights (largest difference "
+        f"{max(value for row in rows for value in row['distance'].values()):.0e} of an update). The last line divides an update's time by "
+        "that of the network's forward pass with frozen weights, times the MACs of the update over those of the pass. "
+        f"`python benchmarks/step_latency.py`. {conditions(result)}"
+    )
+
+
+def over_limit(row: Row) -> float:
+    """An update's time over that of the forward pass for as many MACs."""
+    return float(row["ratio"]["onnx/forward"] * row["forward_macs"] / row["update_macs"])
+
+
+def case_table(result: Row) -> str:
+    """Milliseconds of every engine on every case."""
+    shown = [name for name in NAMES if any(name in row["ms"] for row in result["rows"])]
+    lines = []
+    for row in result["rows"]:
+        times = [f"{row['ms'][name]:.3g}" if name in row["ms"] else "-" for name in shown]
+        lines.append([NETS[row["net"]], row["update"], f"{row['trained_values']:,}", si(row["update_macs"]), *times])
+    return markdown(["network", "update", "trained values", "MACs", *[NAMES[name] + ", ms" for name in shown]], lines)
+
+
+def plot(result: Row) -> Figure:
+    """Milliseconds of an update, a panel a network."""
+    nets = [name for name in SHAPES if any(row["net"] == name for row in result["rows"])]
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels: Any = figure.subplots(1, len(nets), squeeze=False)[0]
+    for axes, net in zip(panels, nets, strict=True):
+        rows = [row for row in result["rows"] if row["net"] == net]
+        shown = [name for name in COLOURS if any(name in row["ms"] for row in rows)]
+        width = 0.84 / len(shown)
+        for i, name in enumerate(shown):
+            places = [j + (i - (len(shown) - 1) / 2) * width for j, row in enumerate(rows) if name in row["ms"]]
+            axes.bar(places, [row["ms"][name] for row in rows if name in row["ms"]], width, color=COLOURS[name], label=NAMES[name])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xticks(range(len(rows)), [row["update"] for row in rows])
+        axes.set_title(NETS[net])
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("ms an update, one thread")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
