@@ -60,9 +60,8 @@ def ratio_table(result: Row) -> str:
         cells = []
         for update in updates:
             found = [row["ratio"][name] for row in rows if row["update"] == update and name in row["ratio"]]
-            text = (
-                "-" if not found else f"{geometric_mean(found):.3f}" if name.startswith("executorch/") else f"{geometric_mean(found):.2f}"
-            )
+            digits = 3 if name.startswith("executorch/") else 2
+            text = f"{geometric_mean(found):.{digits}f}" if found else "-"
             if name in TARGETS:
                 target = TARGETS[name][int(update[1:]) - 1]
                 text += f" (1/{1 / target:.0f})" if name.startswith("executorch/") else f" ({target:g})"

@@ -12,8 +12,12 @@ w (R phi) (t' - t)^T to W.
 
 Source: recursive least squares by Sherman-Morrison; block form in Zhuang et al., "ACIL: Analytic class-incremental
 learning with absolute memorization and privacy protection", NeurIPS 2022; random ReLU features as in McDonnell et al.,
-"RanPAC", NeurIPS 2023. Deviations: one sample at a time; signed weights; features of unit length (so gamma has one
-meaning and float32 suffices); a projection is scaled to unit length again.
+"RanPAC", NeurIPS 2023. Deviations: one sample at a time; signed weights; features of unit length, so that gamma has one
+meaning; a projection is scaled to unit length again.
+
+float32 suffices up to some 2e6 gamma samples. R's values lie between 1 / gamma and 1 / (samples + gamma), the latter along
+the features' mean, and the smallest get lost in the rounding of the largest. Beyond, take a larger gamma or
+``dtype="float64"``.
 
 R changes by u u^T with u = g sqrt(|w/s|): u_i u_j is the same number as u_j u_i, so R stays symmetric bit for bit.
 
