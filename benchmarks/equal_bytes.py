@@ -1,6 +1,7 @@
 """Methods at equal bytes: what each reaches with so many bytes beyond the trunk, on one frozen MobileNetV2 at 96 pixels.
 
     python benchmarks/equal_bytes.py --data FOLDER --weights FILE [--sets cifar100 ...] [--seeds 3] [--jobs 2] [--out FILE]
+        [--labels ridge ...] [--changed]
 
 FOLDER holds the publishers' folders (``cifar-10-batches-bin``, ``cifar-100-binary``, ``FashionMNIST/raw``; ``edgecl.streams.fetch``
 gets them), FILE is MobileNetV2 1.0 with torchvision's key names. All classes come two (of 10) or ten (of 100) at a time, in another
@@ -167,6 +168,11 @@ def run_of(row: Row) -> str:
     return json.dumps({**asdict(row), "label": row.method, "budget": budget, "config": config})
 
 
+def is_of(entry: dict[str, Any], row: Row) -> bool:
+    """Whether an entry of the result is of a row: of the same label, budget and settings."""
+    return all(entry[key] == value for key, value in json.loads(json.dumps(asdict(row))).items())
+
+
 def _job(job: tuple[str, Row, int, Path, Path, Path]) -> dict[str, Any]:
     name, row, seed, data, weights, cache = job
     torch.set_num_threads(1)
@@ -221,6 +227,7 @@ def arguments(text: str, sets: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--labels", nargs="+", help="only rows of these labels; the file's others stay")
+    parser.add_argument("--changed", action="store_true", help="only rows that the file does not have with the same settings")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -231,20 +238,23 @@ def main() -> None:
     out = args.out or RESULTS / "equal_bytes.json"
     result = json.loads(out.read_text()) if out.exists() else {"sets": {}}
     for name in args.sets:
+        entries_before = result["sets"].get(name, {"rows": []})["rows"]
         rows = [row for row in chosen_rows(name) if args.labels is None or row.label in args.labels]
         load(name, args.data, args.weights, args.cache), load(other(name), args.data, args.weights, args.cache)
+        if args.changed:
+            rows = [row for row in rows if not any(is_of(entry, row) for entry in entries_before)]
         unique = {run_of(row): row for row in reversed(rows)}
         jobs = [(name, row, seed, args.data, args.weights, args.cache) for row in unique.values() for seed in range(args.seeds)]
         found = list(run_all(jobs, args.jobs))
         runs = {run: found[i * args.seeds : (i + 1) * args.seeds] for i, run in enumerate(unique)}
         data = load(name, args.data, args.weights, args.cache)
         entries = [{**asdict(row), **summary(runs[run_of(row)]), "batch_accuracy": in_batch(row, data)} for row in rows]
-        kept = [e for e in result["sets"].get(name, {"rows": []})["rows"] if args.labels is not None and e["label"] not in args.labels]
+        whole = [e for row in chosen_rows(name) for e in (entries if row in rows else entries_before) if is_of(e, row)]
         result["sets"][name] = {
             "seeds": args.seeds,
             "test_images_per_task": PER_TASK,
-            "rows": kept + entries,
-            "joint": joint(name, kept + entries, args),
+            "rows": whole,
+            "joint": joint(name, whole, args),
         }
         result["machine"] = machine()
         result["versions"] = {package: version(package) for package in ("edgecl", "torch", "onnxruntime", "numpy")}
