@@ -1,14 +1,12 @@
 """Choose cuts and hyperparameters for ``equal_bytes.py`` on training images only.
 
-    python benchmarks/choose_equal_bytes.py --data FOLDER --weights FILE [--sets cifar100 ...] [--labels ridge ...] [--jobs 2]
+    python benchmarks/choose_equal_bytes.py --data FOLDER --weights FILE [--sets cifar100 ...] [--jobs 2]
 
 Of each class's training images (500 at most) a fifth is the test set here and the rest the stream, with class orders other than
-the reported ones. Methods with a closed form are solved in batch at every cut that fits a budget. Ridge then learns the stream of
-all training images but the fifth, at its chosen cuts, with each regulariser: float32 loses digits to a small one as a stream gets
-long, which no batch shows. Methods that descend a gradient learn the stream, first over a grid of hyperparameters at one cut, then
-at slda's best cut for the budget and at that one. Replay codecs are compared at one cut with the same hyperparameters; those of
-product quantisation are chosen, too. Writes ``benchmarks/results/equal_bytes_settings.json``: every candidate tried, and the rows
-that are chosen. With ``--labels`` closed forms of these labels are chosen again, and the file's other rows stay.
+the reported ones. Methods with a closed form are solved in batch at every cut that fits a budget; methods that descend a gradient
+learn the stream, first over a grid of hyperparameters at one cut, then at slda's best cut for the budget and at that one. Replay
+codecs are compared at one cut with the same hyperparameters; those of product quantisation are chosen, too. Writes
+``benchmarks/results/equal_bytes_settings.json``: every candidate tried, and the rows that are chosen.
 """
 
 import json
@@ -57,7 +55,6 @@ CLOSED: dict[str, tuple[str, Callable[[Dataset, float], float], list[float]]] = 
     "gamma": ("ridge", ridge, [0.01, 0.1, 1.0]),
 }
 """Regulariser of each closed form, by its name: method, batch solution, grid."""
-CLOSED_LABELS = ("ncm", "slda", "ridge")
 
 GRADIENT: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "finetune": ("finetune", [{"lr": lr} for lr in (0.03, 0.1, 0.3, 1.0, 3.0)]),
@@ -75,11 +72,11 @@ MOST = 500
 SEED = 1000
 
 
-def validation_split(data: Dataset, most: int | None = MOST) -> Dataset:
-    """Of each class's first ``most`` training images (None: of all) a fifth to test on, the others to learn from."""
+def validation_split(data: Dataset) -> Dataset:
+    """Of each class's first :data:`MOST` training images a fifth to test on, the others to learn from."""
     rank = np.zeros(len(data.y), int)
     for label in np.unique(data.y):
-        rows = np.flatnonzero(data.y == label)[:most]
+        rows = np.flatnonzero(data.y == label)[:MOST]
         rank[rows] = np.where(np.arange(len(rows)) < len(rows) // 5, 1, 2)
     test, learn = rank == 1, rank == 2
     return Dataset(data.x[learn], data.y[learn], data.x[test], data.y[test], data.class_names)
@@ -119,26 +116,6 @@ def best_fitting(tried: Iterable[dict[str, Any]], budget: str, data: Dataset, co
     return rows
 
 
-def closed_rows(data: Dataset, closed: Iterable[dict[str, Any]], labels: Iterable[str]) -> list[Row]:
-    """The best rows of closed forms: at every budget, and on the last layer."""
-    rows = []
-    for label in labels:
-        mine = [entry for entry in closed if entry["label"] == label]
-        rows += [row for budget in BUDGETS for row in best_fitting(mine, budget, data)]
-        last = best_fitting([entry for entry in mine if entry["cut"] == LAST], "8 MiB", data)
-        rows += [replace(row, label=f"{label}, last layer") for row in last]
-    return rows
-
-
-def on_streams(rows: list[Row], name: str, args: Any) -> tuple[list[dict[str, Any]], list[Row]]:
-    """What was tried, and the rows of ridge with the regulariser that is best at the end of the whole stream; the others as they are."""
-    unique = {row.cut: row for row in rows if row.method == "ridge"}
-    candidates = [replace(row, config={"gamma": gamma}) for row in unique.values() for gamma in CLOSED["gamma"][2]]
-    found = evaluate(candidates, name, args, most=None)
-    best = {cut: max((e for e in found if e["cut"] == cut), key=lambda e: e["accuracy"])["config"] for cut in unique}
-    return found, [replace(row, config=best[row.cut]) if row.method == "ridge" else row for row in rows]
-
-
 def main() -> None:
     """Try the candidates of every set and write them with the chosen rows."""
     args = arguments(__doc__, ("cifar100", "cifar10", "fashion_mnist"))
@@ -149,36 +126,35 @@ def main() -> None:
         data = validation_split(load(name, args.data, args.weights, args.cache))
         load(other(name), args.data, args.weights, args.cache)
         closed = closed_forms(data)
-        streamed, rows = on_streams(closed_rows(data, closed, args.labels or CLOSED_LABELS), name, args)
-        if args.labels:
-            entry = result["sets"][name]
-            new = {row.label for row in rows}
-            entry["rows"] = [asdict(row) for row in rows] + [row for row in entry["rows"] if row["label"] not in new]
-            entry["tried"] |= {"closed": closed, "streamed": streamed}
-        else:
-            places = {b: [r.cut for r in best_fitting([e for e in closed if e["label"] == "slda"], b, data)] for b in BUDGETS}
-            tried, descended = gradient_rows(name, data, places, args)
-            rows += descended
-            chosen, joint = best_joint(data, args.jobs)
-            tries = {"closed": closed, "streamed": streamed, "gradient": tried, "joint": joint}
-            result["sets"][name] = {"rows": [asdict(row) for row in rows], "joint": chosen, "tried": tries}
+        rows = []
+        for label in ("ncm", "slda", "ridge"):
+            mine = [entry for entry in closed if entry["label"] == label]
+            rows += [row for budget in BUDGETS for row in best_fitting(mine, budget, data)]
+            rows += [
+                replace(row, label=f"{label}, last layer") for row in best_fitting([e for e in mine if e["cut"] == LAST], "8 MiB", data)
+            ]
+        places = {budget: [r.cut for r in best_fitting([e for e in closed if e["label"] == "slda"], budget, data)] for budget in BUDGETS}
+        tried, descended = gradient_rows(name, data, places, args)
+        with ProcessPoolExecutor(args.jobs) as pool:
+            accuracies = pool.map(_joint, [(at_cut(data, LAST), config) for config in JOINT])
+            joint = [
+                {"config": asdict(config), "accuracy": accuracy}
+                for config, accuracy in zip(JOINT, track(accuracies, "joint", total=len(JOINT)), strict=True)
+            ]
+        result["sets"][name] = {
+            "rows": [asdict(row) for row in [*rows, *descended]],
+            "joint": max(joint, key=lambda e: e["accuracy"]),
+            "tried": {"closed": closed, "gradient": tried, "joint": joint},
+        }
         out.write_text(json.dumps(result, indent=1) + "\n")
-        for row in rows:
+        for row in [*rows, *descended]:
             print(f"{name} {row.budget:>8} {row.label:<18} {'+'.join(row.cut)}  {row.config}")
-
-
-def best_joint(data: Dataset, jobs: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The best settings of joint logistic regression on the last layer, and all that were tried."""
-    with ProcessPoolExecutor(jobs) as pool:
-        accuracies = track(pool.map(_joint, [(at_cut(data, LAST), config) for config in JOINT]), "joint", total=len(JOINT))
-        tried = [{"config": asdict(config), "accuracy": accuracy} for config, accuracy in zip(JOINT, accuracies, strict=True)]
-    return max(tried, key=lambda entry: entry["accuracy"]), tried
 
 
 def gradient_rows(name: str, data: Dataset, places: dict[str, list[tuple[str, ...]]], args: Any) -> tuple[list[dict[str, Any]], list[Row]]:
     """What was tried of the methods that descend a gradient, and the chosen rows."""
     first = [Row(label, method, "4 MiB", NARROW, config) for label, (method, grid) in GRADIENT.items() for config in grid]
-    tried = evaluate(first, name, args)
+    tried = evaluate(first, name, data, args)
     best = {label: max((e for e in tried if e["label"] == label), key=lambda e: e["accuracy"]) for label in GRADIENT}
     second = [
         Row(label, best[label]["method"], budget, cut, best[label]["config"])
@@ -187,7 +163,7 @@ def gradient_rows(name: str, data: Dataset, places: dict[str, list[tuple[str, ..
         for cut in dict.fromkeys([*cuts, NARROW])
     ]
     second = [row for row in second if fits(row, data)]
-    found = evaluate(second, name, args)
+    found = evaluate(second, name, data, args)
     rows = []
     for label in GRADIENT:
         for budget in BUDGETS:
@@ -208,7 +184,7 @@ def codec_rows(name: str, data: Dataset, config: dict[str, Any], args: Any) -> t
         for codec in PRODUCT
         if fits(row := Row("codec pq", "latent_replay", budget, NARROW, {**config, **codec}), data)
     ]
-    found = evaluate(candidates, name, args)
+    found = evaluate(candidates, name, data, args)
     rows = []
     for budget in CODEC_BUDGETS:
         mine = [(e["accuracy"], row) for e, row in zip(found, candidates, strict=True) if row.budget == budget]
@@ -219,9 +195,9 @@ def codec_rows(name: str, data: Dataset, config: dict[str, Any], args: Any) -> t
     return found, rows
 
 
-def evaluate(rows: list[Row], name: str, args: Any, most: int | None = MOST) -> list[dict[str, Any]]:
+def evaluate(rows: list[Row], name: str, data: Dataset, args: Any) -> list[dict[str, Any]]:
     """Accuracy of each row on the validation stream."""
-    jobs = [(row, name, args.data, args.weights, args.cache, most) for row in rows]
+    jobs = [(row, name, args.data, args.weights, args.cache) for row in rows]
     with ProcessPoolExecutor(args.jobs) as pool:
         return [
             {**asdict(row), **found} for row, found in zip(rows, track(pool.map(_tried, jobs), "streams", total=len(jobs)), strict=True)
@@ -233,11 +209,11 @@ def _joint(job: tuple[Dataset, Joint.Config]) -> float:
     return logistic_regression(*job)
 
 
-def _tried(job: tuple[Row, str, Path, Path, Path, int | None]) -> dict[str, Any]:
+def _tried(job: tuple[Row, str, Path, Path, Path]) -> dict[str, Any]:
     """Accuracy; of a row that a gate at export refuses 0, with the reason."""
-    row, name, data, weights, cache, most = job
+    row, name, data, weights, cache = job
     torch.set_num_threads(1)
-    stream = validation_split(load(name, data, weights, cache), most)
+    stream = validation_split(load(name, data, weights, cache))
     try:
         found = run_row(row, stream, load(other(name), data, weights, cache).x[:2000], SEED)
     except ExportError as error:
