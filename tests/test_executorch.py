@@ -87,6 +87,23 @@ def test_gate_parity(toy, tmp_path, monkeypatch):
         export(toy.prepared("finetune"), tmp_path / "bundle", engine="executorch")
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_every_optimiser_exports(toy, optimizer):
+    """SGD's updates are in every other test; a bundle exists only when its gates held, parity among them."""
+    bundle, _ = toy.bundle("finetune", engine="executorch", optimizer=optimizer, lr=1e-3)
+    assert any(spec.name.startswith(optimizer) for spec in bundle.manifest.state)
+
+
+def test_what_executorch_cannot_lower_is_one_error(toy, tmp_path, monkeypatch):
+    def refuse():
+        raise RuntimeError("no such layout")
+
+    monkeypatch.setattr(target, "_partitioner", refuse)
+    with pytest.raises(EdgeclError, match=r"ExecuTorch cannot lower these steps \(no such layout\); export for onnx"):
+        export(toy.prepared("ncm"), tmp_path / "bundle", engine="executorch")
+    assert list(tmp_path.iterdir()) == []
+
+
 def edited(bundle, folder, change):
     """A manifest of the same file with one step changed."""
     manifest = read_manifest(bundle.path)

@@ -277,7 +277,7 @@ DEFECTS = [
     ("ridge", {}, "readout", 0.99),
     ("ncm", {}, "mean", 1.1),
     ("slda", {}, "precision", 1.1),
-    ("slda", {}, "square", 1.1),
+    ("slda", {}, "mean", 1.1),
 ]
 
 

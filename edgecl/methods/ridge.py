@@ -30,7 +30,7 @@ exactly, so ``forget`` and ``relabel`` are not offered.
 
 | | bytes of state | MACs of predict | MACs of learn, forget | MACs of relabel |
 |---|---|---|---|---|
-| K classes, M features, float32 | 4 (M^2 + M K + K + 1) | M K | 2 M^2 + 2 M K + M | M^2 + M K |
+| K classes, M features, float32 | 4 (M^2 + M K + K + 1) | M K | 2 M^2 + 2 M K + M | M^2 + M K + M |
 
 float64 takes 8 (M^2 + M K) + 4 (K + 1) bytes. A projection from d features adds d M MACs to each, and 4 d M bytes of
 constants (8 d M in float64); the reflection 4 M MACs to learn, forget and relabel, and 4 M bytes of constants.
@@ -200,17 +200,25 @@ class Ridge(Learner):
         return self._update(state, z, target, weight * -1.0, -1.0)
 
     def relabel(self, state: State, z: Any, target: Tensor, new_target: Tensor, weight: Tensor) -> StepResult:
-        """Move a learned sample from ``target`` to ``new_target``. ``guard`` is false when nothing was learned, of ``target``'s class."""
+        """Move a learned sample from ``target`` to ``new_target``.
+
+        ``guard`` is false when nothing was learned, of ``target``'s class. ``health.s`` [] is 1 - w phi.g, what ``forget`` would divide
+        by: g is what the sample has left of R along itself, known to that share of R's precision.
+        """
         self._need_exactness("relabel")
         with phase("forward"):
             phi = self._phi(z)
-        g = self._mirrored(torch.mm(self._mirrored(phi), state["inverse"])) * weight.to(self._dtype)
+        mirrored = self._mirrored(phi)
+        g = torch.mm(mirrored, state["inverse"]) * weight.to(self._dtype)
         change = self._row(new_target) - self._row(target)
-        readout = torch.addmm(state["readout"], g.t(), change)
-        guard = (self._count_of(state["count"], target) > 0).reshape(())
+        outputs = {
+            "guard": (self._count_of(state["count"], target) > 0).reshape(()),
+            "health.s": (1.0 - torch.mm(g, mirrored.t())).to(torch.float32).reshape(()),
+        }
+        readout = torch.addmm(state["readout"], self._mirrored(g).t(), change)
         if not self._classes:
-            return {"guard": guard}, {"readout": readout}
-        return {"guard": guard}, {"readout": readout, "count": state["count"] + change.to(torch.float32).reshape(-1)}
+            return outputs, {"readout": readout}
+        return outputs, {"readout": readout, "count": state["count"] + change.to(torch.float32).reshape(-1)}
 
     def _update(self, state: State, z: Any, target: Tensor, weight: Tensor, samples: float) -> StepResult:
         """Add ``samples`` (1 or -1) of signed ``weight`` [1]."""

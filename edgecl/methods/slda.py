@@ -2,28 +2,27 @@
 
 The published recursion keeps a covariance Sigma and inverts it before every prediction, O(d^3). With n samples so far,
 c_k of class k, means m_k, A = n Sigma and a ridge g0, this file keeps the inverse itself and what predictions need:
-P = (A + g0 I)^-1, V_k = P m_k, v_k = m_k . V_k. One sample x of class y then takes
+P = (A + g0 I)^-1 and V_k = P m_k. One sample x of class y then takes
 
     D = x - m_y      q = P D      a = n / (n + 1)      s = 1 + a D.q      b = a / s      h_k = V_k . D      r = 1 / (c_y + 1)
     P   <- P - b q q^T      V_k <- V_k - b h_k q      V_y <- V_y + (r / s) q
-    m_y <- m_y + r D        c_y <- c_y + 1            n   <- n + 1            v_k <- m_k . V_k
+    m_y <- m_y + r D        c_y <- c_y + 1            n   <- n + 1
 
-    score_k = n (x . V_k - v_k / 2)   [+ log(c_k / n) with ``priors``]
+    score_k = n (x - m_k / 2) . V_k   [+ log(c_k / n) with ``priors``]
 
 Source: Hayes, Kanan, "Lifelong machine learning with deep streaming linear discriminant analysis", CVPR Workshops 2020
 (running means and covariance, linear classifier). Deviations: a fixed ridge g0 on A in place of shrinkage by eps at every
 prediction (they coincide at g0 = n eps / (1 - eps), up to one factor common to all scores); classes without a sample are
 masked; the first sample of a class sets its mean and leaves the covariance as it is (a = 0), where the published code
 takes the deviation from a zero mean; optional log priors. P changes by u u^T with u = q sqrt(b), so it stays symmetric
-bit for bit. Each v_k is a product anew at every sample: its own recursion, v_k <- v_k - b h_k^2 with
-v_y <- v_y + (2 r h_y + r^2 D.q) / s, would save K d MACs, but starts from numbers as large as 1 / g0 and never sheds their
+bit for bit. m_k . V_k is no state of its own: a recursion for it starts from numbers as large as 1 / g0 and never sheds their
 rounding, whereas errors of P and V shrink as samples come.
 
 | | bytes of state | MACs of predict | MACs of learn |
 |---|---|---|---|
-| K classes, d features, float32 | 4 (d^2 + 2 K d + 2 K) | K d | 2 d^2 + 4 K d + d |
+| K classes, d features, float32 | 4 (d^2 + 2 K d + K) | K d | 2 d^2 + 3 K d + d |
 
-float64 takes twice the bytes, but for the K counts.
+float64 takes twice the bytes, but for the counts.
 """
 
 import math
@@ -45,7 +44,7 @@ LOST = 1e-2
 class StreamingLDA(Learner):
     """Streaming linear discriminant analysis.
 
-    State, with the names above: ``precision`` P [d, d], ``mean`` m [K, d], ``readout`` V [K, d], ``square`` v [K], all of
+    State, with the names above: ``precision`` P [d, d], ``mean`` m [K, d], ``readout`` V [K, d], all of
     ``Config.dtype``; ``count`` c float32 [K], whose sum is n.
 
     >>> from edgecl.learner import Problem
@@ -97,7 +96,6 @@ class StreamingLDA(Learner):
             "precision": torch.eye(size, dtype=self._dtype) / self.config.g0,
             "mean": torch.zeros(classes, size, dtype=self._dtype),
             "readout": torch.zeros(classes, size, dtype=self._dtype),
-            "square": torch.zeros(classes, dtype=self._dtype),
             "count": torch.zeros(classes),
         }
 
@@ -127,8 +125,6 @@ class StreamingLDA(Learner):
         h = torch.mm(state["readout"], difference.reshape(-1, 1))
         share = (chosen / (had + 1.0)).t()
         u = q * b.sqrt()
-        mean = state["mean"] + share * difference
-        readout = torch.addmm(state["readout"], share / s - h * b, q)
         outputs = {
             "scores": scores,
             "loss": (distance * n).to(torch.float32).reshape(()),
@@ -137,9 +133,8 @@ class StreamingLDA(Learner):
         }
         return outputs, {
             "precision": torch.addmm(state["precision"], (u * -1.0).t(), u),
-            "mean": mean,
-            "readout": readout,
-            "square": torch.mm(mean * readout, torch.ones(mean.shape[1], 1, dtype=self._dtype)).reshape(-1),
+            "mean": state["mean"] + share * difference,
+            "readout": torch.addmm(state["readout"], share / s - h * b, q),
             "count": state["count"] + chosen.to(torch.float32).reshape(-1),
         }
 
@@ -149,8 +144,9 @@ class StreamingLDA(Learner):
     def _scores(self, state: State, x: Tensor) -> Tensor:
         count = state["count"]
         n = count.sum().to(self._dtype)
-        products = torch.mm(state["readout"], x.reshape(-1, 1)).reshape(1, -1)
-        scores = (products - state["square"].unsqueeze(0) * 0.5) * n
+        # A product with ones, as in ncm, so that these K*d operations stand in the cost table as MACs.
+        terms = (x - state["mean"] * 0.5) * state["readout"]
+        scores = torch.mm(terms, torch.ones(x.shape[1], 1, dtype=self._dtype)).reshape(1, -1) * n
         if self.config.priors:
             share = count.clamp_min(1.0) / count.sum().clamp_min(1.0)
             scores = scores + share.log().to(self._dtype).unsqueeze(0)

@@ -103,9 +103,11 @@ def new_constant(graph: StepGraph, value: Tensor, like: fx.Node) -> fx.Node:
     while hasattr(graph.module, f"_folded_{index}"):
         index += 1
     name = f"_folded_{index}"
-    graph.module.register_buffer(name, value.detach().clone())
+    # In full: a stride of zero, as an expanded scalar has, is none that ExecuTorch takes.
+    plain = value.detach().clone(memory_format=torch.contiguous_format)
+    graph.module.register_buffer(name, plain)
     node = graph.module.graph.get_attr(name)
-    node.meta.update({"val": value.detach(), "custom": dict(like.meta.get("custom") or {})})
+    node.meta.update({"val": plain, "custom": dict(like.meta.get("custom") or {})})
     return node
 
 

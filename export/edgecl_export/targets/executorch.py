@@ -49,12 +49,16 @@ class ExecutorchTarget:
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
             programs = {name: _exported(step.graph) for name, step in steps.items()}
-            edge = to_edge_transform_and_lower(
-                programs,
-                partitioner=[_partitioner()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            )
-            (folder / PROGRAM_FILE).write_bytes(edge.to_executorch().buffer)
+            try:
+                edge = to_edge_transform_and_lower(
+                    programs,
+                    partitioner=[_partitioner()],
+                    compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                )
+                program = edge.to_executorch().buffer
+            except Exception as error:  # its errors share no base class
+                raise GraphError(f"engine: ExecuTorch cannot lower these steps ({error}); export for onnx, or report the model") from error
+            (folder / PROGRAM_FILE).write_bytes(program)
         frozen = {
             tensor.numpy().tobytes() for step in steps.values() for tensor in map(torch.Tensor.contiguous, step.graph.constants().values())
         }
