@@ -39,6 +39,7 @@ class Core:
         rows: Mapping[str, Array] | None,
         row_file: Path | None = None,
         new: bool = True,
+        token: bytes | None = None,
     ) -> None:
         check_state(manifest, state)
         self._manifest = manifest
@@ -46,7 +47,7 @@ class Core:
         self.memory = None
         try:
             if manifest.replay is not None:
-                self.memory = _memory(manifest.replay, manifest.max_classes, row_file, new)
+                self.memory = _memory(manifest.replay, manifest.max_classes, row_file, token)
                 if new or row_file is None:  # else the file has rows, and the store its own of everything beside them
                     self.memory.fill(rows or _empty_rows(manifest))
                 if not len(self.memory) <= manifest.replay.seen < 1 << 62 or manifest.replay.counter >= 1 << 62:
@@ -230,8 +231,8 @@ def _health(outputs: Mapping[str, Array]) -> dict[str, float]:
     return {name.removeprefix("health."): float(value) for name, value in outputs.items() if name.startswith("health.")}
 
 
-def _memory(spec: ReplaySpec, classes: int, row_file: Path | None, new: bool) -> ReplayMemory:
-    file = None if row_file is None else RowFile(row_file, spec.fields, memory_layout(spec, classes)[0], new)
+def _memory(spec: ReplaySpec, classes: int, row_file: Path | None, token: bytes | None) -> ReplayMemory:
+    file = None if row_file is None else RowFile(row_file, spec.fields, memory_layout(spec, classes)[0], token)
     return ReplayMemory(spec, classes, file)
 
 

@@ -14,6 +14,7 @@ from edgecl_device.errors import RESTORE, StoreError, StoreFullError, StoreMisma
 
 APPLICATION_ID = 0x6564676C  # "edgl"
 SCHEMA = 2
+TOKEN_BYTES = 16
 _SMALLEST_FILE_BYTES = 512  # SQLite takes what is smaller for a new database
 _MAGIC = b"SQLite format 3\0"  # the start of every database, of a damaged one more often than not
 _PAGE_BYTES = 1024  # a transaction writes whole pages: with SQLite's usual 4096 a small sample costs three times the flash writes
@@ -90,7 +91,7 @@ def meta(db: sqlite3.Connection, key: str, where: object) -> Any:
     return row[0]
 
 
-def set_meta(db: sqlite3.Connection, key: str, value: str | int) -> None:
+def set_meta(db: sqlite3.Connection, key: str, value: str | int | bytes) -> None:
     """Set a value of the table ``meta``."""
     db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
 
@@ -195,7 +196,7 @@ def _fill(db: sqlite3.Connection, bundle_id: str) -> None:
     db.execute(f"PRAGMA user_version = {SCHEMA}")
     for table in _TABLES:
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-    for key, value in (("bundle_id", bundle_id), ("reserved_ids", 0), ("evicted_before", 0)):
+    for key, value in (("bundle_id", bundle_id), ("reserved_ids", 0), ("evicted_before", 0), ("token", os.urandom(TOKEN_BYTES))):
         set_meta(db, key, value)
     db.execute("COMMIT")
 

@@ -77,7 +77,9 @@ class Learner(OneAtATime):
         check_manifest(manifest)
         self.manifest = manifest
         self._engine = engine
-        self._core = Core(manifest, engine, state, rows, row_file, new=store is None or AUTOMATIC not in store.snapshots())
+        new = store is None or AUTOMATIC not in store.snapshots()
+        token = store.token if new and store is not None and row_file is not None else None
+        self._core = Core(manifest, engine, state, rows, row_file, new, token)
         self._x = manifest.steps["encode"].inputs
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
         self._pending = Pending(manifest.features, manifest.pending_capacity)

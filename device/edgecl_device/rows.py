@@ -76,30 +76,30 @@ class RowFile:
     """The same rows in a file, of which the system keeps in memory what it has room for.
 
     64 bytes of header (magic, token, epoch, rows, bytes of a row), then one record a row. The epoch counts the snapshots that were
-    written into the file, the token ties it to its store. Rows have no checksum.
+    written into the file, the token is its store's (:attr:`edgecl_device.store.Store.token`). Rows have no checksum.
 
     Args:
         path: The file.
         fields: One row's tensors.
         count: Rows that there is room for; all of the file is allocated when it is made.
-        new: Whether the store is a new one, so that the file is to be made.
+        token: 16 bytes of a new store, whose file is to be made; None where the store has one.
 
     Attributes:
         written: Bytes written so far: what was filled in, and the pages that each :meth:`settle` changed.
 
     Raises:
-        StoreError: when a file is there that belongs to another store, the store's own is missing or damaged, or it cannot be made.
+        StoreError: when a file is there that is not this store's, the store's own is missing or damaged, or it cannot be made.
     """
 
-    def __init__(self, path: Path, fields: tuple[TensorSpec, ...], count: int, new: bool) -> None:
+    def __init__(self, path: Path, fields: tuple[TensorSpec, ...], count: int, token: bytes | None) -> None:
         self.path = path
         self._new = Path(f"{path}-new")
         self._record = np.dtype([(f.name, np.dtype(f.dtype).newbyteorder("<"), f.shape) for f in fields])
         self._fields, self._count = fields, count
         self._changed: dict[int, Any] = {}
         self.written = 0
-        if new:
-            self._make()
+        if token is not None:
+            self._make(token)
         elif not path.exists() and not self._new.exists():
             raise StoreError(f"{path}: the store's row file is missing; put it back beside the store, or start with a new store")
         self._unsettled = not path.exists()  # a process died, or none ran, between the first snapshot and the move into place
@@ -202,11 +202,16 @@ class RowFile:
         self.close()
         self._new.unlink(missing_ok=True)
 
-    def _make(self) -> None:
+    def _make(self, token: bytes) -> None:
         if self.path.exists():
             raise StoreError(f"{self.path}: exists, but the store is new; pass the store that it was made with, or another path")
+        if not self._free(token):
+            raise StoreError(
+                f"{self._new}: exists, and is not of this store, which is new; start the store that it was made with, which moves it to "
+                f"{self.path.name}, delete it if there is none any more, or pass another path"
+            )
         header = np.zeros((), _HEADER)
-        header["magic"], header["token"] = _MAGIC, np.frombuffer(os.urandom(16), np.uint8)
+        header["magic"], header["token"] = _MAGIC, np.frombuffer(token, np.uint8)
         header["rows"], header["record"] = self._count, self._record.itemsize
         try:
             with self._new.open("wb") as file:
@@ -224,6 +229,19 @@ class RowFile:
                 self._new.unlink()  # it may have taken what room there was
             what = f"{self.path} cannot be made with {self.file_bytes} bytes ({error})"
             raise StoreError(f"rows: {what}; make room or pass another path") from error
+
+    def _free(self, token: bytes) -> bool:
+        """Whether nothing is lost where the file is made: none is there, it has no header yet, or a start of this very store left it."""
+        try:
+            with self._new.open("rb") as file:
+                start = file.read(HEADER_BYTES)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise StoreError(f"{self._new}: cannot be read ({error}); make room for the file of rows, or pass another path") from error
+        header = np.frombuffer(start.ljust(HEADER_BYTES, b"\0"), _HEADER, 1).reshape(())
+        # Before its first snapshot a store has nothing in the file; another one, which lies elsewhere, may have all of its rows in it
+        return not start.strip(b"\0") or (header["magic"].tobytes() == _MAGIC and header["token"].tobytes() == token)
 
     def _open(self, path: Path) -> None:
         try:

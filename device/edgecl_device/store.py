@@ -115,6 +115,19 @@ class Store:
         """No sample id at or above this was dropped by the log's cap."""
         return self._number("evicted_before")
 
+    @property
+    def token(self) -> bytes:
+        """16 random bytes that no other store has but a copy of this one: its file of replay rows carries them.
+
+        Raises:
+            StoreError: when they are damaged.
+        """
+        with self._typed_errors():
+            token = database.meta(self._db, "token", self._where)
+        if not isinstance(token, bytes) or len(token) != database.TOKEN_BYTES:
+            raise StoreError(f"{self._where}: is damaged (token is {short(token)}); {RESTORE}")
+        return token
+
     def new_id(self) -> int:
         """A sample id that no sample of this store ever had, not even one lost in a crash: ids are reserved in blocks.
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from mmap import PAGESIZE
@@ -13,10 +14,11 @@ import pytest
 
 from edgecl_device import InputError, StoreError, StoreFullError, TensorSpec
 from edgecl_device.cli import main
-from edgecl_device.manifest import ReplaySpec
+from edgecl_device.manifest import ReplaySpec, read_manifest
 from edgecl_device.memory import ReplayMemory, memory_bytes, memory_layout
 from edgecl_device.rows import HEADER_BYTES, RowFile
 from edgecl_device.snapshot import Snapshot
+from edgecl_device.store import Store
 
 FIELDS = (TensorSpec("z", (3,), "uint8"), TensorSpec("scale", (), "float32"))
 
@@ -264,6 +266,46 @@ def test_a_file_that_does_not_go_with_the_store_is_refused(filed, start, load, s
         load(filed, store=tmp_path / "new.db", rows=tmp_path / "rows.bin")
 
 
+@pytest.mark.parametrize("whose", ["another store's", "nobody's"])
+def test_a_new_store_leaves_an_unsettled_file_alone(filed, start, plain, load, stream, crash, tmp_path, monkeypatch, whose):
+    """All rows of a store may be in it, where the process died behind the first snapshot, or the disk failed since."""
+    if whose == "nobody's":
+        (tmp_path / "rows.bin-new").write_bytes(b"a user's own notes" * 9)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(RowFile, "settle", lambda self: None)
+            learner = start()
+            learn(learner, stream, 0, 10)
+            crash(learner)
+    before = (tmp_path / "rows.bin-new").read_bytes()
+    words = r"rows\.bin-new: exists, and is not of this store, which is new; start the store that it was made with.*, or pass another path"
+    for _ in range(2):  # the refused store is there behind the first
+        with pytest.raises(StoreError, match=words):
+            load(filed, store=tmp_path / "other.db", rows=tmp_path / "rows.bin")
+        assert (tmp_path / "rows.bin-new").read_bytes() == before and not (tmp_path / "rows.bin").exists()
+    if whose != "nobody's":
+        learner, other = start(), load(plain)
+        learn(learner, stream, 10, 40)
+        learn(other, stream, 0, 40)
+        assert knows(learner) == knows(other)
+
+
+def test_a_start_that_dies_while_the_file_is_made_begins_anew(start, tmp_path):
+    """Its room is there, its header not yet: no snapshot can tell of it."""
+    (tmp_path / "rows.bin-new").write_bytes(bytes(5000))
+    start()
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin"]
+
+
+def test_a_new_store_whose_token_is_damaged_is_refused(filed, start, tmp_path):
+    Store(tmp_path / "l.db", read_manifest(filed).bundle_id, 1 << 20).close()
+    with sqlite3.connect(tmp_path / "l.db") as db:
+        db.execute("UPDATE meta SET value = 'abc' WHERE key = 'token'")
+    db.close()
+    with pytest.raises(StoreError, match=r"l\.db: is damaged \(token is 'abc'\); "):
+        start()
+
+
 def test_arguments_are_checked(filed, plain, load, tmp_path):
     for bundle, store, rows, message in (
         (filed, tmp_path / "l.db", None, "^rows: is needed, this bundle keeps its replay rows in a file"),
@@ -290,7 +332,7 @@ def test_both_memories_are_one_in_everything(tmp_path, policy):
     """Offers, removals, relabels, draws and snapshots at random, two fields a row, among them scalars."""
     spec = ReplaySpec(FIELDS, 4, 4 * 19 + 4 * 7 + 9 * 19, policy, 3, in_file=True)
     count, _ = memory_layout(spec, 5)
-    ram, filed = ReplayMemory(spec, 5), ReplayMemory(spec, 5, RowFile(tmp_path / "r.bin", FIELDS, count, new=True))
+    ram, filed = ReplayMemory(spec, 5), ReplayMemory(spec, 5, RowFile(tmp_path / "r.bin", FIELDS, count, bytes(16)))
     rng = np.random.default_rng(0)
     for i in range(600):
         row = {"z": rng.integers(0, 256, 3).astype(np.uint8), "scale": np.float32(rng.normal())}
@@ -312,7 +354,7 @@ def test_both_memories_are_one_in_everything(tmp_path, policy):
 def test_the_ledger_tells_memory_and_file_apart(tmp_path):
     spec = ReplaySpec(FIELDS, 4, 5000, "reservoir", 3, in_file=True)
     count, whole = memory_layout(spec, 5)
-    memory = ReplayMemory(spec, 5, RowFile(tmp_path / "r.bin", FIELDS, count, new=True))
+    memory = ReplayMemory(spec, 5, RowFile(tmp_path / "r.bin", FIELDS, count, bytes(16)))
     memory.file.settle()
     assert memory_bytes(spec, 5) == (memory.nbytes, (tmp_path / "r.bin").stat().st_size)
     assert memory.nbytes == whole - 7 * count
