@@ -9,7 +9,7 @@ from edgecl.planning.data import validation_split
 from edgecl.planning.space import Network
 from edgecl.runs.config import RunConfig
 from edgecl.runs.methods import method_config
-from edgecl.runs.model import check_pretraining, preprocess_of, trained
+from edgecl.runs.model import check_preprocess, check_pretraining, trained
 from edgecl.runs.registry import load, make_stream
 from edgecl.streams import Dataset, Stream
 
@@ -49,11 +49,12 @@ def source_of(config: RunConfig, samples: int, progress: Callable[[str, int, int
     progress("loading the data", 0, 1)
     data = validation_split(load(config.data.name, config.dataset_options()), samples, seed)
     stream = scenario(data, 0)
+    check_preprocess(config, data)
     check_pretraining(config, stream)
     progress("building the network" + (", pretraining" if config.model.pretrain else ""), 0, 1)
     net = trained(config, data, stream, seed).eval()
     classes = config.model.classes or len(data.class_names)
-    return Source(Network(net, preprocess_of(config), data.x[:1], classes), data, scenario)
+    return Source(Network(net, config.preprocess(), data.x[:1], classes), data, scenario)
 
 
 def configs_of(config: RunConfig, methods: Sequence[str] = ()) -> dict[str, Any]:

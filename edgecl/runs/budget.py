@@ -11,7 +11,7 @@ from edgecl.prepare import Prepared, prepare
 from edgecl.profiling import Profile, profile, split_points
 from edgecl.runs.config import Budget, LearnerConfig, RunConfig
 from edgecl.runs.methods import method_config
-from edgecl.runs.model import preprocess_of, with_label
+from edgecl.runs.model import with_label
 from edgecl.splitting import SplitError
 from edgecl.streams import Dataset
 from edgecl_device.errors import EdgeclError, InputError
@@ -31,7 +31,7 @@ def prepared_of(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: D
         method=entry.method,
         classes=config.model.classes or len(data.class_names),
         config=dataclasses.replace(values, **changes),
-        preprocess=preprocess_of(config),
+        preprocess=config.preprocess(),
         class_names=data.class_names,
     )
 
@@ -96,7 +96,7 @@ def _tried(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: Datase
 
 def _cuts_behind(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: Dataset) -> list[str]:
     """Cuts further down than the learner's own, in the order of execution."""
-    preprocess, x = preprocess_of(config), torch.tensor(data.x[:1])
+    preprocess, x = config.preprocess(), torch.tensor(data.x[:1])
     try:
         with torch.no_grad():
             points = [point.at for point in split_points(net, x if preprocess is None else preprocess(x))]

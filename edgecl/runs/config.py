@@ -10,6 +10,7 @@ from edgecl.backbones import BACKBONES
 from edgecl.graph.rules import RULES
 from edgecl.methods import METHODS
 from edgecl.options import parse_bytes
+from edgecl.preprocess import ImageU8
 from edgecl.pretraining import Recipe
 from edgecl.runs.errors import checked, choice
 from edgecl.runs.methods import method_config
@@ -173,6 +174,14 @@ class RunConfig(Section):
         """What each learner is called."""
         return [learner.label or learner.method for learner in self.learner]
 
+    def preprocess(self) -> ImageU8 | None:
+        """The normalisation that becomes part of the trunk."""
+        found = self.model.preprocess
+        try:
+            return None if found is None else ImageU8(found.mean, found.std, found.layout, found.size)
+        except InputError as error:
+            raise InputError(f"model.preprocess.{error}") from error
+
     def dataset_options(self) -> dict[str, Any]:
         """Keyword arguments of the data set's loader."""
         return dataset_options(self.data.name, self.data.model_extra or {}, self.folder)
@@ -209,6 +218,7 @@ def parse(values: dict[str, Any], folder: Path) -> RunConfig:
     config = checked(RunConfig, values)
     config._folder = folder
     _check_names(config)
+    config.preprocess()
     config.dataset_options()
     config.scenario_options()
     for i, entry in enumerate(config.learner):

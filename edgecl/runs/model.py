@@ -13,7 +13,6 @@ from torch import nn
 from edgecl.backbones import BACKBONES, load_weights
 from edgecl.figures import threads, weight_hash
 from edgecl.options import load_model
-from edgecl.preprocess import ImageU8
 from edgecl.pretraining import train
 from edgecl.runs.config import RunConfig
 from edgecl.runs.files import save_network
@@ -31,12 +30,6 @@ def with_label(label: str) -> Iterator[None]:
         yield
     except EdgeclError as error:
         raise InputError(f"learner {label!r}: {error}") from error
-
-
-def preprocess_of(config: RunConfig) -> ImageU8 | None:
-    """The normalisation that becomes part of the trunk."""
-    found = config.model.preprocess
-    return None if found is None else ImageU8(found.mean, found.std, found.layout, found.size)
 
 
 def build(config: RunConfig, data: Dataset, generator: torch.Generator) -> nn.Module:
@@ -61,6 +54,19 @@ def build(config: RunConfig, data: Dataset, generator: torch.Generator) -> nn.Mo
             raise InputError(text) from error
 
 
+def check_preprocess(config: RunConfig, data: Dataset) -> None:
+    """Whether the normalisation suits the samples, before it is a part of any learner."""
+    preprocess = config.preprocess()
+    try:
+        if preprocess is not None:
+            preprocess(torch.tensor(data.x[:1]))
+    except InputError as error:
+        raise InputError(f"model.preprocess.{error}") from error
+    except (RuntimeError, IndexError, ValueError) as error:  # PyTorch's, where the sample has other axes
+        got = f"{list(data.x.shape[1:])} of the data set's samples ({str(error).partition(chr(10))[0].rstrip('.')})"
+        raise InputError(f"model.preprocess.layout: must name the axes of one image, got {got}; mend it, or leave the table out") from error
+
+
 def check_pretraining(config: RunConfig, stream: Stream) -> None:
     """Whether there is a base set where the configuration wants to pretrain on it."""
     if config.model.pretrain is not None and not len(stream.base[1]):
@@ -75,7 +81,7 @@ def trained(config: RunConfig, data: Dataset, stream: Stream, seed: int) -> nn.M
     if how is not None:
         x, y = stream.base
         with threads(how.threads):
-            train(net, x, y, preprocess=preprocess_of(config), recipe=how.recipe(), generator=generator, device=how.device)
+            train(net, x, y, preprocess=config.preprocess(), recipe=how.recipe(), generator=generator, device=how.device)
     return net
 
 

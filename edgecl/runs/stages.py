@@ -24,7 +24,7 @@ from edgecl.runs.config import LearnerConfig, RunConfig
 from edgecl.runs.device import BUNDLE, device_run
 from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
 from edgecl.runs.methods import method_config
-from edgecl.runs.model import build, check_pretraining, load, ready, with_label
+from edgecl.runs.model import build, check_preprocess, check_pretraining, load, ready, with_label
 from edgecl.runs.registry import load as load_data
 from edgecl.runs.registry import make_stream
 from edgecl.streams import Dataset, Stream
@@ -146,6 +146,7 @@ class _Run:
     def all(self) -> None:
         """Every stage that has no result yet, then ``run.json``."""
         start = time.perf_counter()
+        check_preprocess(self.config, self.data)
         self._check_base(self.stream(self.config.device.seeds[0]))
         profiles = self._budget()
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in self.config.labels}

@@ -127,6 +127,18 @@ WRONG = {
         "got 1e+300",
     ),
     "a number of too many digits": ("seeds = [0]", f"seeds = [{'9' * 5000}]", "CONFIG: ", "must be TOML, got a mistake"),
+    "a normalisation of two lengths": (
+        'name = "small_cnn"',
+        'name = "small_cnn"\npreprocess = { layout = "HW", mean = [0.5], std = [0.5, 0.5] }',
+        "model.preprocess.mean, std: must have one value for each channel, got 1 and 2",
+        "",
+    ),
+    "a size that is none": (
+        'name = "small_cnn"',
+        'name = "small_cnn"\npreprocess = { layout = "HW", mean = [0.5], std = [0.5], size = [0, 8] }',
+        "model.preprocess.size: must be a height and a width",
+        "got [0, 8]",
+    ),
     "lists too deep in each other": ("seeds = [0]", f"seeds = {'[' * 50000}", "CONFIG: ", "must be TOML, got a mistake"),
     "no TOML": ("[model]", "[model", "CONFIG: ", "must be TOML, got a mistake"),
 }

@@ -11,6 +11,7 @@ import torch
 
 from edgecl import cli
 from edgecl.evaluate import run_stream
+from edgecl.planning.source import source_of
 from edgecl.runs import read_config, run
 from edgecl.runs.budget import check_budget
 from edgecl.runs.config import parse
@@ -257,6 +258,24 @@ def test_ctrl_c_leaves_a_run_that_goes_on(config, whole, capsys, monkeypatch, sm
     found = json.loads(capsys.readouterr().out)
     assert small.counted(found) == small.counted(json.loads((whole / "run.json").read_text()))
     assert (folder / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("CHW", r"mean, std: must have one value for each of the image's 2 channels, got 1; "),
+        ("HWC", r"layout: must name the axes of one image, got \[2, 6\] of the data set's samples \(.*\); "),
+    ],
+)
+def test_a_normalisation_that_does_not_suit_the_samples_is_named_by_itself(config, layout, said):
+    """Not by the learner that would have been the first to be prepared with it."""
+    config.write_text(
+        config.read_text().replace("[model.pretrain]", f"[model.preprocess]\n{layout=}\nmean = [0.5]\nstd = [0.5]\n[model.pretrain]")
+    )
+    with pytest.raises(InputError, match=rf"^model\.preprocess\.{said}"):
+        run(read_config(config), config, config.with_suffix(".run"))
+    with pytest.raises(InputError, match=rf"^model\.preprocess\.{said}"):
+        source_of(read_config(config), 40, lambda *_: None)
 
 
 def test_a_stream_from_nothing_with_offline_training_and_tasks_known(config):
