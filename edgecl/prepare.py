@@ -13,6 +13,7 @@ from edgecl.fidelity import check_gradients, check_values
 from edgecl.given import NAMES, Samples, check_independent, check_like, check_names, plain_samples, sample_weights
 from edgecl.learner import Learner, Problem, State, dtype_name
 from edgecl.methods import METHODS
+from edgecl.methods._dropout import check_functions
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.splitting import check_backward, split
 from edgecl.taps import tapped
@@ -291,6 +292,8 @@ def prepare(
             raise InputError(f"model: must return one tensor of scores for {method}, got {got}; wrap it in a module that does")
         check_backward(parts)
         check_gradients(model, parts, x)
+        if getattr(config, "dropout", False):
+            check_functions(model, at, parts.inputs)
     if isinstance(target, str):
         problem = Problem(_specs(z, "z"), as_int("classes", classes))
     else:

@@ -106,13 +106,15 @@ def cut(tracer: "_Tracer", graph: fx.Graph, at: str) -> tuple[list[fx.Node], set
     return nodes, front, crossing
 
 
-def traced(model: nn.Module, inputs: Sequence[str] | None = None) -> tuple[nn.Module, "_Tracer", fx.Graph, tuple[str, ...]]:
-    """A copy of ``model`` in eval mode, the tracer that went through it, the graph of it, and the names of its inputs in their order.
+def traced(
+    model: nn.Module, inputs: Sequence[str] | None = None, training: bool = False
+) -> tuple[nn.Module, "_Tracer", fx.Graph, tuple[str, ...]]:
+    """A copy of ``model`` in eval or training mode, the tracer that went through it, its graph, and the names of its inputs in their order.
 
     Raises:
         SplitError: when the model cannot be copied or traced, takes other inputs (see :func:`split`), or holds float16 or bfloat16.
     """
-    whole = copied(model).eval()
+    whole = copied(model).train(training)
     for path, _ in whole.named_modules():
         odd = [part for part in path.split(".") if keyword.iskeyword(part) or not part.isprintable() or set(part) & set("'\"\\")]
         if odd:
@@ -240,7 +242,7 @@ class _Tracer(fx.Tracer):
         frame: FrameType | None = sys._getframe()
         while frame is not None:  # fx traces through the function's forward; its callers are the only sign of it
             if frame.f_code is _APPLY:
-                node.meta[_FUNCTION] = f"{frame.f_locals['cls'].__name__}, called in {_place(self.place)},"
+                node.meta[_FUNCTION] = f"{frame.f_locals['cls'].__name__}, called in {module_place(self.place)},"
             frame = frame.f_back
         return node
 
@@ -262,7 +264,7 @@ def _trace(tracer: _Tracer, model: nn.Module) -> fx.Graph:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if own not in Path(f.filename).parents and f.filename != __file__]
         line = f", {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
         raise SplitError(
-            f"model: cannot be traced, in {_place(tracer.place)}{line}: {error}; make this code independent of the input's values,"
+            f"model: cannot be traced, in {module_place(tracer.place)}{line}: {error}; make this code independent of the input's values,"
             " or cut a submodule of the model that does not contain it"
         ) from error
     return graph
@@ -284,7 +286,8 @@ def _inputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _place(module: str) -> str:
+def module_place(module: str) -> str:
+    """What errors call a module of the model, by its path; the model's own is empty."""
     return f"module {module!r}" if module else "the model's own forward"
 
 

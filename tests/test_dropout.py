@@ -118,3 +118,57 @@ def test_the_gates_hold_and_a_crash_changes_nothing(runtime, tmp_path):
 def test_what_cannot_be_drawn_is_refused(suffix, rows, words):
     with pytest.raises(InputError, match=words):
         ready(*suffix, rows=rows)
+
+
+class Function(nn.Module):
+    """Drops by a function, as its ``how`` writes it."""
+
+    def __init__(self, how, p=0.5):
+        super().__init__()
+        self.how, self.p = how, p
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.drop(x)
+        if self.how == "self.training":
+            return F.dropout(x, self.p, training=self.training)
+        if self.how == "branch" and self.training:
+            return F.dropout2d(x, self.p)
+        if self.how == "torch":
+            return torch.dropout(x, self.p, self.training)
+        if self.how == "paths" and self.training:
+            return x * x.new_empty(1).bernoulli_(self.p)
+        if self.how == "off":
+            return F.dropout(x, self.p, training=False)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("how", "name"), [("self.training", "dropout"), ("branch", "dropout2d"), ("torch", "dropout"), ("paths", "bernoulli_")]
+)
+def test_a_function_that_drops_in_training_is_named(how, name):
+    """In the parts, which are traced in eval mode, it is off for good; beside modules that drop nobody would see it."""
+    words = rf"^dropout: must be False for a suffix that calls {name} in training, in module '2\.0', got True, .*; make it an nn\.Dropout"
+    with pytest.raises(InputError, match=words):
+        ready(nn.Sequential(Function(how)), nn.Flatten(), nn.Linear(36, 3))
+
+
+def test_a_function_that_drops_nothing_or_in_the_trunk_is_none_of_the_suffix():
+    assert ready(Function("off"), Function("self.training", 0.0), nn.Flatten(), nn.Linear(36, 3)).learner.config.dropout
+    net = nn.Sequential(Function("self.training"), nn.Flatten(), nn.Dropout(0.5), nn.Linear(50, 3))
+    config = METHODS["latent_replay"].Config(dropout=True)
+    assert prepare(net, at="1", example=X[:1], method="latent_replay", classes=3, config=config).learner.config.dropout
+    plain = METHODS["latent_replay"].Config()
+    net = nn.Sequential(nn.Flatten(), Function("self.training"), nn.Linear(50, 3))
+    assert not prepare(net, at="0", example=X[:1], method="latent_replay", classes=3, config=plain).learner.config.dropout
+
+
+def test_a_model_that_cannot_be_traced_in_training_mode_is_refused():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x * 2 if self.training and x.sum() > 0 else x
+
+    with pytest.raises(
+        InputError, match=r"^dropout: must be False for a model that cannot be cut in training mode, got True \(model: cannot"
+    ):
+        ready(Branches(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3))

@@ -6,6 +6,8 @@ Source: Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Network
 
 import math
 import operator
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from edgecl.splitting import recorded
+from edgecl.splitting import SplitError, cut, module_place, recorded, traced
 from edgecl_device.checks import MOST_DRAWS
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import DrawSpec
@@ -24,6 +26,8 @@ GRAIN = 1 << 16
 _BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d)
 _KINDS = (nn.Dropout, *_BY_CHANNEL)
 _ALL = (*_KINDS, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DRAWS = re.compile("dropout|bernoulli|^rand")
+"""In the names of functions and methods that drop values, or draw which to drop."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,41 @@ def with_masks(suffix: nn.Module, z: Any) -> tuple[fx.GraphModule, tuple[Site, .
         traced.graph.erase_node(node)
     traced.recompile()
     return traced, sites
+
+
+def check_functions(model: nn.Module, at: str, inputs: Sequence[str] | None = None) -> None:
+    """Check that behind the cut only modules drop: what a function drops by ``self.training`` is off in the parts, traced in eval mode.
+
+    Args:
+        model: The user's model; left as it is.
+        at: Where it is cut.
+        inputs: As :func:`edgecl.splitting.split` takes them.
+
+    Raises:
+        InputError: naming the function and the module that calls it; when the model cannot be cut in training mode.
+    """
+    try:
+        _, tracer, graph, _ = traced(model, inputs, training=True)
+        nodes, front, _ = cut(tracer, graph, at)
+    except SplitError as error:
+        raise InputError(f"dropout: must be False for a model that cannot be cut in training mode, got True ({error})") from error
+    for node in nodes:
+        if node.op in ("call_function", "call_method") and node not in front and (name := _drawing(node)):
+            path = next(reversed(node.meta.get("nn_module_stack") or {"": None}))
+            raise InputError(
+                f"dropout: must be False for a suffix that calls {name} in training, in {module_place(path)}, got True, which is for "
+                "modules; make it an nn.Dropout module, or leave dropout out"
+            )
+
+
+def _drawing(node: fx.Node) -> str | None:
+    """The name of a function or method that drops values in the mode in which it was traced."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if "dropout" in name:  # PyTorch's all take (input, p, training)
+        p = (*node.args[1:2], node.kwargs.get("p"))[0]
+        training = (*node.args[2:3], node.kwargs.get("training", node.kwargs.get("train")))[0]
+        return name if p and training else None
+    return name if _DRAWS.search(name) else None
 
 
 def _drops(module: nn.Module) -> bool:
