@@ -247,13 +247,14 @@ def prepare(
     carried = None if stream is None else checked_stream(stream, example)
     try:
         with torch.no_grad():
-            if not isinstance(at, str):
+            if isinstance(at, str):
+                parts = split(model, at, list(example) if isinstance(example, Mapping) else None)
+            else:
                 if isinstance(example, Mapping):
                     raise InputError(f"at: several modules are for models of one input, got {list(example)}; pass one name")
                 outputs = as_int("classes", classes) if isinstance(target, str) else target.resolved(None)[1]
                 front = Trunk(preprocessing(preprocess, example), nn.Identity(), ("x",), carried).eval()
-                model, at = tapped(model, at, model_inputs(front, example), outputs), "taps"
-            parts = split(model, at, list(example) if isinstance(example, Mapping) else None)
+                (model, parts), at = tapped(model, at, model_inputs(front, example), outputs), "taps"
             if isinstance(example, Mapping):
                 example = {name: example[name] for name in parts.inputs}
             trunk = Trunk(preprocessing(preprocess, example), parts.trunk, parts.inputs, carried).eval()

@@ -339,7 +339,7 @@ def _trunk(root: nn.Module, nodes: list[fx.Node], crossing: list[fx.Node], keys:
     _copy_nodes(graph, nodes, copies)
     values = {node.name: copies[node] for node in crossing}
     graph.output(copies[crossing[0]] if len(crossing) == 1 else values)
-    return _build(root, graph, [node for node in graph.nodes if node.op == "placeholder"], "Trunk", keys)
+    return part_of(root, graph, [node for node in graph.nodes if node.op == "placeholder"], "Trunk", keys)
 
 
 def _suffix(root: nn.Module, nodes: list[fx.Node], crossing: list[fx.Node], keys: set[str]) -> fx.GraphModule:
@@ -348,7 +348,7 @@ def _suffix(root: nn.Module, nodes: list[fx.Node], crossing: list[fx.Node], keys
     copies = {node: z if len(crossing) == 1 else graph.call_function(operator.getitem, (z, node.name)) for node in crossing}
     inputs = list(copies.values())
     _copy_nodes(graph, nodes, copies)
-    return _build(root, graph, inputs, "Suffix", keys)
+    return part_of(root, graph, inputs, "Suffix", keys)
 
 
 def _copy_nodes(graph: fx.Graph, nodes: list[fx.Node], copies: dict[fx.Node, fx.Node]) -> None:
@@ -362,7 +362,16 @@ def _copy_nodes(graph: fx.Graph, nodes: list[fx.Node], copies: dict[fx.Node, fx.
         copies[node] = graph.node_copy(node, copies.__getitem__)
 
 
-def _build(root: nn.Module, graph: fx.Graph, inputs: list[fx.Node], title: str, keys: set[str]) -> fx.GraphModule:
+def part_of(root: nn.Module, graph: fx.Graph, inputs: list[fx.Node], title: str, keys: set[str]) -> fx.GraphModule:
+    """A part of a model, in eval mode, which does not change its input in place.
+
+    Args:
+        root: A copy of the model, whose modules it keeps.
+        graph: What it computes.
+        inputs: Nodes whose tensors belong to the caller.
+        title: Name of its class.
+        keys: Of the model's ``state_dict``; other buffers are not persistent.
+    """
     for node in inputs:
         if _overwritten(root, graph, node):
             with graph.inserting_after(node):

@@ -8,6 +8,7 @@ ICML 2022 (one linear classifier on features of all depths). Deviations: whole l
 a group lasso; each layer's part has length 1, so that none outweighs the others.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from edgecl.methods._features import unit
-from edgecl.splitting import SplitError, listing, traced
+from edgecl.splitting import Split, SplitError, listing, part_of, traced
 
 
 def pooled(x: Tensor, positions: Sequence[int]) -> Tensor:
@@ -55,7 +56,8 @@ def taps(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.GraphModule:
             break
         graph.erase_node(node)
     graph.output(graph.call_function(torch.cat, (parts, 1)))
-    return fx.GraphModule(whole, graph, class_name="Taps").eval()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return part_of(whole, graph, inputs, "Taps", set(model.state_dict()))
 
 
 def pool(whole: nn.Module, tracer: Any, graph: fx.Graph, names: Sequence[str], x: Tensor) -> list[fx.Node]:
@@ -83,8 +85,8 @@ def pool(whole: nn.Module, tracer: Any, graph: fx.Graph, names: Sequence[str], x
     return parts
 
 
-def tapped(model: nn.Module, names: Sequence[str], x: Tensor, classes: int) -> nn.Module:
-    """:func:`taps` as the module ``taps``, and a linear layer ``head`` behind it whose weights start at zero.
+def tapped(model: nn.Module, names: Sequence[str], x: Tensor, classes: int) -> tuple[nn.Module, Split]:
+    """A model of :func:`taps` as the module ``taps`` and a linear layer ``head`` from zero, and its two parts.
 
     Args:
         model: As in :func:`taps`.
@@ -97,7 +99,15 @@ def tapped(model: nn.Module, names: Sequence[str], x: Tensor, classes: int) -> n
         head = nn.Linear(features(x).shape[1], classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return nn.Sequential(OrderedDict(taps=features, head=head))
+    whole = nn.Sequential(OrderedDict(taps=features, head=head))
+    return whole, Split(_only(whole, "taps", "input"), _only(copy.deepcopy(whole), "head", "z"), ("input",), ("taps",))
+
+
+def _only(whole: nn.Module, name: str, taking: str) -> fx.GraphModule:
+    """The part of a model that is one module, whose parameters keep their names in the model."""
+    graph = fx.Graph()
+    graph.output(graph.call_module(name, (graph.placeholder(taking),)))
+    return fx.GraphModule(whole, graph, class_name=name.capitalize()).eval()
 
 
 def _rank(name: str, node: fx.Node) -> int:

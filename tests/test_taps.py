@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from edgecl import METHODS, ImageU8, prepare, taps
 from edgecl.backbones.small_cnn import SmallCnn
@@ -65,6 +65,18 @@ def test_nothing_behind_the_deepest_tap_runs_and_the_model_stays(model):
     assert not [node for node in found.graph.nodes if node.op == "call_module" and str(node.target) in ("2", "3", "4")]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(model) == 5
+
+
+def test_the_input_stays():
+    x = -torch.ones(1, 2)
+    assert not taps(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()), ["0"], x)(x).any() and torch.equal(x, -torch.ones(1, 2))
+
+
+def test_a_model_is_traced_once(model, monkeypatch):
+    traces, trace = [], fx.Tracer.trace
+    monkeypatch.setattr(fx.Tracer, "trace", lambda self, *args: traces.append(1) or trace(self, *args))
+    prepare(model, at=["0", "1"], example=np.ones((1, 2, 8, 8), np.float32), method="finetune", classes=3)
+    assert len(traces) == 1
 
 
 def test_a_map_of_zeros_gives_zeros():
