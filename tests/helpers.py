@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from edgecl.figures import machine
 from edgecl_device import Learner
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.manifest import Array, read_manifest
-from edgecl_export import Exported, export
+from edgecl_export import Exported, ExportError, export
 from edgecl_export.verify import Gate
 
 CLASSES = 5
@@ -141,6 +142,15 @@ class Toy:
                         raise
         gates = [Gate(**gate) for gate in json.loads((folder / "gates.json").read_text())]
         return Exported(folder / "bundle", read_manifest(folder / "bundle"), tuple(gates))
+
+    def refused(self, folder: Path, learner: str | Prepared, match: str, error: type[Exception] = ExportError, **changes: Any) -> None:
+        """The export of a method, or of a learner, fails with this error and leaves nothing behind, not even a missing parent."""
+        ready = self.prepared(learner, **changes) if isinstance(learner, str) else learner
+        before = {name: tensor.clone() for name, tensor in ready.state.items()}
+        with pytest.raises(error, match=match):
+            export(ready, folder / "new" / "bundle")
+        assert list(folder.iterdir()) == []
+        assert all(torch.equal(tensor, before[name]) for name, tensor in ready.state.items())
 
     def device(self, method: str, engine: str, store: Path | None = None, **changes: Any) -> Learner:
         """The device's learner on an engine, as the bundle starts it."""
