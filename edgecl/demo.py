@@ -39,6 +39,7 @@ from edgecl.preprocess import ImageU8
 from edgecl.pretraining import Recipe, train
 from edgecl.streams import ClassIncremental, Dataset, fashion_mnist_subset
 from edgecl_device import Learner
+from edgecl_device.checks import entry
 from edgecl_device.errors import InputError
 
 MEAN, STD = 0.286, 0.353
@@ -200,8 +201,7 @@ def run_demo(
     Raises:
         InputError: when there is no seed, no row or no such engine.
     """
-    if engine not in tuple(ENGINE_PACKAGES):
-        raise InputError(f"engine: must be one of {', '.join(ENGINE_PACKAGES)}, got {str(engine)[:80]!r}; pass one of them")
+    entry("engine", engine, ENGINE_PACKAGES)
     if seeds < 1 or not settings:
         raise InputError(f"seeds, settings: must be at least 1 seed and 1 row, got {seeds} and {len(settings)}")
     start = time.perf_counter()

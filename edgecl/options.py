@@ -22,6 +22,7 @@ from edgecl.backbones import BACKBONES, load_weights
 from edgecl.methods import METHODS
 from edgecl.preprocess import ImageU8
 from edgecl.splitting import widen_head
+from edgecl_device.checks import entry
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import Array
 
@@ -230,9 +231,7 @@ def parse_config(method: str, pairs: Sequence[str]) -> Any:
     >>> parse_config("finetune", ["lr=0.1", "trainable=fc.*,conv.*"]).trainable
     ('fc.*', 'conv.*')
     """
-    if method not in METHODS:
-        raise InputError(f"--method: must be one of {', '.join(METHODS)}, got {method!r}")
-    kind = METHODS[method].Config
+    kind = entry("--method", method, METHODS).Config
     hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for pair in pairs:

@@ -20,7 +20,7 @@ from edgecl.taps import tapped
 from edgecl.targets import TargetKind, kind_of, room, target_arrays
 from edgecl.trees import flatten_tree, leaves, map_tree
 from edgecl.trunk import Trunk, checked_stream, model_inputs, preprocessing
-from edgecl_device.checks import as_int, has_length
+from edgecl_device.checks import as_int, entry, has_length
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import DTYPES, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory, row_of
@@ -225,9 +225,7 @@ def prepare(
             do not fit, or a suffix of another number of classes.
         SplitError: when the model cannot be cut there.
     """
-    if method not in list(METHODS):  # a list: what is given may have no hash
-        raise InputError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
-    kind = METHODS[method]
+    kind = entry("method", method, METHODS)
     if config is not None and not isinstance(config, kind.Config):
         raise InputError(f"config: must be METHODS[{method!r}].Config or None, got {config!r}; make one of that class")
     wanted = kind_of(target)

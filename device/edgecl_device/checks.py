@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ MOST_ELEMENTS = 1 << 40
 MOST_THREADS = 64
 MOST_DRAWS = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
+_Entry = TypeVar("_Entry")
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -233,6 +234,21 @@ def check_whole(specs: Mapping[str, TensorSpec], state: Mapping[str, Array]) -> 
         raise InputError(f"state: {', '.join(missing)} missing; pass every tensor of the manifest's state")
     for name, spec in specs.items():
         spec.check(state[name])
+
+
+def entry(name: str, key: Any, table: Mapping[str, _Entry]) -> _Entry:
+    """An entry of a table, by what the parameter ``name`` was given.
+
+    Raises:
+        InputError: when there is none.
+
+    >>> entry("engine", "abacus", {"onnx": 1, "executorch": 2})
+    Traceback (most recent call last):
+    edgecl_device.errors.InputError: engine: must be one of onnx, executorch, got 'abacus'; pass one of them
+    """
+    if key not in tuple(table):  # a tuple: what is given may have no hash
+        raise InputError(f"{name}: must be one of {', '.join(table)}, got {short(key)}; pass one of them")
+    return table[key]
 
 
 def as_name(value: Any) -> str:

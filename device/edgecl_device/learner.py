@@ -20,6 +20,7 @@ from edgecl_device.checks import (
     as_path,
     check_manifest,
     check_state,
+    entry,
     has_length,
     read_tensors,
     short,
@@ -131,8 +132,8 @@ class Learner(OneAtATime):
             report = learner.learn(seen.sample_id, "mug")
         """
         folder = as_path("bundle", bundle)
-        if engine is not None and engine not in tuple(ENGINES):
-            raise InputError(f"engine: must be one of {', '.join(ENGINES)}, got {short(engine)}; pass one of them")
+        if engine is not None:
+            entry("engine", engine, ENGINES)
         if store is not None and as_path("store", store).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"store: must be outside of the bundle, whose files are checked, got {short(store)}; pass another path")
         manifest = read_manifest(folder)

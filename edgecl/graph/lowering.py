@@ -13,7 +13,7 @@ from edgecl.graph.memory import Plan
 from edgecl.graph.passes import ApplyRules, Clean, FoldConstants, FoldConvolutionAffine, JoinVectors, MergeEqual, ScaleKernels, UpdateEarly
 from edgecl.graph.rules import RULES
 from edgecl.graph.step import StepGraph
-from edgecl_device.errors import InputError
+from edgecl_device.checks import entry
 
 if TYPE_CHECKING:
     from edgecl.prepare import Prepared
@@ -72,8 +72,7 @@ def build(prepared: "Prepared", engine: str = "onnx") -> dict[str, BuiltStep]:
         InputError: when there are no rules for such an engine.
         GraphError: when a step cannot be captured or lowered, with its place in the model.
     """
-    if engine not in tuple(RULES):
-        raise InputError(f"engine: must be one of {', '.join(RULES)}, got {str(engine)[:80]!r}; pass one of them")
+    entry("engine", engine, RULES)
     captured = [capture_encode(prepared.trunk, prepared.x, prepared.trunk.model, prepared.trunk.initial_state())]
     captured += [capture(prepared.learner, name) for name in prepared.learner.steps]
     return {graph.name: build_step(graph, engine) for graph in captured}

@@ -9,7 +9,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgecl_device.errors import EdgeclError, InputError
+from edgecl_device.checks import entry
+from edgecl_device.errors import EdgeclError
 
 _ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
@@ -82,13 +83,11 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     Traceback (most recent call last):
     edgecl_device.errors.InputError: name: must be one of fashion_mnist, cifar10, cifar100, fsdd, got 'imagenet'; pass one of them
     """
-    if name not in SOURCES:
-        raise InputError(f"name: must be one of {', '.join(SOURCES)}, got {name!r}; pass one of them")
+    source = entry("name", name, SOURCES)
     try:
         import pooch
     except ImportError as error:
         raise EdgeclError("pooch is not installed; install it with: pip install 'edgecl[data]'") from error
-    source = SOURCES[name]
     place = Path(cache if cache is not None else pooch.os_cache("edgecl")) / name
     for address, sha256 in source.files.items():
         file = place / address.rsplit("/", 1)[1]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from edgecl.graph.lowering import BuiltStep
+from edgecl_device.checks import entry
 from edgecl_device.engines import Engine
-from edgecl_device.errors import InputError
 from edgecl_device.manifest import Array, Manifest
 
 
@@ -83,6 +83,4 @@ def target_of(engine: str) -> Target:
     Raises:
         InputError: when there is none of that name.
     """
-    if engine not in tuple(TARGETS):
-        raise InputError(f"engine: must be one of {', '.join(TARGETS)}, got {str(engine)[:80]!r}; pass one of them")
-    return TARGETS[engine]()
+    return entry("engine", engine, TARGETS)()
