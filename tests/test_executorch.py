@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edgecl import METHODS, prepare
+from edgecl.graph.lowering import build
 from edgecl_device import Learner
 from edgecl_device.engines import executorch as device
 from edgecl_device.errors import BundleError, EdgeclError, InputError
@@ -69,6 +70,21 @@ def test_gate_frozen_tensors(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(target.ExecutorchTarget, "write", spoiled)
     with pytest.raises(ExportError, match=r"gate 'frozen tensors': step 'encode': .* differs in the bundle"):
         export(toy.prepared("ncm"), tmp_path / "bundle", engine="executorch")
+
+
+def test_frozen_tensors_are_found_without_a_search_through_the_file(exported):
+    bundle, ready = exported
+    files = target.ExecutorchFiles(bundle.path, bundle.manifest)
+    files.content = b""
+    constants = [t.contiguous().numpy() for step in build(ready, "executorch").values() for t in step.graph.constants().values()]
+    assert all(files.holds("encode", constant) for constant in constants)
+    vectors = [constant for constant in constants if constant.size > 1]
+    assert len(vectors) > 5
+    for constant in vectors:
+        assert not files.holds("encode", np.concatenate([constant.reshape(-1), np.zeros(16, constant.dtype)])), "padding is no content"
+        changed = constant.copy()
+        changed.reshape(-1)[-1] += 1
+        assert not files.holds("encode", changed)
 
 
 def test_gate_parity(toy, tmp_path, monkeypatch):

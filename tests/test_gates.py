@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import edgecl_export.bundle as bundle
 from edgecl import METHODS, ImageU8, prepare
+from edgecl.graph.lowering import build
 from edgecl.methods.finetune import Finetune
 from edgecl_device import BundleError
 from edgecl_export import ExportError, export
@@ -220,6 +221,22 @@ def test_gates_refuse_an_altered_weight(toy, monkeypatch, tmp_path, size):
 
     monkeypatch.setattr(targets.WeightFile, "place", altered)
     toy.refused(tmp_path, "frozen", "gate '(parity|frozen tensors)'")
+
+
+def test_frozen_tensors_are_read_once(toy, monkeypatch):
+    """However many there are to look for."""
+    exported, ready = toy.bundle("latent_replay")
+    files = targets.OnnxFiles(exported.path, exported.manifest)
+    read, tobytes = [], ir.ExternalTensor.tobytes
+    monkeypatch.setattr(ir.ExternalTensor, "tobytes", lambda tensor: read.append(tensor.name) or tobytes(tensor))
+    steps = build(ready)
+    for _ in range(2):
+        assert all(files.holds(name, t.contiguous().numpy()) for name, step in steps.items() for t in step.graph.constants().values())
+    stored = [
+        v for model in files.models.values() for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)
+    ]
+    assert len(read) == len(stored) > 0
+    assert not files.holds("encode", np.full(3, 0.123, np.float32))
 
 
 def test_gates_refuse_files_that_change_while_they_run(toy, monkeypatch, tmp_path):

@@ -79,8 +79,14 @@ class ExecutorchFiles:
             self.folder = folder
             self.manifest = manifest
             self.content = (folder / PROGRAM_FILE).read_bytes()
-            self.program: Any = deserialize_pte_binary(self.content).program
+            file: Any = deserialize_pte_binary(self.content)
+        self.program: Any = file.program
         self._plans = {plan.name: plan for plan in self.program.execution_plan}
+        self._sizes: dict[bytes, int] = {}
+        named = file.named_data.buffers if file.named_data is not None else []
+        for tensor in (*(buffer.storage for buffer in self.program.constant_buffer), *named):  # some are padded with zeros
+            bare = tensor.rstrip(b"\0")
+            self._sizes[bare] = max(len(tensor), self._sizes.get(bare, 0))
 
     def operators(self, step: str) -> Set[str]:
         """Kernels that a method calls, ``aten::addmm.out`` for instance, and its delegates."""
@@ -104,7 +110,10 @@ class ExecutorchFiles:
             layouts += [constant.transpose(0, *last, 1), constant.transpose(1, *last, 0)]
         elif constant.ndim == 2:
             layouts.append(constant.T)
-        return any(np.ascontiguousarray(layout).tobytes() in self.content for layout in layouts)
+        contents = [np.ascontiguousarray(layout).tobytes() for layout in layouts]
+        if any(self._sizes.get(content.rstrip(b"\0"), -1) >= len(content) for content in contents):
+            return True
+        return any(content in self.content for content in contents)  # a small one may be written into a delegate's own data
 
     def engine(self) -> ExecutorchEngine:
         """A new engine on the file."""

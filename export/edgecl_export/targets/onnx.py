@@ -1,6 +1,7 @@
 """Stock ONNX Runtime: one graph a step, frozen tensors once in a file beside them."""
 
 from collections.abc import Mapping, Set
+from hashlib import sha256
 from pathlib import Path
 
 import onnx_ir as ir
@@ -43,6 +44,7 @@ class OnnxFiles:
         self.folder = folder
         self.manifest = manifest
         self.models = {name: ir.load(folder / step.file) for name, step in manifest.steps.items()}
+        self._held: dict[str, set[bytes]] = {}
         self._kernels: dict[str, list[tuple[int, int]]] = {}
         for definition in onnxruntime.capi.onnxruntime_pybind11_state.get_all_opkernel_def():
             if definition.provider == "CPUExecutionProvider" and definition.domain == "":
@@ -69,9 +71,10 @@ class OnnxFiles:
 
     def holds(self, step: str, constant: Array) -> bool:
         """Whether an initializer has these bytes."""
-        found = (value.const_value for value in self.models[step].graph.initializers.values())
-        content = constant.tobytes()
-        return any(tensor.tobytes() == content for tensor in found if tensor is not None)
+        if step not in self._held:  # each is read once; all steps together may hold more than fits into memory
+            found = (value.const_value for value in self.models[step].graph.initializers.values())
+            self._held[step] = {sha256(tensor.tobytes()).digest() for tensor in found if tensor is not None}
+        return sha256(constant.tobytes()).digest() in self._held[step]
 
     def engine(self) -> OnnxEngine:
         """A new engine on the files."""
