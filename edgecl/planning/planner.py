@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecl.methods._dropout import check_functions
 from edgecl.planning.candidates import Candidate, candidates
 from edgecl.planning.costs import Accountant, resized
 from edgecl.planning.data import rows_of, thinned
@@ -127,6 +128,8 @@ class _Planner:
                 continue
             for candidate in candidates(depth, self.settings.configs, calibrated=len(self.course(1.0, 0).base) > 0):
                 try:
+                    if isinstance(at, str) and getattr(candidate.config, "dropout", False):  # several places have no layers behind them
+                        check_functions(self.network.model, at)
                     found.append((depth, candidate, self.accounts.bound(depth, candidate)))
                 except EdgeclError as error:
                     self.unsuited[f"{candidate.method} at {place_text(at)}: {error}"] += 1

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
 
 from edgecl import METHODS, prepare
 from edgecl.methods import NearestMean
@@ -152,6 +154,20 @@ def test_a_method_registered_later_is_tried(small, split, monkeypatch):
     late, ncm = ([o for o in found.options if o.candidate.method == name] for name in ("late", "ncm"))
     assert len(late) == len(ncm) == 1
     assert [o.accuracy for o in late] == [o.accuracy for o in ncm]
+
+
+def test_dropout_by_functions_is_refused_as_prepare_does(small, split):
+    class Function(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, training=self.training)
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Dropout(0.5), Function(), nn.Linear(8, small.CLASSES)).eval()
+    network = dataclasses.replace(small.network(), model=net)
+    configs = {"latent_replay": METHODS["latent_replay"].Config(rows_per_step=4, dropout=True)}
+    with pytest.raises(
+        InputError, match="latent_replay at 2: dropout: must be False for a suffix that calls dropout in training, in module '4'"
+    ):
+        plan(network, split, small.scenario, Limits(), small.settings(configs=configs))
 
 
 def test_a_method_without_classes_is_refused_by_name(monkeypatch):
