@@ -136,7 +136,7 @@ def frozen_bytes(steps: Mapping[str, BuiltStep]) -> int:
 
 
 def _calibrated(prepared: Prepared) -> Prepared:
-    if prepared.examples:
+    if prepared.examples or prepared.memory is None:
         return prepared
     ready = copy.copy(prepared)
     ready.learner = learner = copy.deepcopy(prepared.learner)
