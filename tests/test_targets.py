@@ -406,4 +406,4 @@ def test_the_command_runs_a_stream_of_every_kind(bundles, tmp_path, capsys, kind
     assert main(["info", str(exported.path)]) == 0
     np.savez(tmp_path / "s.npz", x=x, y=y, weight=weight * 0)
     assert main(["run", str(exported.path), "--data", str(tmp_path / "s.npz")]) == 2
-    assert "weight of sample 0: must be finite in float32 and above 0" in capsys.readouterr().err
+    assert "sample 0: weight: must be finite in float32 and above 0" in capsys.readouterr().err

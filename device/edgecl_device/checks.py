@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -296,6 +296,14 @@ def as_float32(name: str, value: Any, positive: bool) -> float:
         bound = "above 0" if positive else "at least 0"
         raise InputError(f"{name}: must be finite in float32 and {bound}, got {short(value)}; pass such a number")
     return result
+
+
+def as_weight(value: Any, method: str, taken: Collection[str]) -> float:
+    """A sample weight: above 0, and 1 where it is none of the inputs ``taken`` by the method's ``learn``."""
+    weight = as_float32("weight", value, positive=True)
+    if weight != 1 and "weight" not in taken:
+        raise InputError(f"weight: {method} takes no sample weight, got {weight}; leave it at 1")
+    return weight
 
 
 def read_tensors(path: Path) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import as_float32, as_inputs, check_manifest
+from edgecl_device.checks import as_inputs, as_weight, check_manifest
 from edgecl_device.errors import EdgeclError, InputError, UpdateRefusedError
 from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
@@ -146,10 +146,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_manifest(manifest)
     names = [spec.name for spec in manifest.steps["encode"].inputs]
     xs, ys = read_streams(args.data, names, manifest.target)
-    weights = read_weights(args.data, len(ys))
     n = len(ys) if args.limit is None else min(len(ys), args.limit)
+    weights = read_weights(args.data, len(ys))[:n]
     kind = target_of(manifest.target, manifest.max_classes)
-    check_stream({name: x[:n] for name, x in xs.items()}, ys[:n], manifest)
+    check_stream({name: x[:n] for name, x in xs.items()}, ys[:n], weights, manifest)
     measured, refused = 0.0, 0
     by_class: dict[int, tuple[float, int]] = {}
     with Learner.load(args.bundle, args.store, threads=args.threads, rows=args.rows) as learner:
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 seen = learner.predict(one_of({name: x[i] for name, x in xs.items()}))
                 try:
                     if "learn" in manifest.steps:
-                        learner.learn(seen.sample_id, ys[i], weight=1.0 if weights is None else weights[i])
+                        learner.learn(seen.sample_id, ys[i], weight=weights[i])
                 except UpdateRefusedError:
                     refused += 1
             found = kind.measured(seen.outcome, target)
@@ -202,15 +202,7 @@ def read_streams(path: Path, inputs: Sequence[str], target: TargetSpec) -> tuple
     Raises:
         InputError: when the file or one of them is missing or does not fit.
     """
-    names = [*inputs, "y"]
-    listed = f"{', '.join(inputs)} and y"
-    try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
-            found = {name: data[name] for name in names}
-    except _NO_STREAM as error:
-        raise InputError(f"{path}: must be an npz file with arrays {listed} ({error}); write one with numpy.savez") from error
-    if not all(isinstance(array, np.ndarray) for array in found.values()):  # numpy hands out other members as bytes
-        raise InputError(f"{path}: {listed} must be arrays; write them with numpy.savez")
+    found = _read_arrays(path, [*inputs, "y"], f"{', '.join(inputs)} and y")
     ys = found.pop("y")
     xs = {name: np.atleast_1d(x) for name, x in found.items()}
     n = len(xs[inputs[0]])
@@ -230,32 +222,45 @@ def one_of(inputs: dict[str, Array]) -> Any:
     return inputs["x"] if "x" in inputs else {name.removeprefix("x."): x for name, x in inputs.items()}
 
 
-def read_weights(path: Path, samples: int) -> list[float] | None:
-    """Sample weights ``weight`` [n] of an npz file, or None when it has none.
+def read_weights(path: Path, samples: int) -> list[Any]:
+    """Sample weights ``weight`` [n] of an npz file, not checked each by itself; 1 for every sample when it has none.
 
     Raises:
-        InputError: when they are not one number above 0 a sample.
+        InputError: when the file cannot be read, or they are not one number a sample.
     """
-    with np.load(path, allow_pickle=False) as data:
-        found = data.get("weight")
+    found = _read_arrays(path, ["weight"], "weight", needed=False).get("weight")
     if found is None:
-        return None
+        return [1.0] * samples
     if found.shape != (samples,) or found.dtype.kind not in "fiu":
         raise InputError(f"{path}: weight must hold one number a sample, got {found.dtype} {list(found.shape)}; write it again")
-    return [as_float32(f"{path}: weight of sample {i}", value, positive=True) for i, value in enumerate(found)]
+    return list(found)
 
 
-def check_stream(xs: dict[str, Array], ys: Array, manifest: Manifest) -> None:
-    """Check every sample and target of a stream.
+def check_stream(xs: dict[str, Array], ys: Array, weights: Sequence[Any], manifest: Manifest) -> None:
+    """Check every sample of a stream, its target and its weight.
 
     Raises:
         InputError: naming the first sample that does not fit.
     """
     inputs, target = manifest.steps["encode"].inputs, target_of(manifest.target, manifest.max_classes)
-    for i, y in enumerate(ys):
+    taken = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
+    for i, (y, weight) in enumerate(zip(ys, weights, strict=True)):
         with named(i):
             as_inputs(one_of({name: x[i] for name, x in xs.items()}), inputs)
             target.array(y, ())
+            as_weight(weight, manifest.method, taken)
+
+
+def _read_arrays(path: Path, names: Sequence[str], listed: str, needed: bool = True) -> dict[str, Array]:
+    """Arrays of an npz file, those that it has where they are not ``needed``; errors call them ``listed``."""
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
+            found = {name: data[name] for name in names if needed or name in data}
+    except _NO_STREAM as error:
+        raise InputError(f"{path}: must be an npz file with arrays {listed} ({error}); write one with numpy.savez") from error
+    if not all(isinstance(array, np.ndarray) for array in found.values()):  # numpy hands out other members as bytes
+        raise InputError(f"{path}: {listed} must be arrays; write them with numpy.savez")
+    return found
 
 
 @contextmanager

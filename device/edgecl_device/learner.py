@@ -18,6 +18,7 @@ from edgecl_device.checks import (
     as_int,
     as_name,
     as_path,
+    as_weight,
     check_manifest,
     check_state,
     entry,
@@ -408,9 +409,7 @@ class Learner(OneAtATime):
         return names[index] or (str(index) if str(index) not in names else f"{index} (no name)")
 
     def _check_options(self, weight: float, lr: float | None) -> tuple[float, float]:
-        weight = as_float32("weight", weight, positive=True)
-        if weight != 1 and "weight" not in self._options:
-            raise InputError(f"weight: {self.manifest.method} takes no sample weight, got {weight}; leave it at 1")
+        weight = as_weight(weight, self.manifest.method, self._options)
         if lr is not None and "lr" not in self._options:
             raise InputError(f"lr: {self.manifest.method} has no learning rate, got {lr}; leave it out")
         return weight, as_float32("lr", self.manifest.learning_rate if lr is None else lr, positive=False)

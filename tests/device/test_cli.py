@@ -218,6 +218,49 @@ def test_damaged_streams_are_errors_of_one_line(call, means, stream, tmp_path, n
     assert f"{name}.npz: " in err and "numpy.savez" in err
 
 
+def bad_weights(folder, x):
+    good = {"x": x, "y": np.zeros(len(x), np.int64)}
+    np.savez(folder / "objects.npz", weight=np.array([None] * len(x)), **good)
+    np.savez(folder / "few.npz", weight=np.ones(3), **good)
+    np.savez(folder / "zero.npz", weight=np.arange(len(x))[::-1], **good)
+    np.savez(folder / "flipped.npz", weight=np.ones(len(x)), **good)
+    content = bytearray((folder / "flipped.npz").read_bytes())
+    content[content.index(np.ones(1).tobytes(), content.index(b"weight.npy"))] ^= 1
+    (folder / "flipped.npz").write_bytes(content)
+    np.savez(folder / "text.npz", **good)
+    with zipfile.ZipFile(folder / "text.npz", "a") as file:
+        file.writestr("weight.npy", b"no array")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("objects", "objects.npz: must be an npz file with arrays weight (Object arrays cannot be loaded"),
+        ("few", "few.npz: weight must hold one number a sample, got float64 [3]"),
+        ("zero", "sample 119: weight: must be finite in float32 and above 0, got "),
+        ("flipped", "flipped.npz: must be an npz file with arrays weight (Bad CRC-32"),
+        ("text", "text.npz: weight must be arrays; write them with numpy.savez"),
+    ],
+)
+def test_bad_weights_are_errors_of_one_line(call, means, stream, tmp_path, name, message):
+    bad_weights(tmp_path, stream[0])
+    code, out, err = call("run", means, "--data", tmp_path / f"{name}.npz", "--store", tmp_path / "l.db")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert message in err and not (tmp_path / "l.db").exists()
+
+
+def test_weights_that_the_method_does_not_take_are_refused_before_the_first_sample(call, means, stream, tmp_path, edit_manifest):
+    described = json.loads((means / "manifest.json").read_text())
+    del described["steps"]["learn"], described["files"]["learn.onnx"]
+    (means / "learn.onnx").unlink()
+    edit_manifest(means, steps=described["steps"], files=described["files"])
+    np.savez(tmp_path / "s.npz", x=stream[0][:6], y=stream[1][:6], weight=[1, 1, 2, 1, 1, 1])
+    code, _, err = call("run", means, "--data", tmp_path / "s.npz", "--store", tmp_path / "l.db")
+    assert (code, err) == (2, "edgecl-device: sample 2: weight: means takes no sample weight, got 2.0; leave it at 1\n")
+    assert not (tmp_path / "l.db").exists()
+    assert call("run", means, "--data", tmp_path / "s.npz", "--limit", 2)[0] == 0
+
+
 def as_command(means, *arguments, **options):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "edgecl_device.cli", *arguments, str(means)]
