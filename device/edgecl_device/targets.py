@@ -125,7 +125,7 @@ class VectorTarget(Target):
 
     def measured(self, found: Any, target: Array) -> float:
         """Mean of the squared errors."""
-        return float(np.mean((found - target[0]) ** 2))
+        return float(np.mean((found - target[0].astype(np.float64)) ** 2))  # the square of a float32 may be beyond float32
 
 
 class MultiLabelTarget(Target):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from edgecl_device import Learner, StoreFullError, cli
+from edgecl_device.manifest import TargetSpec
+from edgecl_device.targets import VectorTarget
 
 
 @pytest.fixture
@@ -259,6 +261,11 @@ def test_weights_that_the_method_does_not_take_are_refused_before_the_first_samp
     assert (code, err) == (2, "edgecl-device: sample 2: weight: means takes no sample weight, got 2.0; leave it at 1\n")
     assert not (tmp_path / "l.db").exists()
     assert call("run", means, "--data", tmp_path / "s.npz", "--limit", 2)[0] == 0
+
+
+def test_squared_errors_beyond_float32_are_finite():
+    target = VectorTarget(TargetSpec("vector", (1, 2), "float32"), 2)
+    assert target.measured(np.array([0, -1e30], np.float32), np.array([[0, 1e30]], np.float32)) == pytest.approx(2e60)
 
 
 def as_command(means, *arguments, **options):
