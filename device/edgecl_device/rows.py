@@ -245,9 +245,10 @@ class RowFile:
 
     def _open(self, path: Path) -> None:
         try:
-            ok = path.stat().st_size == self.file_bytes
-            self._header = np.memmap(path, _HEADER, "r+", shape=())
-            ok = ok and self._header["magic"].tobytes() == _MAGIC and self._header["rows"] == self._count
+            ok = path.stat().st_size == self.file_bytes  # first, as numpy would lengthen a shorter file
+            if ok:
+                self._header = np.memmap(path, _HEADER, "r+", shape=())
+                ok = self._header["magic"].tobytes() == _MAGIC and self._header["rows"] == self._count
             if not ok or self._header["record"] != self._record.itemsize:
                 raise StoreError(f"{path}: is damaged or no row file of this bundle; {RESTORE}")
             self._rows = np.memmap(path, self._record, "r+", offset=HEADER_BYTES, shape=(self._count,))

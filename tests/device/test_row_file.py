@@ -257,8 +257,9 @@ def test_a_file_that_does_not_go_with_the_store_is_refused(filed, start, load, s
     refused("is of another time than the store", store="early.db")
     refused("belongs to another store", rows="other.bin")
     refused("the store's row file is missing", rows="none.bin")
-    (tmp_path / "cut.bin").write_bytes((tmp_path / "rows.bin").read_bytes()[:-1])
-    refused("is damaged or no row file", rows="cut.bin")
+    for size in (-1, 10, 0):
+        (tmp_path / "cut.bin").write_bytes((tmp_path / "rows.bin").read_bytes()[:size])
+        refused("is damaged or no row file", rows="cut.bin")
     (tmp_path / "junk.bin").write_bytes(b"x" * (tmp_path / "rows.bin").stat().st_size)
     refused("is damaged or no row file", rows="junk.bin")
     load(filed, store=tmp_path / "early.db", rows=tmp_path / "early.bin").close()
