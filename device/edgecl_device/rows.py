@@ -23,6 +23,7 @@ from edgecl_device.manifest import Array, Manifest, TensorSpec
 ROW = "memory.row."
 HEADER_BYTES = 64
 _MAGIC = b"edgecl rows 1\n\0\0"
+_SIDE_FILES = ("-wal", "-journal", "-shm", "-new")
 _ZEROS = bytes(1 << 20)
 
 
@@ -275,6 +276,11 @@ def row_file_of(manifest: Manifest, bundle: Path, store: str | Path | None, rows
         raise InputError(f"rows: a file of rows goes with a store, got {short(rows)} without one; name a store, too")
     if path.is_relative_to(bundle.resolve()) or path == as_path("store", store).resolve() or path.is_dir():
         raise InputError(f"rows: must be a file of its own, outside of the bundle, got {short(rows)}; pass another path")
+    if path.name.lower().endswith(_SIDE_FILES):  # the start of a store deletes strays of these names beside it
+        raise InputError(
+            f"rows: must not end in {', '.join(_SIDE_FILES)}, as files beside a store do, which come and go, got {short(rows)}; "
+            "pass another path, or rename the file"
+        )
     return path
 
 

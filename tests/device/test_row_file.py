@@ -313,6 +313,10 @@ def test_arguments_are_checked(filed, plain, load, tmp_path):
         (filed, None, tmp_path / "r", "^rows: a file of rows goes with a store"),
         (filed, tmp_path / "l.db", tmp_path / "l.db", "^rows: must be a file of its own"),
         (filed, tmp_path / "l.db", filed / "rows.bin", "^rows: must be a file of its own"),
+        *(
+            (filed, tmp_path / "l.db", tmp_path / f"B.db{end}", "^rows: must not end in -wal, ")
+            for end in ("-wal", "-journal", "-SHM", "-new")
+        ),
         (plain, tmp_path / "l.db", tmp_path / "r", "^rows: this bundle keeps no replay rows in a file"),
     ):
         with pytest.raises(InputError, match=message):
