@@ -85,7 +85,7 @@ def prepared_row(row: Row, classes: int, calibration: np.ndarray[Any, Any]) -> P
     Args:
         row: Method, budget, cut and hyperparameters.
         classes: Classes to make room for.
-        calibration: Features [N, d] of the cut, of other images than those to learn: what a learner fits before its first sample.
+        calibration: Features [N, d] of the cut, of other images than those to learn: for the ranges of replay codecs.
 
     Raises:
         TooLarge: when it does not fit.
@@ -101,7 +101,8 @@ def prepared_row(row: Row, classes: int, calibration: np.ndarray[Any, Any]) -> P
 
     prepared = learner(config)
     replays = prepared.memory is not None
-    prepared.learner.calibrate(torch.tensor(calibration))
+    if replays:
+        prepared.learner.calibrate(torch.tensor(calibration))
     room = BUDGETS[row.budget] - table_bytes([*prepared.state.values(), *prepared.learner.codebooks])
     if room < (SMALLEST_MEMORY if replays else 0):
         raise TooLarge(row.label)

@@ -15,13 +15,11 @@ learning with absolute memorization and privacy protection", NeurIPS 2022; rando
 "RanPAC", NeurIPS 2023. Deviations: one sample at a time; signed weights; features of unit length, so that gamma has one
 meaning; a projection is scaled to unit length again.
 
-R changes by u u^T with u = g sqrt(|w/s|): u_i u_j is the same number as u_j u_i, so R stays symmetric bit for bit.
+float32 suffices up to some 2e6 gamma samples. R's values lie between 1 / gamma and 1 / (samples + gamma), the latter along
+the features' mean, and the smallest get lost in the rounding of the largest. Beyond, take a larger gamma or
+``dtype="float64"``.
 
-R is kept in mirrored coordinates, H R H with the reflection H = I - 2 v v^T that takes the mean feature vector of the first base
-samples to the first axis (Householder, J. ACM 1958). R's values range from 1 / gamma down to 1 / (samples + gamma), the smallest
-along the features' mean; in the features' own coordinates they are small differences of large entries, which float32 loses
-in some 1e6 gamma samples, whereas mirrored they are entries of their own. gamma I and the solution stay the same. Without base
-samples R is kept as it is.
+R changes by u u^T with u = g sqrt(|w/s|): u_i u_j is the same number as u_j u_i, so R stays symmetric bit for bit.
 
 Drift: with ``drift`` = lambda < 1, R is divided by lambda before each sample, so a sample's weight decays by lambda with
 every later one, and gamma decays too. In directions that no sample excites R would grow without bound. Therefore lambda
@@ -33,7 +31,7 @@ exactly, so ``forget`` and ``relabel`` are not offered.
 | K classes, M features, float32 | 4 (M^2 + M K + K + 1) | M K | 2 M^2 + 2 M K + M | M^2 + M K + M |
 
 float64 takes 8 (M^2 + M K) + 4 (K + 1) bytes. A projection from d features adds d M MACs to each, and 4 d M bytes of
-constants (8 d M in float64); the reflection 4 M MACs to learn, forget and relabel, and 4 M bytes of constants.
+constants (8 d M in float64).
 """
 
 import math
@@ -46,13 +44,9 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, Nested, Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import check_types, dtype_of, mirror_to_first_axis, require, unit, vector
-from edgecl.trees import leaves, map_tree
+from edgecl.methods._features import check_types, dtype_of, require, unit, vector
 from edgecl_device.errors import InputError, StepMissingError
 from edgecl_device.manifest import TensorSpec
-
-MEAN_OF = 1000
-"""About so many base samples, evenly spread, make the mean of the reflection."""
 
 HOST_BYTES = 4 * 1024**3
 """Most that state and constants of a method with a square matrix may take on the host; checked before they are made."""
@@ -68,7 +62,7 @@ def require_bytes(nbytes: int, parameter: str, value: str, mend: str) -> None:
 class Ridge(Learner):
     """Recursive ridge regression.
 
-    State: ``inverse`` [M, M], the R above, mirrored when there were base samples; ``readout`` [M, K], the W above, both of
+    State: ``inverse`` [M, M], the R above; ``readout`` [M, K], the W above, both of
     ``Config.dtype``; ``count`` float32 [K], samples by class (not weights), for other targets [1], samples; ``min_s`` float32 [],
     the smallest s of any update.
 
@@ -148,7 +142,6 @@ class Ridge(Learner):
         if units is not None:
             generator = torch.Generator().manual_seed(self.config.projection_seed)
             self._projection = torch.randn(features, self._size, generator=generator).to(self._dtype)
-        self._mirror: Tensor | None = None
         self._trace_cap = self.config.trace_cap or self._size / self.config.gamma
 
     def init(self) -> State:
@@ -159,12 +152,6 @@ class Ridge(Learner):
             "count": torch.zeros(self.problem.max_classes if self._classes else 1),
             "min_s": torch.ones(()),
         }
-
-    def calibrate(self, latents: Any) -> None:
-        """Find the reflection of the module's docstring from the mean of latents [N, ...]; before anything is learned."""
-        stride = max(1, len(leaves(latents)[0]) // MEAN_OF)
-        with torch.no_grad():
-            self._mirror = mirror_to_first_axis(self._phi(map_tree(latents, lambda tensor: tensor[::stride])).mean(0))
 
     def step_inputs(self) -> dict[str, Nested | TensorSpec]:
         """Those of every method, and ``new_target`` for ``relabel``."""
@@ -208,14 +195,13 @@ class Ridge(Learner):
         self._need_exactness("relabel")
         with phase("forward"):
             phi = self._phi(z)
-        mirrored = self._mirrored(phi)
-        g = torch.mm(mirrored, state["inverse"]) * weight.to(self._dtype)
+        g = torch.mm(phi, state["inverse"]) * weight.to(self._dtype)
         change = self._row(new_target) - self._row(target)
         outputs = {
             "guard": (self._count_of(state["count"], target) > 0).reshape(()),
-            "health.s": (1.0 - torch.mm(g, mirrored.t())).to(torch.float32).reshape(()),
+            "health.s": (1.0 - torch.mm(g, phi.t())).to(torch.float32).reshape(()),
         }
-        readout = torch.addmm(state["readout"], self._mirrored(g).t(), change)
+        readout = torch.addmm(state["readout"], g.t(), change)
         if not self._classes:
             return outputs, {"readout": readout}
         return outputs, {"readout": readout, "count": state["count"] + change.to(torch.float32).reshape(-1)}
@@ -231,9 +217,8 @@ class Ridge(Learner):
         if self.config.drift < 1:
             inverse = inverse / self._decay(inverse)
         error = t - scores
-        mirrored = self._mirrored(phi)
-        g = torch.mm(mirrored, inverse)
-        s = torch.mm(g, mirrored.t()) * w + 1.0
+        g = torch.mm(phi, inverse)
+        s = torch.mm(g, phi.t()) * w + 1.0
         ratio = w / s
         u = g * torch.maximum(ratio, ratio * -1.0).sqrt()
         count = state["count"] + (t.to(torch.float32).reshape(-1) * samples if self._classes else samples)
@@ -250,7 +235,7 @@ class Ridge(Learner):
         }
         return outputs, {
             "inverse": torch.addmm(inverse, torch.where(ratio < 0, u, u * -1.0).t(), u),
-            "readout": torch.addmm(state["readout"], (self._mirrored(g) * ratio).t(), error),
+            "readout": torch.addmm(state["readout"], (g * ratio).t(), error),
             "count": count,
             # Not the output's tensor again: one tensor must not be both a result and state.
             "min_s": torch.minimum(state["min_s"], s_out),
@@ -262,10 +247,6 @@ class Ridge(Learner):
             return x
         x = torch.mm(x, self._projection).relu()
         return unit(x) if self.config.unit_norm else x
-
-    def _mirrored(self, x: Tensor) -> Tensor:
-        """A row [1, M] mirrored, H x; H is its own inverse."""
-        return x if self._mirror is None else torch.addmm(x, torch.mm(x, self._mirror) * -2.0, self._mirror.t())
 
     def _decay(self, inverse: Tensor) -> Tensor:
         """Lambda of this step [1]: ``drift``, or as much nearer to 1 as keeps trace(R) within the cap."""
