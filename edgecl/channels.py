@@ -93,7 +93,7 @@ def split_channels(model: nn.Module, channels: Mapping[str, Sequence[int]]) -> n
             raise SplitError(f"channels: must be of an nn.Linear, nn.Conv1d or nn.Conv2d, got {name!r}; choose some of: {known}")
         layer = layers[name]
         outputs, groups = layer.weight.shape[0], getattr(layer, "groups", 1)
-        if groups > 1 and not groups == layer.weight.shape[0] == getattr(layer, "in_channels", 0):
+        if groups > 1 and not groups == outputs == getattr(layer, "in_channels", 0):
             raise SplitError(f"channels: {name!r} must have one group, or one a channel, got {groups} groups; leave it out")
         ok = len(chosen) == len(set(chosen)) and all(type(c) is int and 0 <= c < outputs for c in chosen) and 0 < len(chosen) < outputs
         if not ok:

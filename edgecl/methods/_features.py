@@ -32,6 +32,17 @@ def vector(z: Any, unit_norm: bool, dtype: torch.dtype = torch.float32) -> Tenso
     return unit(x) if unit_norm else x
 
 
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar product [1, K] of each row of ``a`` [K, d] with the same row of ``b`` [K, d].
+
+    A matrix product with ones, so that its K d operations stand in the cost table as MACs.
+
+    >>> row_products(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]])).tolist()
+    [[3.0, 8.0]]
+    """
+    return torch.mm(a * b, torch.ones(a.shape[1], 1, dtype=a.dtype)).t()
+
+
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of a config's ``dtype``.
 

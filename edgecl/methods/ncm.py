@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import check_types, vector
+from edgecl.methods._features import check_types, row_products, vector
 
 LEAST_SHARE = 1e-2
 """Share of a class's weight that must remain after a ``forget``: below it float32 has lost more than a hundredth of its precision."""
@@ -98,10 +98,8 @@ class NearestMean(Learner):
 
     def _scores(self, state: State, x: Tensor) -> Tensor:
         # Differences first: the expanded form 2 x.m - |m|^2 - |x|^2 cancels when the features have a large common part.
-        # The sum of squares is a product with ones, so that these K*d operations stand in the cost table as MACs.
         difference = x - state["mean"]
-        distance = torch.mm(difference * difference, torch.ones(x.shape[1], 1))
-        return mask_unseen(distance.t() * -1.0, state["count"])
+        return mask_unseen(row_products(difference, difference) * -1.0, state["count"])
 
     def _update(self, state: State, x: Tensor, target: Tensor, weight: Tensor, samples: float) -> StepResult:
         """Add ``samples`` (1 or -1) of ``weight`` [1], which has the same sign."""

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import check_types, dtype_of, require, vector
+from edgecl.methods._features import check_types, dtype_of, require, row_products, vector
 from edgecl.methods.ridge import require_bytes
 
 LOST = 1e-2
@@ -144,9 +144,7 @@ class StreamingLDA(Learner):
     def _scores(self, state: State, x: Tensor) -> Tensor:
         count = state["count"]
         n = count.sum().to(self._dtype)
-        # A product with ones, as in ncm, so that these K*d operations stand in the cost table as MACs.
-        terms = (x - state["mean"] * 0.5) * state["readout"]
-        scores = torch.mm(terms, torch.ones(x.shape[1], 1, dtype=self._dtype)).reshape(1, -1) * n
+        scores = row_products(x - state["mean"] * 0.5, state["readout"]) * n
         if self.config.priors:
             share = count.clamp_min(1.0) / count.sum().clamp_min(1.0)
             scores = scores + share.log().to(self._dtype).unsqueeze(0)

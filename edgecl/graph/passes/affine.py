@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from edgecl.graph.passes.base import Pass
-from edgecl.graph.passes.fold import new_constant
+from edgecl.graph.passes.fold import new_constant, new_operator
 from edgecl.graph.step import StepGraph, shape_of, value_of
 
 aten = torch.ops.aten
@@ -108,16 +108,10 @@ def _rewrite(graph: StepGraph, found: _Scaled) -> None:
     rank, channels = len(shape_of(weight)), shape_of(conv)[1]
     body = graph.module.graph
 
-    def call(target: Any, *args: Any, like: fx.Node) -> fx.Node:
-        node = body.call_function(target, args)
-        values = [torch.empty(shape_of(a), dtype=value_of(a).dtype, device="meta") if isinstance(a, fx.Node) else a for a in args]
-        node.meta.update({"val": target(*values), "custom": dict(like.meta.get("custom") or {})})
-        return node
-
     found.mul.prepend(conv)  # behind its scale; all its users come later
     with body.inserting_before(conv):
-        factor = call(aten.reshape.default, found.scale, [channels, *[1] * (rank - 1)], like=found.mul)
-        kernel = call(aten.mul.Tensor, weight, factor, like=found.mul)
+        factor = new_operator(graph, aten.reshape.default, [found.scale, [channels, *[1] * (rank - 1)]], found.mul)
+        kernel = new_operator(graph, aten.mul.Tensor, [weight, factor], found.mul)
     conv.update_arg(1, kernel)
     found.mul.replace_all_uses_with(conv)
     body.erase_node(found.mul)
@@ -126,15 +120,15 @@ def _rewrite(graph: StepGraph, found: _Scaled) -> None:
         backward.update_arg(2, kernel)
         for item in [user for user in backward.users if user.args[1] == 1]:
             with body.inserting_after(item):
-                own = call(aten.mul.Tensor, item, factor, like=item)
+                own = new_operator(graph, aten.mul.Tensor, [item, factor], item)
             item.replace_all_uses_with(own)
             own.update_arg(0, item)
             for product in found.products:
                 [total] = product.users
                 with body.inserting_after(own):
-                    terms = call(aten.mul.Tensor, item, weight, like=total)
+                    terms = new_operator(graph, aten.mul.Tensor, [item, weight], total)
                 with body.inserting_after(terms):
-                    summed = call(aten.sum.dim_IntList, terms, list(range(1, rank)), like=total)
+                    summed = new_operator(graph, aten.sum.dim_IntList, [terms, list(range(1, rank))], total)
                 total.replace_all_uses_with(summed)
                 body.erase_node(total)
                 body.erase_node(product)

@@ -1,5 +1,8 @@
 """Fold what is frozen: constant expressions, and the scale and shift of frozen batch norm into frozen convolutions."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -108,6 +111,14 @@ def new_constant(graph: StepGraph, value: Tensor, like: fx.Node) -> fx.Node:
     graph.module.register_buffer(name, plain)
     node = graph.module.graph.get_attr(name)
     node.meta.update({"val": plain, "custom": dict(like.meta.get("custom") or {})})
+    return node
+
+
+def new_operator(graph: StepGraph, target: Any, args: Sequence[Any], like: fx.Node) -> fx.Node:
+    """A node that calls an operator, inserted at the graph's current insertion point; its place in the model is that of ``like``."""
+    node = graph.module.graph.call_function(target, tuple(args))
+    values = fx.node.map_arg(args, lambda a: torch.empty(shape_of(a), dtype=value_of(a).dtype, device="meta"))
+    node.meta.update({"val": target(*values), "custom": dict(like.meta.get("custom") or {})})
     return node
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from edgecl.graph.passes.base import Pass
-from edgecl.graph.passes.fold import new_constant
+from edgecl.graph.passes.fold import new_constant, new_operator
 from edgecl.graph.step import StepGraph, shape_of, value_of
 
 aten = torch.ops.aten
@@ -84,8 +84,8 @@ def _join(graph: StepGraph, groups: list[list[fx.Node]]) -> None:
                 args.append(_operand(graph, column, place, joined) if isinstance(first, fx.Node) else first)
             if group[0].target is aten.reshape.default:
                 args[1] = [-1, *[1] * (len(shape_of(group[0])) - 1)]
-            whole = _call(body, group[0].target, args, group[0])
-            split = _call(body, aten.split_with_sizes.default, [whole, [shape_of(node)[0] for node in group]], group[0])
+            whole = new_operator(graph, group[0].target, args, group[0])
+            split = new_operator(graph, aten.split_with_sizes.default, [whole, [shape_of(node)[0] for node in group]], group[0])
             joined.append(whole)
             for index, node in enumerate(group):
                 place[node] = (number, index)
@@ -104,11 +104,4 @@ def _operand(graph: StepGraph, column: list[Any], place: dict[fx.Node, tuple[int
             return whole
     if all(node.op == "get_attr" for node in column):
         return new_constant(graph, torch.cat([graph.constant(node) for node in column]), column[0])
-    return _call(graph.module.graph, aten.cat.default, [column], column[0])
-
-
-def _call(body: fx.Graph, target: Any, args: list[Any], like: fx.Node) -> fx.Node:
-    node = body.call_function(target, tuple(args))
-    values = fx.node.map_arg(args, lambda a: torch.empty(shape_of(a), dtype=value_of(a).dtype, device="meta"))
-    node.meta.update({"val": target(*values), "custom": dict(like.meta.get("custom") or {})})
-    return node
+    return new_operator(graph, aten.cat.default, [column], column[0])
