@@ -239,7 +239,8 @@ def main() -> None:
     result = json.loads(out.read_text()) if out.exists() else {"sets": {}}
     for name in args.sets:
         entries_before = result["sets"].get(name, {"rows": []})["rows"]
-        rows = [row for row in chosen_rows(name) if args.labels is None or row.label in args.labels]
+        chosen = chosen_rows(name)
+        rows = [row for row in chosen if args.labels is None or row.label in args.labels]
         load(name, args.data, args.weights, args.cache), load(other(name), args.data, args.weights, args.cache)
         if args.changed:
             rows = [row for row in rows if not any(is_of(entry, row) for entry in entries_before)]
@@ -249,7 +250,7 @@ def main() -> None:
         runs = {run: found[i * args.seeds : (i + 1) * args.seeds] for i, run in enumerate(unique)}
         data = load(name, args.data, args.weights, args.cache)
         entries = [{**asdict(row), **summary(runs[run_of(row)]), "batch_accuracy": in_batch(row, data)} for row in rows]
-        whole = [e for row in chosen_rows(name) for e in (entries if row in rows else entries_before) if is_of(e, row)]
+        whole = [e for row in chosen for e in (entries if row in rows else entries_before) if is_of(e, row)]
         result["sets"][name] = {
             "seeds": args.seeds,
             "test_images_per_task": PER_TASK,

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from learn_latency import inputs_of
 from rich.console import Console
 from torch import nn
 
@@ -48,14 +49,7 @@ def measure(name: str, engine: str, repeats: int) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         target = target_of(engine).read(exported.path, exported.manifest).engine()
         target.load({key: value.numpy().copy() for key, value in prepared.state.items()})
-        rows = prepared.memory.draw() if prepared.memory is not None else {}
-        inputs = {
-            "z": prepared.examples[0][0].numpy(),
-            "target": np.array([1]),
-            "weight": np.ones(1, np.float32),
-            "lr": np.array(0.01, np.float32),
-            **rows,
-        }
+        inputs = inputs_of(prepared)
         taken = {spec.name: inputs[spec.name] for spec in exported.manifest.steps["learn"].inputs}
         times = []
         for _ in range(repeats):

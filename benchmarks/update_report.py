@@ -1,7 +1,6 @@
 """Tables and plot of ``step_latency.py``."""
 
-import math
-import statistics
+from statistics import geometric_mean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -41,11 +40,6 @@ TARGETS: dict[str, tuple[float, ...]] = {
 """Of each ratio, W1 to W7: geometric means over the networks."""
 LIMITS = {"W2": 1.6, "W5": 1.6, "W6": 1.6, "W3": 2.5}
 """Of an update's time over that of as many MACs in the forward pass."""
-
-
-def geometric_mean(values: list[float]) -> float:
-    """The geometric mean."""
-    return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
 def ratio_table(result: Row) -> str:
@@ -97,6 +91,11 @@ def case_table(result: Row) -> str:
         times = [f"{row['ms'][name]:.3g}" if name in row["ms"] else "-" for name in shown]
         lines.append([NETS[row["net"]], row["update"], f"{row['trained_values']:,}", si(row["update_macs"]), *times])
     return markdown(["network", "update", "trained values", "MACs", *[NAMES[name] + ", ms" for name in shown]], lines)
+
+
+def page(result: Row) -> str:
+    """Both tables and the plot, for the results page."""
+    return f"{ratio_table(result)}\n\n![Time of one update](figures/step_latency.png)\n\n{case_table(result)}"
 
 
 def plot(result: Row) -> Figure:

@@ -4,6 +4,7 @@ python benchmarks/choose_equal_bytes.py --data FOLDER --weights FILE
 python benchmarks/equal_bytes.py --data FOLDER --weights FILE
 python benchmarks/spoken_digits.py --data FOLDER
 python benchmarks/learn_latency.py
+python benchmarks/step_latency.py
 python benchmarks/models.py
 python benchmarks/write_results.py
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import update_report
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from pooled_features import columns
@@ -23,7 +25,7 @@ from edgecl.plots import METHOD_STYLES
 from edgecl.tables import percent, si, size
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE, PLOT = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/figures/equal_bytes.png"
+RESULTS, PAGE, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/figures"
 SETS = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
 MIB = 1 << 20
 
@@ -222,8 +224,9 @@ def models_table(result: Row) -> str:
     )
 
 
-def plot(sets: Row) -> Figure:
+def plot(result: Row) -> Figure:
     """Accuracy against budget, a panel a set."""
+    sets = result["sets"]
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels: Sequence[Any] = figure.subplots(1, len(sets))
     for axes, (name, title) in zip(panels, titles(sets).items(), strict=True):
@@ -266,11 +269,16 @@ PARTS: dict[str, Callable[[Row], str]] = {
     "equal_bytes": equal_bytes,
     "spoken_digits": lambda result: "## Spoken digits by speaker\n\n" + spoken_table(result),
     "learn_latency": lambda result: "## Time of one step\n\n" + latency_table(result),
+    "step_latency": lambda result: "## Updates side by side\n\n" + update_report.page(result),
     "models": lambda result: "## Networks\n\n" + models_table(result),
 }
 """The parts of the page by the name of their JSON."""
 
+PLOTS: dict[str, Callable[[Row], Figure]] = {"equal_bytes": plot, "step_latency": update_report.plot}
+"""The page's plots by the name of their JSON, and of their picture."""
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    if (RESULTS / "equal_bytes.json").exists():
-        plot(json.loads((RESULTS / "equal_bytes.json").read_text(encoding="utf-8"))["sets"]).savefig(PLOT, dpi=150)
+    for name, draw in PLOTS.items():
+        if (RESULTS / f"{name}.json").exists():
+            draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))).savefig(FIGURES / f"{name}.png", dpi=150)
