@@ -170,7 +170,8 @@ def run_of(row: Row) -> str:
 
 def is_of(entry: dict[str, Any], row: Row) -> bool:
     """Whether an entry of the result is of a row: of the same label, budget and settings."""
-    return all(entry[key] == value for key, value in json.loads(json.dumps(asdict(row))).items())
+    wanted = asdict(row)
+    return json.dumps({key: entry[key] for key in wanted}, sort_keys=True) == json.dumps(wanted, sort_keys=True)
 
 
 def _job(job: tuple[str, Row, int, Path, Path, Path]) -> dict[str, Any]:
