@@ -8,7 +8,7 @@ from typing import Any
 
 from edgecl.evaluate import StreamResult, Tests, among, result_of, right_of
 from edgecl.metrics import Prequential
-from edgecl.runs.trail import LEARNED, PREDICTED, TESTED, Trail, pack, unpack
+from edgecl.runs.trail import LEARNED, PREDICTED, SAMPLE, TESTED, Trail, pack, unpack
 from edgecl.streams import Stream
 from edgecl_device import Learner
 from edgecl_device.errors import UpdateRefusedError
@@ -56,9 +56,10 @@ def device_run(
         the bit.
     """
     plan, learns = Plan.of(stream, every), "learn" in read_manifest(folder / BUNDLE).steps
-    if not store or not _resumable(folder):
+    flags = sum(len(y) for _, y in tests)
+    if not store or not _resumable(folder, flags, plan):
         _start_again(folder)
-    with Trail(folder / TRAIL) as trail, Learner.load(folder / BUNDLE, folder / STORE if store else None) as learner:
+    with Trail(folder / TRAIL, flags) as trail, Learner.load(folder / BUNDLE, folder / STORE if store else None) as learner:
 
         def test(done: int) -> None:
             if done in plan.points and done not in trail.tests:
@@ -71,18 +72,18 @@ def device_run(
             progress(done, len(stream))
             start = perf_counter()
             seen = learner.predict(sample.x)
-            trail.add({PREDICTED: among(seen, stream.choices(sample.task)), "before": learner.report()["learned"]})
+            trail.add({SAMPLE: done, PREDICTED: among(seen, stream.choices(sample.task)), "before": learner.report()["learned"]})
             trail.add({LEARNED: done, **_update(learner, seen.sample_id, sample.y, learns, start)})
         test(len(stream))
     return _result(trail, plan, stream, tests), _refused(trail) if learns else 0
 
 
-def _resumable(folder: Path) -> bool:
-    """Fit the trail to the store; False when there is nothing to go on with."""
+def _resumable(folder: Path, flags: int, plan: Plan) -> bool:
+    """Fit the trail, of tests of so many flags, to the store; False when there is nothing to go on with."""
     if not (folder / STORE).exists() or not (folder / TRAIL).exists():
         return False
-    with Learner.load(folder / BUNDLE, folder / STORE) as learner, Trail(folder / TRAIL) as trail:
-        return trail.fit(learner.report()["learned"])
+    with Learner.load(folder / BUNDLE, folder / STORE) as learner, Trail(folder / TRAIL, flags) as trail:
+        return trail.fit(learner.report()["learned"], plan.points)
 
 
 def _start_again(folder: Path) -> None:
@@ -109,7 +110,6 @@ def _result(trail: Trail, plan: Plan, stream: Stream, tests: Tests) -> StreamRes
     for sample, predicted in zip(stream, trail.predicted, strict=True):
         prequential.update(sample.y, predicted)
     updates = [entry for entry in trail.learned.values() if entry["kept"]]
-    count = sum(len(y) for _, y in tests)
-    right = [unpack(trail.tests[done], count) for done in plan.points]
+    right = [unpack(trail.tests[done], trail.flags) for done in plan.points]
     seconds, written = [entry["seconds"] for entry in updates], [entry["bytes"] for entry in updates]
     return result_of(tests, plan.points, plan.current, right, prequential, seconds, written)

@@ -2,10 +2,13 @@
 
 The learner's store has every sample that was learned, but not what was predicted before, nor the tests. The trail has those. A
 prediction is written before its sample is learned: of all that a kill may leave, only whether the last sample of the trail is in
-the store is then open, and the store's count tells.
+the store is then open, and the store's count tells. What a power cut or anything else has damaged is not gone on with: every line
+must follow from those before it.
 """
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +16,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-PREDICTED, LEARNED, TESTED = "predicted", "learned", "tested"
+from edgecl.runs.files import write_bytes
+
+SAMPLE, PREDICTED, LEARNED, TESTED = "sample", "predicted", "learned", "tested"
 
 Flags = NDArray[np.bool_]
 
@@ -28,12 +33,18 @@ def pack(flags: Flags) -> str:
 
 
 def unpack(text: str, count: int) -> Flags:
-    """The first ``count`` flags that :func:`pack` made a text of.
+    """The ``count`` flags that :func:`pack` made a text of.
+
+    Raises:
+        ValueError: when the text is not of so many flags.
 
     >>> unpack("a0", 3).tolist()
     [True, False, True]
     """
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
+    flags = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
+    if pack(flags) != text:  # unpackbits fills up or cuts
+        raise ValueError(f"{text!r} is not of {count} flags")
+    return flags
 
 
 class Trail:
@@ -41,6 +52,7 @@ class Trail:
 
     Args:
         path: The file, made when there is none.
+        flags: Test samples of every test.
 
     Attributes:
         predicted: Class predicted for each sample before it was learned, None when there was none.
@@ -50,61 +62,87 @@ class Trail:
         tests: By samples done: which test samples were right, packed (:func:`pack`).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, flags: int) -> None:
+        self.path, self.flags = path, flags
         self.predicted: list[int | None] = []
         self.before: list[int] = []
         self.learned: dict[int, dict[str, Any]] = {}
         self.tests: dict[int, str] = {}
-        self._read()
+        self._whole = self._read()
         self._file = path.open("a", encoding="utf-8")
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Take in what the file has; False when a line is not what this class writes, or does not follow from those before it."""
         if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for line in lines:
-            if not line.endswith("\n"):  # the process ended while it was written
-                break
-            self._take(json.loads(line))
+            return True
+        *lines, _ = self.path.read_bytes().split(b"\n")  # behind the last one is nothing, or what the process ended in
+        try:
+            for line in lines:
+                self._take(json.loads(line.decode()))
+        except (ValueError, RecursionError):
+            return False
+        return True
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        if PREDICTED in entry:
-            self.predicted.append(entry[PREDICTED])
-            self.before.append(entry["before"])
-        elif LEARNED in entry:
-            self.learned[entry[LEARNED]] = {key: value for key, value in entry.items() if key != LEARNED}
-        else:
-            self.tests[entry[TESTED]] = entry["right"]
+    def _take(self, entry: Any) -> None:
+        """Take in an entry.
+
+        Raises:
+            ValueError: when it does not follow from those before it.
+        """
+        done = len(self.predicted)
+        match entry:
+            case {"sample": number, "predicted": int() | None as label, "before": before} if (number, before) == (done, self._after(done)):
+                self.predicted.append(label)
+                self.before.append(before)
+            case {"learned": number, "kept": False} | {"learned": number, "kept": True, "seconds": float(), "bytes": int()} if (
+                number == done - 1 and number not in self.learned
+            ):
+                self.learned[number] = {key: value for key, value in entry.items() if key != LEARNED}
+            case {"tested": int(number), "right": str(right)}:
+                unpack(right, self.flags)
+                self.tests[number] = right
+            case _:
+                raise ValueError(f"{entry!r} does not follow")
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Take in an entry and write it; whatever kills the process afterwards, it is there."""
+        """Take in an entry and write it; when the process is killed afterwards, it is there.
+
+        A power cut may take what was written since the last test, which costs the most to make again.
+        """
         self._take(entry)
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
+        if TESTED in entry:
+            os.fsync(self._file.fileno())
 
-    def fit(self, learned: int) -> bool:
+    def fit(self, learned: int, points: Sequence[int]) -> bool:
         """Drop what the learner's store does not have: its last sample, or more after a power cut.
 
         Args:
             learned: Samples that the store has.
+            points: Samples of the stream that are done at each of its tests, the last one at its end.
 
         Returns:
-            False when the trail lacks samples that the store has: nothing can be resumed from the two.
+            False when the trail is damaged, or lacks samples that the store has: nothing can be resumed from the two.
         """
         done = len(self.predicted)
+        if not self._whole or done > points[-1] or any(point not in self.tests for point in points if point < done):
+            return False
         while done and done - 1 not in self.learned and self.before[done - 1] >= learned:
             done -= 1  # predicted and not learned
-        while done and self.before[done - 1] + self._kept(done - 1) > learned:
+        while done and self._after(done) > learned:
             done -= 1
-        kept = self.before[done - 1] + self._kept(done - 1) if done else 0
-        if kept != learned:
+        if self._after(done) != learned:
             return False
         del self.predicted[done:], self.before[done:]
         self.learned = {n: entry for n, entry in self.learned.items() if n < done}
         self.tests = {n: row for n, row in self.tests.items() if n <= done}
         self._rewrite()
         return True
+
+    def _after(self, done: int) -> int:
+        """Samples that the learner has learned after so many of the stream."""
+        return self.before[done - 1] + self._kept(done - 1) if done else 0
 
     def _kept(self, sample: int) -> bool:
         """Whether an update changed the learner, which a refused one and a method that does not learn do not."""
@@ -113,14 +151,12 @@ class Trail:
     def _rewrite(self) -> None:
         entries: list[dict[str, Any]] = []
         for n, (predicted, before) in enumerate(zip(self.predicted, self.before, strict=True)):
-            entries.append({PREDICTED: predicted, "before": before})
+            entries.append({SAMPLE: n, PREDICTED: predicted, "before": before})
             if n in self.learned:
                 entries.append({LEARNED: n, **self.learned[n]})
         entries += [{TESTED: n, "right": row} for n, row in self.tests.items()]
-        new = self.path.with_name(f"{self.path.name}.new")
-        new.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         self._file.close()
-        new.replace(self.path)
+        write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
         self._file = self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:

@@ -244,6 +244,21 @@ def test_a_refused_update_is_counted_and_the_stream_goes_on(config, whole, monke
         assert learner.report()["learned"] == 35
 
 
+def test_a_trail_that_lacks_a_line_starts_the_stream_again(config, whole, small):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    for path in (folder / "run.json", folder / "seed0" / "ridge" / "result.json"):
+        path.unlink()
+    trail = folder / "seed0" / "ridge" / "trail.jsonl"
+    lines = trail.read_text().splitlines(keepends=True)
+    at = next(n for n, line in enumerate(lines) if '"sample": 20,' in line)
+    trail.write_text("".join(lines[:at] + lines[at + 1 :]))
+    found = run(read_config(config), config, folder)
+    assert small.counted(json.loads(json.dumps(found))) == small.counted(json.loads((whole / "run.json").read_text()))
+    with Learner.load(folder / "seed0/ridge/bundle", folder / "seed0/ridge/store.db") as learner:
+        assert learner.report()["learned"] == 40
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(config, whole, capsys, monkeypatch, small):
     folder = undone(config, whole, "replay")
 

@@ -1,0 +1,84 @@
+"""A trail is gone on with only where every line follows from those before it and the store has what it says."""
+
+import json
+import os
+
+import pytest
+
+from edgecl.runs.trail import Trail
+
+POINTS, FLAGS = [0, 3, 6], 11
+"""Tests of a stream of 6 samples, of 11 test samples each."""
+
+
+def written(path):
+    """The lines of a whole trail: 6 samples, the update of the third one refused."""
+    with Trail(path, FLAGS) as trail:
+        learned = 0
+        for n in range(6):
+            if n in POINTS:
+                trail.add({"tested": n, "right": "a560"})
+            trail.add({"sample": n, "predicted": None if n == 0 else n % 3, "before": learned})
+            trail.add({"learned": n, "kept": False} if n == 2 else {"learned": n, "kept": True, "seconds": 0.5, "bytes": 7})
+            learned += n != 2
+        trail.add({"tested": 6, "right": "a560"})
+    return path.read_text().splitlines()
+
+
+def fits(path, learned):
+    with Trail(path, FLAGS) as trail:
+        return trail.fit(learned, POINTS)
+
+
+@pytest.mark.parametrize(("learned", "left"), [(5, 6), (4, 5), (2, 3), (0, 0)])
+def test_what_the_store_lacks_is_dropped(tmp_path, learned, left):
+    path = tmp_path / "trail.jsonl"
+    written(path)
+    path.write_text(path.read_text() + '{"tes')  # torn
+    assert fits(path, learned)
+    with Trail(path, FLAGS) as trail:
+        assert len(trail.predicted) == left and sorted(trail.tests) == [n for n in POINTS if n <= left]
+    assert not fits(path, learned + 1)
+
+
+def test_no_line_may_be_missing_doubled_or_out_of_its_place(tmp_path):
+    path = tmp_path / "trail.jsonl"
+    lines = written(path)
+    for n, line in enumerate(lines):
+        kind = next(key for key in ("predicted", "learned", "tested") if key in line)
+        changes = {"doubled": [*lines[:n], line, *lines[n:]], "missing": lines[:n] + lines[n + 1 :]}
+        if n + 1 < len(lines) and kind != "tested" and "tested" not in lines[n + 1]:
+            changes["swapped"] = [*lines[:n], lines[n + 1], line, *lines[n + 2 :]]
+        for change, changed in changes.items():
+            path.write_text("".join(f"{text}\n" for text in changed))
+            # Lines that a kill may leave out, and a test said twice
+            harmless = change == "doubled" and kind == "tested"
+            harmless |= change == "missing" and ('"kept": true' in line or (kind == "tested" and n == len(lines) - 1))
+            harmless |= change == "missing" and n == len(lines) - 2 and kind == "learned"
+            assert fits(path, 5) == harmless, (change, line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0" * 40, b"[]", b"{}", b"3", b"\xff\xfe", b"[" * 100_000, b"9" * 5000,
+        b'{"tested": 3, "right": "a5"}', b'{"tested": 3, "right": "a56000"}', b'{"tested": 3, "right": "a5 60"}',
+        b'{"tested": 3, "right": "zz60"}', b'{"tested": 3, "right": "a57f"}', b'{"tested": 3, "right": ""}',
+        b'{"tested": "3", "right": "a560"}',
+        b'{"predicted": 1, "before": 2}', b'{"sample": 3, "predicted": "1", "before": 2}', b'{"sample": 3, "predicted": 1, "before": 3}',
+        b'{"learned": 2, "kept": 0}', b'{"learned": 2, "kept": true}', b'{"learned": 0, "kept": false}',
+    ],
+)  # fmt: skip
+def test_a_line_that_is_none_of_the_trails_is_not_gone_on_with(tmp_path, line):
+    path = tmp_path / "trail.jsonl"
+    lines = [text.encode() for text in written(path)]
+    at = next(n for n, text in enumerate(lines) if b'"sample": 3' in text)
+    path.write_bytes(b"".join(text + b"\n" for text in [*lines[:at], line, *lines[at:]]))
+    assert not fits(path, 5)
+
+
+def test_a_test_is_on_the_disk_before_the_stream_goes_on(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(json.loads((tmp_path / "trail.jsonl").read_text().splitlines()[-1])))
+    written(tmp_path / "trail.jsonl")
+    assert [entry["tested"] for entry in synced] == POINTS
