@@ -40,8 +40,8 @@ def run(
     from edgecl.runs import read_config
     from edgecl.runs import run as run_config
 
-    folder = out or config.with_suffix(".run")
     read = read_config(config)
+    folder = out or config.with_suffix(".run")
     try:
         with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
             result = run_config(read, config, folder, fresh=fresh, progress=step)
@@ -72,7 +72,11 @@ def report(
 def _init(path: Path) -> None:
     if path.exists():
         raise InputError(f"CONFIG: {path} exists; choose another name for the example, or delete it")
-    path.write_text(files("edgecl.runs").joinpath("example.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    example = files("edgecl.runs").joinpath("example.toml").read_text(encoding="utf-8")
+    try:
+        path.write_text(example, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"CONFIG: {path} cannot be written ({error.strerror}); name a file in a folder that is there") from error
     print(f"Wrote {path}. Run it with: edgecl run {shlex.quote(str(path))}")
 
 
