@@ -1,5 +1,6 @@
 """The device run: a bundle learns a stream on its runtime, and what a killed process left is gone on with."""
 
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from edgecl.metrics import Prequential
 from edgecl.runs.trail import LEARNED, PREDICTED, SAMPLE, TESTED, Trail, pack, unpack
 from edgecl.streams import Stream
 from edgecl_device import Learner
-from edgecl_device.errors import UpdateRefusedError
+from edgecl_device.errors import BundleError, InputError, StoreError, StoreFullError, UpdateRefusedError
 from edgecl_device.manifest import read_manifest
 
 TRAIL, STORE, BUNDLE = "trail.jsonl", "store.db", "bundle"
@@ -55,11 +56,12 @@ def device_run(
         What was found, and how many updates were refused. All but times and bytes written is that of a run without a break, to
         the bit.
     """
-    plan, learns = Plan.of(stream, every), "learn" in read_manifest(folder / BUNDLE).steps
+    plan = Plan.of(stream, every)
     flags = sum(len(y) for _, y in tests)
     if not store or not _resumable(folder, flags, plan):
         _start_again(folder)
-    with Trail(folder / TRAIL, flags) as trail, Learner.load(folder / BUNDLE, folder / STORE if store else None) as learner:
+    with Trail(folder / TRAIL, flags) as trail, _load(folder, store) as learner:
+        learns = "learn" in read_manifest(folder / BUNDLE).steps
 
         def test(done: int) -> None:
             if done in plan.points and done not in trail.tests:
@@ -82,8 +84,23 @@ def _resumable(folder: Path, flags: int, plan: Plan) -> bool:
     """Fit the trail, of tests of so many flags, to the store; False when there is nothing to go on with."""
     if not (folder / STORE).exists() or not (folder / TRAIL).exists():
         return False
-    with Learner.load(folder / BUNDLE, folder / STORE) as learner, Trail(folder / TRAIL, flags) as trail:
+    with _load(folder, store=True) as learner, Trail(folder / TRAIL, flags) as trail:
         return trail.fit(learner.report()["learned"], plan.points)
+
+
+def _load(folder: Path, store: bool) -> Learner:
+    """The learner of a run's folder; what the run itself has made there it also makes again.
+
+    Raises:
+        InputError: when its bundle or its store is damaged, or is not that of this run.
+    """
+    try:
+        return Learner.load(folder / BUNDLE, folder / STORE if store else None)
+    except (BundleError, StoreError) as error:
+        if isinstance(error, StoreFullError) or isinstance(error.__cause__, sqlite3.OperationalError):  # in use, or may not be written
+            raise
+        cause = str(error).partition("; ")[0]  # the rest is a mend for who has no run to make it again
+        raise InputError(f"{folder}: must be as the run left it, got {cause}; delete that folder, or run it again with --fresh") from error
 
 
 def _start_again(folder: Path) -> None:

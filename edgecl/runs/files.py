@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,29 @@ def _written(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
-def stage(path: Path, make: Callable[[], Any]) -> Any:
-    """A stage's result: from its file, or made and written there, so that a resumed run sees what the first one saw."""
+def stage(path: Path, make: Callable[[], Any], holds: Iterable[str]) -> Any:
+    """A stage's result: from its file, or made and written there, so that a resumed run sees what the first one saw.
+
+    Args:
+        path: The file.
+        make: Makes the result.
+        holds: Keys that the result has.
+
+    Raises:
+        InputError: when the file is damaged or lacks a key.
+    """
     if not path.exists():
         write_json(path, make())
-    return read_json(path)
+    found = read_json(path)
+    check_keys(path, "", found, holds)
+    return found
+
+
+def check_keys(path: Path, where: str, value: Any, holds: Iterable[str]) -> None:
+    """Refuse what a run's file has at the place ``where`` when it is no table, or lacks a key."""
+    missing = [key for key in holds if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise InputError(f"{path}: {where}must hold {', '.join(missing)}, the file was altered; run it again with --fresh")
 
 
 def sha256_file(path: Path) -> str:
@@ -88,12 +106,19 @@ def locked(folder: Path) -> Iterator[None]:
     """While inside, no other process works in the folder; a process that dies lets go.
 
     Raises:
-        InputError: when another one does.
+        InputError: when another one does, or the folder cannot be made or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)) as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {folder} cannot be made ({error.strerror}); choose another folder") from error
+    with ExitStack() as stack:
         try:
+            lock = stack.enter_context(closing(sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)))
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
-            raise InputError(f"--out: another process works in {folder} ({error}); wait for it, or choose another folder") from error
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise InputError(f"--out: another process works in {folder} ({error}); wait for it, or choose another folder") from error
+            mend = "delete it if it is there, and see that the folder can be written"
+            raise InputError(f"--out: {folder / LOCK} must be a file to lock, got an error ({error}); {mend}") from error
         yield

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgecl.backbones import BACKBONES, load_weights
+from edgecl.backbones import BACKBONES, WeightsError, load_weights
 from edgecl.figures import threads, weight_hash
 from edgecl.options import load_model
 from edgecl.pretraining import train
 from edgecl.runs.config import RunConfig
-from edgecl.runs.files import save_network
+from edgecl.runs.files import read_json, save_network
 from edgecl.streams import Dataset, Stream
 from edgecl_device.errors import EdgeclError, InputError
 
@@ -93,7 +93,18 @@ def ready(config: RunConfig, data: Dataset, stream: Stream, seed: int, path: Pat
 
 
 def load(config: RunConfig, data: Dataset, seed: int, path: Path) -> nn.Module:
-    """The network of a seed, with the tensors that :func:`ready` has written."""
+    """The network of a seed, with the tensors that :func:`ready` has written.
+
+    Raises:
+        InputError: when the file does not hold them any more.
+    """
     net = build(config, data, torch.Generator().manual_seed(seed))
-    load_weights(net, path)
+    wanted = read_json(path.with_suffix(".json")).get("sha256")
+    try:
+        load_weights(net, path)
+        found = weight_hash(net)
+    except WeightsError as error:
+        found = str(error).removeprefix(f"{path}: ").partition("; ")[0]
+    if found != wanted:
+        raise InputError(f"{path}: must hold the network of SHA-256 {wanted}, got {found}; run it again with --fresh")
     return net.eval()

@@ -8,9 +8,9 @@ import dataclasses
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,15 +19,17 @@ from edgecl.evaluate import figures as metrics
 from edgecl.figures import BASELINES, costs, figures, machine, summarise, tasks_of, threads, versions
 from edgecl.methods import METHODS
 from edgecl.offline import offline_accuracy
+from edgecl.profiling import Profile
 from edgecl.runs.budget import check_budget, prepared_of
 from edgecl.runs.config import LearnerConfig, RunConfig
 from edgecl.runs.device import BUNDLE, device_run
-from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
+from edgecl.runs.files import LOCK, check_keys, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
 from edgecl.runs.methods import method_config
 from edgecl.runs.model import build, check_preprocess, check_pretraining, load, ready, with_label
 from edgecl.runs.registry import load as load_data
 from edgecl.runs.registry import make_stream
 from edgecl.streams import Dataset, Stream
+from edgecl_device.checks import as_path
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import read_manifest
 
@@ -75,6 +77,7 @@ def run(
 
 
 def _check_folder(folder: Path, fresh: bool) -> None:
+    as_path("--out", folder)
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / START).exists() and not (folder / LOCK).exists()):
@@ -148,6 +151,8 @@ class _Run:
         start = time.perf_counter()
         check_preprocess(self.config, self.data)
         self._check_base(self.stream(self.config.device.seeds[0]))
+        for seed in self.config.device.seeds:
+            evaluation_set(self.stream(seed), self.config.device.test_samples)  # refuses a task without a test before anything is trained
         profiles = self._budget()
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in self.config.labels}
         networks = {}
@@ -156,11 +161,15 @@ class _Run:
             place = self.folder / f"seed{seed}"
             network = place / "network.pth"
             self.progress(f"seed {seed}: network" + (", pretraining" if self.config.model.pretrain else ""), 0, 1)
-            networks[seed] = stage(place / "network.json", lambda: ready(self.config, self.data, stream, seed, network))  # noqa: B023
+            networks[seed] = stage(
+                place / "network.json",
+                lambda: ready(self.config, self.data, stream, seed, network),  # noqa: B023
+                ("sha256", "pretrained"),
+            )
             for label, entry in self.entries:
                 with with_label(label):
-                    run_one = _Offline if METHODS[entry.method].host_only else _OnDevice
-                    found[label].append(stage(place / label / "result.json", run_one(self, seed, stream, label, entry, place).run))
+                    run_one = (_Offline if METHODS[entry.method].host_only else _OnDevice)(self, seed, stream, label, entry, place)
+                    found[label].append(stage(place / label / "result.json", run_one.run, run_one.holds))
         write_json(self.folder / RESULT, self._result(found, profiles, networks, stream, time.perf_counter() - start))
 
     def stream(self, seed: int) -> Stream:
@@ -189,7 +198,11 @@ class _Run:
                     found[label] = dataclasses.asdict(check_budget(self.config, entry, label, net, self.data))
             return found
 
-        return dict(stage(self.folder / "cost.json", make))
+        path, holds = self.folder / "cost.json", [label for label, entry in self.entries if not METHODS[entry.method].host_only]
+        found: dict[str, Any] = stage(path, make, holds)
+        for label in holds:
+            check_keys(path, f"{label!r} ", found[label], [field.name for field in dataclasses.fields(Profile)])
+        return found
 
     def _result(
         self, found: dict[str, list[dict[str, Any]]], profiles: dict[str, Any], networks: dict[int, Any], stream: Stream, seconds: float
@@ -244,6 +257,7 @@ class _OnDevice:
     label: str
     entry: LearnerConfig
     place: Path
+    holds: ClassVar[Sequence[str]] = ("accuracy", "matrix", "curve", "refused", "ledger", "bytes", "bundle_id", "gates")
 
     @property
     def title(self) -> str:
@@ -254,7 +268,7 @@ class _OnDevice:
         """Figures and costs; a bundle that is there is used as it is."""
         config = self.whole.config
         folder = self.place / self.label
-        gates = stage(folder / "bundle.json", lambda: self._bundle(folder))
+        gates = stage(folder / "bundle.json", lambda: self._bundle(folder), ("bundle_id", "gates"))
         tests = evaluation_set(self.stream, config.device.test_samples)
         found, refused = device_run(
             folder,
@@ -300,6 +314,8 @@ class _OnDevice:
 
 class _Offline(_OnDevice):
     """Offline training, which has no bundle."""
+
+    holds: ClassVar[Sequence[str]] = ("accuracy",)
 
     def run(self) -> dict[str, Any]:
         """The accuracy after it."""

@@ -1,6 +1,7 @@
 """A run is what the parts give, and goes on from wherever a process was killed to the same bits."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,56 @@ def test_a_damaged_result_is_one_error(config, whole, tmp_path, capsys):
     assert "run.json must be as edgecl run writes it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("cost.json", b'{"ridge": 3, "replay": {}}', "cost.json: 'ridge' must hold method, config, .* --fresh"),
+        ("cost.json", b"{}", "cost.json: must hold ridge, replay, .* --fresh"),
+        ("seed0/network.json", b"{}", "network.json: must hold sha256, pretrained, .* --fresh"),
+        ("seed0/network.pth", b"PK", "network.pth: must hold the network of SHA-256 .*, got not a readable weight file .* --fresh"),
+        ("seed0/network.pth", None, "network.pth: must hold the network of SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}; .* --fresh"),
+        ("seed0/ridge/result.json", b"{}", "result.json: must hold accuracy, .* --fresh"),
+        ("seed0/ridge/store.db", b"x" * 600, "ridge: must be as the run left it, got .*is no store.*; delete that folder, or .* --fresh"),
+        ("seed0/ridge/bundle/state.safetensors", b"x", "ridge: must be as the run left it, got .*SHA-256 differs.*; delete that folder"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_one_error_with_its_mend(config, whole, name, content, said):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    (folder / "run.json").unlink()
+    if not name.endswith("result.json"):
+        (folder / "seed0" / "ridge" / "result.json").unlink()
+    if name == "seed0/network.pth":
+        shutil.rmtree(folder / "seed0" / "ridge")
+    if content is None:
+        weights = torch.load(folder / name)
+        torch.save({key: value + 1 for key, value in weights.items()}, folder / name)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        run(read_config(config), config, folder)
+
+
+def test_a_store_in_use_is_not_to_be_deleted(config, whole):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    for path in (folder / "run.json", folder / "seed0" / "ridge" / "result.json"):
+        path.unlink()
+    in_use = Learner.load(folder / "seed0/ridge/bundle", folder / "seed0/ridge/store.db")
+    with in_use, pytest.raises(InputError, match="another learner has it open; close that one"):
+        run(read_config(config), config, folder)
+
+
+def test_a_task_without_a_test_is_refused_before_anything_is_trained(config, small):
+    arrays = small.windows()
+    left = arrays["y_test"] != 4
+    np.savez(config.with_name("windows.npz"), **{**arrays, "x_test": arrays["x_test"][left], "y_test": arrays["y_test"][left]})
+    folder = config.with_suffix(".run")
+    with pytest.raises(InputError, match=r"every task must have a test sample, got none in \[2\]"):
+        run(read_config(config), config, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "lock.db", "start.json"]
+
+
 def test_a_title_may_change_and_fresh_starts_anew(config, whole):
     folder = config.with_suffix(".run")
     shutil.copytree(whole, folder)
@@ -187,6 +238,24 @@ def test_a_folder_of_something_else_and_one_in_use_are_refused(config, tmp_path)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "years of work"
     with locked(tmp_path / "busy"), pytest.raises(InputError, match="another process works in"):
         run(read_config(config), config, tmp_path / "busy")
+    for name, make in (("junk", lambda path: path.write_bytes(b"x" * 600)), ("folder", lambda path: path.mkdir())):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "lock.db")
+        with pytest.raises(InputError, match=r"--out: .*lock\.db must be a file to lock, got an error \(.*\); delete it"):
+            run(read_config(config), config, tmp_path / name)
+    with pytest.raises(InputError, match=r"--out: .*cannot be made \(Not a directory\); choose another"):
+        run(read_config(config), config, config / "inside")
+
+
+@pytest.mark.parametrize("path", [".", "/", ""])
+def test_what_is_no_file_is_named_as_the_configuration(path, capsys):
+    assert cli.main(["run", path]) == 2
+    assert capsys.readouterr().err == f"edgecl: CONFIG: {path or '.'} cannot be read (Is a directory); name a TOML file\n"
+
+
+def test_an_example_that_cannot_be_written_names_its_parameter(tmp_path, capsys):
+    assert cli.main(["run", "--init", str(tmp_path / "none" / "x.toml")]) == 2
+    assert re.match(r"edgecl: CONFIG: .*x\.toml cannot be written \(No such file or directory\); name a file", capsys.readouterr().err)
 
 
 def budgeted(config, **budget):
