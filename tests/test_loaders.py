@@ -5,6 +5,7 @@ import re
 import struct
 import sys
 import wave
+import zipfile
 
 import numpy as np
 import pytest
@@ -203,6 +204,47 @@ def test_damaged_npz_and_other_files_are_refused(tmp_path):
         load_windows(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_with_any_byte_changed_loads_or_is_refused(tmp_path, save):
+    path = tmp_path / "changed.npz"
+    save(path, **ARRAYS)
+    whole, refusals = path.read_bytes(), 0
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x81]) + whole[i + 1 :])
+        try:
+            load_windows(path)
+        except InputError:
+            refusals += 1
+    assert refusals > len(whole) / 2
+
+
+def test_an_npz_of_raw_bytes_is_refused(tmp_path):
+    np.savez(tmp_path / "raw.npz", **{name: array for name, array in ARRAYS.items() if name != "y"})
+    with zipfile.ZipFile(tmp_path / "raw.npz", "a") as file:
+        file.writestr("y.npy", b"no array")
+    with refused("must be an npz archive of plain arrays, got no array in y; save it"):
+        load_windows(tmp_path / "raw.npz")
+
+
+@pytest.mark.parametrize(("names", "words"), [(["a", "a", "b"], r"got \['a'\] more than once"), (["a", "", "b"], "none of them empty")])
+def test_names_are_different_and_not_empty(tmp_path, names, words):
+    np.savez(tmp_path / "named.npz", **ARRAYS, class_names=np.array(names))
+    with refused(rf"named\.npz: class_names: .*{words}"):
+        load_windows(tmp_path / "named.npz")
+    np.savez(tmp_path / "grouped.npz", **ARRAYS, **{**GROUPS, "group_names": np.array(names)})
+    with refused(rf"grouped\.npz: group_names: .*{words}"):
+        load_windows(tmp_path / "grouped.npz")
+    with refused(f"class_names: .*{words}"):
+        load_idx(write_idx(tmp_path), [*names, "c"])
+
+
+@pytest.mark.parametrize("load", [load_idx, load_cifar10, load_wavs, load_windows])
+@pytest.mark.parametrize("path", [None, 3, "a\0b"])
+def test_what_is_no_path_is_refused(load, path):
+    with refused("(folder|path): must be a path, got "):
+        load(path)
+
+
 TABLE = """window,ax,label,split,ay,group
 w1,1,10,train,-1,u2
 w1,2,10,train,-2,u2
@@ -243,6 +285,10 @@ def test_windows_from_csv(tmp_path):
         ("-3.5", "-1e39", "got '-1e39'"),
         ("-3.5", "nan", "got 'nan'"),
         ("-3.5", "", "got ''"),
+        ("-3.5", "-3_5", "line 4: ay must be a finite float32, got '-3_5'"),
+        ("-3.5", "-\u0663", "line 4: ay must be a finite float32, got '-\u0663'"),
+        ("w1,1,10", "w1,1,", r"line 2: label and group must be names, got \['', 'u2'\]; fill in"),
+        ("u2", "", r"line 2: label and group must be names, got \['10', ''\]"),
         ("w1,1", '"w1,1', "table with commas"),
         (TABLE[TABLE.index("\n") :], "\n", "at least one row"),
     ],
@@ -370,9 +416,13 @@ def test_log_mel_refuses_what_does_not_fit_the_rate():
     for seconds in (0.02, float("nan"), float("inf"), 1e9):
         with refused(f"seconds: must be from 0.025, one window, to 3600, got {seconds}"):
             log_mel(np.zeros(100, np.int16), 8000, seconds=seconds)
-    for mels in (100, 0, -1, 10**9):
-        with refused(f"mels: must fit a sample rate of 8000 Hz, got {mels}"):
+    with refused("mels: must fit a sample rate of 8000 Hz, got 100; pass fewer"):
+        log_mel(np.zeros(100, np.int16), 8000, mels=100)
+    for mels in (2, 0, -1, 10**9):
+        with refused(f"mels: must be from 3 to 1024, got {mels}; pass 40"):
             log_mel(np.zeros(100, np.int16), 8000, mels=mels)
+    with refused("mels: must be an integer, got 23.5 of type float"):
+        log_mel(np.zeros(100, np.int16), 8000, mels=23.5)
     assert log_mel(np.zeros(100, np.int16), 8000, seconds=0.025).shape == (1, 40)
 
 

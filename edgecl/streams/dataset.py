@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecl.given import check_names
 from edgecl_device.errors import InputError
 
 
@@ -24,7 +25,7 @@ class Dataset:
         group_names: Name of every group.
 
     Raises:
-        InputError: when lengths, dtypes, labels or groups do not fit together.
+        InputError: when lengths, dtypes, labels or groups do not fit together, or a name is empty or there twice.
 
     >>> x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
     >>> who = np.array([0, 0, 1, 1])
@@ -42,6 +43,8 @@ class Dataset:
     group_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_names("class_names", self.class_names, len(self.class_names))
+        check_names("group_names", self.group_names, len(self.group_names))
         for name, x, y in (("y", self.x, self.y), ("y_test", self.x_test, self.y_test)):
             _check_indices(name, "label", y, len(x), self.class_names, "class names")
         if (self.group is None) != (self.group_test is None) or (self.group is None) != (not self.group_names):

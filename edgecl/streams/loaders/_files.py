@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecl_device.checks import as_path
 from edgecl_device.errors import InputError
 
 MOST_DIGITS = 18
@@ -18,7 +19,7 @@ DAMAGED = "the file is damaged or cut off; get it again"
 
 def folder_of(folder: str | Path) -> Path:
     """The folder, which must be there."""
-    path = Path(folder)
+    path = as_path("folder", folder)
     if not path.is_dir():
         raise InputError(f"folder: must be a folder, got {str(path)!r}; give the one that holds the data set's files")
     return path

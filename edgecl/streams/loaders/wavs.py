@@ -10,11 +10,15 @@ from numpy.typing import NDArray
 
 from edgecl.streams.dataset import Dataset
 from edgecl.streams.loaders._files import DAMAGED, folder_of, index
+from edgecl_device.checks import as_int, short
 from edgecl_device.errors import EdgeclError, InputError
 
 NAME = re.compile(r"(?P<label>[^_]+)_(?P<group>[^_]+)_(?P<index>[0-9]+)\.wav")
 """How the Free Spoken Digit Dataset names its files: ``{digit}_{speaker}_{index}.wav``."""
 
+
+FEWEST_MELS = 3
+"""What kaldi-native-fbank takes."""
 
 LONGEST_S, HIGHEST_HZ, MOST_MELS = 3600, 1 << 20, 1024
 """Beyond these a number is a slip or a damaged header, and would fill the memory with silence."""
@@ -86,7 +90,7 @@ def log_mel(samples: NDArray[np.int16], rate_hz: int, *, seconds: float = 1.0, m
         float32 [frames, mels]; ``frames = 1 + (seconds - 0.025) // 0.010``.
 
     Raises:
-        InputError: when ``seconds`` is shorter than one window, or ``mels`` are too many for the sample rate.
+        InputError: when ``seconds`` is shorter than one window, or ``mels`` are fewer than 3 or too many for the sample rate.
         EdgeclError: when kaldi-native-fbank is not installed.
 
     >>> log_mel(np.zeros(8000, np.int16), 8000).shape
@@ -98,12 +102,12 @@ def log_mel(samples: NDArray[np.int16], rate_hz: int, *, seconds: float = 1.0, m
         raise EdgeclError("kaldi-native-fbank is not installed; install it with: pip install 'edgecl[audio]'") from error
     if not 0.025 <= seconds <= LONGEST_S:
         raise InputError(f"seconds: must be from 0.025, one window, to {LONGEST_S}, got {seconds}; pass 1.0")
-    if not 1 <= mels <= MOST_MELS:
-        raise InputError(f"mels: must fit a sample rate of {rate_hz} Hz, got {mels}; pass 1 to {MOST_MELS}, 40 at 8 kHz")
+    if not FEWEST_MELS <= as_int("mels", mels) <= MOST_MELS:
+        raise InputError(f"mels: must be from {FEWEST_MELS} to {MOST_MELS}, got {short(mels)}; pass 40 at 8 kHz")
     options: Any = knf.FbankOptions()
     options.frame_opts.samp_freq = rate_hz
     options.frame_opts.dither = 0
-    options.mel_opts.num_bins = mels
+    options.mel_opts.num_bins = int(mels)
     try:
         bank = knf.OnlineFbank(options)
     except (ValueError, RuntimeError) as error:

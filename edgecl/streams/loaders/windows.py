@@ -1,6 +1,7 @@
 """Windows of sensor channels, from an npz archive or a csv table."""
 
 import csv
+import lzma
 import math
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgecl.streams.dataset import Dataset
 from edgecl.streams.loaders._files import DAMAGED, index
+from edgecl_device.checks import as_path
 from edgecl_device.errors import InputError
 
 Arrays = dict[str, NDArray[Any]]
@@ -55,7 +57,7 @@ def load_windows(path: str | Path) -> Dataset:
     >>> data.x.shape, data.class_names, data.y, data.group_names
     ((1, 2, 2), ('run', 'walk'), array([1]), ('ann', 'bob'))
     """
-    place = Path(path)
+    place = as_path("path", path)
     if place.suffix not in {".npz", ".csv"}:
         raise InputError(f"path: must end in .npz or .csv, got {str(path)!r}; give such a file")
     if not place.is_file():
@@ -66,9 +68,13 @@ def load_windows(path: str | Path) -> Dataset:
 def _from_npz(path: Path) -> Dataset:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays: Arrays = dict(file.items())
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            stored: dict[str, Any] = dict(file.items())
+        if raw := [name for name, value in stored.items() if not isinstance(value, np.ndarray)]:  # bytes without the mark of an array
+            raise ValueError(f"no array in {', '.join(raw)}")
+    except (OSError, EOFError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        # RuntimeError: damaged flags call a member encrypted, or packed by a method that there is not
         raise InputError(f"{path}: must be an npz archive of plain arrays, got {error}; save it with np.savez, without objects") from error
+    arrays: Arrays = stored
     missing = [name for name in REQUIRED if name not in arrays]
     unknown = [name for name in arrays if name not in REQUIRED + OPTIONAL]
     if missing or unknown:
@@ -169,6 +175,8 @@ def _windows(path: Path, file: TextIO) -> Iterator[_Window]:
                 raise InputError(f"{place}: the rows of a window must follow each other, got {name!r} again; sort the table by window")
             if facts[1] not in SPLITS:
                 raise InputError(f"{place}: split must be train or test, got {facts[1]!r}; write one of them")
+            if "" in facts:
+                raise InputError(f"{place}: label and group must be names, got {facts[::2]}; fill in the empty one")
             seen.add(name)
             window = _Window(name, tuple(facts), reader.line_num)
         if window.facts != tuple(facts):
@@ -180,7 +188,7 @@ def _windows(path: Path, file: TextIO) -> Iterator[_Window]:
 
 def _number(place: str, column: str, text: str) -> float:
     try:
-        value = float(text)
+        value = float(text if text.isascii() and "_" not in text else "nan")  # Python takes 1_5 for 15, and digits of any script
     except ValueError:
         value = math.nan
     if not abs(value) <= LARGEST:
