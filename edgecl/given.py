@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgecl.trees import flatten_tree, leaves
-from edgecl_device.checks import as_float32
+from edgecl_device.checks import as_float32, short
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import Array
 
@@ -77,7 +77,10 @@ def check_names(argument: str, names: Any, most: int) -> None:
 
 def sample_weights(weight: Any, samples: int) -> list[Tensor]:
     """Weights [N] as one tensor [1] a sample."""
-    found = np.asarray(weight)
+    try:
+        found = np.asarray(weight)
+    except ValueError as error:  # lists of different lengths
+        raise InputError(f"weight: must be numbers [{samples}], one a sample, got {short(weight)} ({error}); reshape it") from error
     if found.shape != (samples,):
         raise InputError(f"weight: must be numbers [{samples}], one a sample, got {found.dtype} {list(found.shape)}; reshape it")
     return [torch.tensor([as_float32(f"weight of sample {i}", value, positive=True)]) for i, value in enumerate(found)]

@@ -186,6 +186,7 @@ def test_weights_that_a_method_does_not_take_are_refused(method):
     ready = untrained(method)
     with pytest.raises(InputError, match=f"weight: {method} takes no weight of a base sample; leave it out"):
         ready.fit(x, y, weight=np.ones(6))
-    for wrong, message in ((np.ones(5), r"weight: must be numbers \[6\]"), (np.zeros(6), "weight of sample 0: must be .* above 0")):
+    ragged = [[1], [1, 2], 1, 1, 1, 1], r"weight: must be numbers \[6\], one a sample, got \[\[1\], \[1, 2\], .*; reshape it"
+    for wrong, message in (ragged, (np.ones(5), r"weight: must be numbers \[6\]"), (np.zeros(6), "weight of sample 0: must be .* above 0")):
         with pytest.raises(InputError, match=message):
             ready.fit(x, y, weight=wrong)
