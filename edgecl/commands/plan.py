@@ -59,6 +59,8 @@ def plan(
         None if flash is None else parse_bytes("--flash", flash),
         None if macs is None else parse_count("--macs", macs),
     )
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot: must end in .png, got {plot}; name such a file")
     for option, file in (("--plot", plot), ("--write", write)):
         if file is not None:
             _check_writable(option, file)

@@ -39,12 +39,14 @@ def config(small, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(config, tmp_path, capsys):
     wrong = {
-        ("--plot", str(tmp_path)): f"--plot: {tmp_path} exists",
+        ("--plot", str(tmp_path / "a.pdf")): f"--plot: must end in .png, got {tmp_path / 'a.pdf'}; name such a file",
+        ("--plot", str(tmp_path / "folder.png")): f"--plot: {tmp_path / 'folder.png'} exists",
         ("--write", str(config)): f"--write: {config} exists",
         ("--write", "x" * 300): "cannot be written (File name too long)",
         ("--plot", str(tmp_path / "gone" / "a.png")): "--plot: must lie in an existing folder",
-        ("--plot", str(tmp_path / "a"), "--write", str(tmp_path / "a")): "--plot, --write: must be two files",
+        ("--plot", str(tmp_path / "a.png"), "--write", str(tmp_path / "a.png")): "--plot, --write: must be two files",
     }
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "windows.npz").unlink()  # whoever comes to the data fails otherwise
     for options, words in wrong.items():
         assert main(["plan", str(config), *options]) == 2
