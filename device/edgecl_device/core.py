@@ -106,6 +106,11 @@ class Core:
         if self.memory is not None and self.memory.file is not None:
             self.memory.file.settle()
 
+    def place(self) -> None:
+        """Call it when it is sure that the store goes on: a file of rows that is not in its place yet goes there."""
+        if self.memory is not None and self.memory.file is not None:
+            self.memory.file.place()
+
     @property
     def settled(self) -> bool:
         """Whether no rows wait to be written into their file."""

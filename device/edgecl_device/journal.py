@@ -36,19 +36,17 @@ class Journal:
         Raises:
             StoreError: when what is in it does not fit together.
         """
-        known = self._store.snapshots()
-        if AUTOMATIC not in known and (known or self._store.seq or self._store.handed_out(0)):
-            raise StoreError(f"store: is damaged (the automatic snapshot is missing); {RESTORE}")
-        if AUTOMATIC not in known:
+        if self._store.new:
             if self._store.persistent:
                 self.save(AUTOMATIC)
             return
         try:
-            self._recover(known[AUTOMATIC])
+            self._recover(self._store.snapshots()[AUTOMATIC])
         except StoreError:
             raise
         except (EdgeclError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise StoreError(f"store: its content does not fit the bundle ({error}); {RESTORE}") from error
+        self._core.place()
         self._store.fold()  # what a process that died has erased
 
     def learn(self, sample: Sample) -> dict[str, Array]:

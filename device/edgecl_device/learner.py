@@ -79,7 +79,7 @@ class Learner(OneAtATime):
         check_manifest(manifest)
         self.manifest = manifest
         self._engine = engine
-        new = store is None or AUTOMATIC not in store.snapshots()
+        new = store is None or store.new
         token = store.token if new and store is not None and row_file is not None else None
         self._core = Core(manifest, engine, state, rows, row_file, new, token)
         self._x = manifest.steps["encode"].inputs

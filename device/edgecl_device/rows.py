@@ -10,6 +10,7 @@ an event in it.
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,11 @@ class RowFile:
             self._make(token)
         elif not path.exists() and not self._new.exists():
             raise StoreError(f"{path}: the store's row file is missing; put it back beside the store, or start with a new store")
-        self._unsettled = not path.exists()  # a process died, or none ran, between the first snapshot and the move into place
+        # A process died, or none ran, or the disk failed, between the first snapshot and the move into place
+        self._unsettled = token is not None or not path.exists()
         self._open(self._new if self._unsettled else path)
+        if token not in (None, self._token.tobytes()):
+            raise StoreError(f"{self._new}: another store has made its file there meanwhile; pass another path")
 
     @property
     def nbytes(self) -> int:
@@ -184,11 +188,30 @@ class RowFile:
             self._header["epoch"] = self._epoch + 1
             self._header.flush()
             self.written += PAGESIZE * len({0, *(page for slot in self._changed for page in self._pages(slot))})
-            if self._unsettled:
-                self._new.replace(self.path)
-                self._unsettled = False
+            self._move()
             self._epoch += 1
             self._changed = {}
+
+    def place(self) -> None:
+        """Move a file into its place that is there under its first name; call it when a snapshot that goes with it is in the store.
+
+        When that fails, the next :meth:`settle` tries again.
+        """
+        with suppress(OSError):
+            self._move()
+
+    def _move(self) -> None:
+        if not self._unsettled:
+            return
+        if not self._is_own() or self.path.exists():
+            raise FileExistsError(f"{self.path}: another file is there")
+        self._new.replace(self.path)
+        self._unsettled = False
+
+    def _is_own(self) -> bool:
+        """Whether the new file is this store's still, and none that somebody has put in its place."""
+        with self._new.open("rb") as file:
+            return _header_of(file.read(HEADER_BYTES))["token"].tobytes() == self._token.tobytes()
 
     def _pages(self, slot: int) -> range:
         start = HEADER_BYTES + slot * self._record.itemsize
@@ -201,7 +224,9 @@ class RowFile:
     def remove(self) -> None:
         """Let go of a new file and delete it, before any snapshot tells of it."""
         self.close()
-        self._new.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self._is_own():
+                self._new.unlink()
 
     def _make(self, token: bytes) -> None:
         if self.path.exists():
@@ -215,8 +240,10 @@ class RowFile:
         header["magic"], header["token"] = _MAGIC, np.frombuffer(token, np.uint8)
         header["rows"], header["record"] = self._count, self._record.itemsize
         try:
-            with self._new.open("wb") as file:
+            self._new.unlink(missing_ok=True)
+            with self._new.open("xb") as file:  # fails where another process has been faster
                 file.write(header.tobytes().ljust(HEADER_BYTES, b"\0"))
+                file.flush()  # from here on it can be told whose it is
                 left = self.file_bytes - HEADER_BYTES
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, self.file_bytes)
@@ -226,23 +253,27 @@ class RowFile:
                 os.fsync(file.fileno())
             self.written += self.file_bytes - left
         except OSError as error:
-            with suppress(OSError):
-                self._new.unlink()  # it may have taken what room there was
+            with suppress(OSError, StoreError):
+                if self._free(token):
+                    self._new.unlink()  # it may have taken what room there was
             what = f"{self.path} cannot be made with {self.file_bytes} bytes ({error})"
             raise StoreError(f"rows: {what}; make room or pass another path") from error
 
     def _free(self, token: bytes) -> bool:
-        """Whether nothing is lost where the file is made: none is there, it has no header yet, or a start of this very store left it."""
+        """Whether nothing is lost where the file is made: none is there, all of it is zero, or this very store has not settled it."""
         try:
             with self._new.open("rb") as file:
                 start = file.read(HEADER_BYTES)
+                header = _header_of(start)
+                if header["magic"].tobytes() == _MAGIC:  # of another store all rows may be in it, and of a settled one of this store
+                    return header["token"].tobytes() == token and header["epoch"] == 0
+                if os.fstat(file.fileno()).st_size > self.file_bytes:
+                    return False
+                return not any(chunk.strip(b"\0") for chunk in chain([start], iter(lambda: file.read(len(_ZEROS)), b"")))
         except FileNotFoundError:
             return True
         except OSError as error:
             raise StoreError(f"{self._new}: cannot be read ({error}); make room for the file of rows, or pass another path") from error
-        header = np.frombuffer(start.ljust(HEADER_BYTES, b"\0"), _HEADER, 1).reshape(())
-        # Before its first snapshot a store has nothing in the file; another one, which lies elsewhere, may have all of its rows in it
-        return not start.strip(b"\0") or (header["magic"].tobytes() == _MAGIC and header["token"].tobytes() == token)
 
     def _open(self, path: Path) -> None:
         try:
@@ -285,3 +316,7 @@ def row_file_of(manifest: Manifest, bundle: Path, store: str | Path | None, rows
 
 
 _HEADER = np.dtype([("magic", "S16"), ("token", "u1", (16,)), ("epoch", "<i8"), ("rows", "<i8"), ("record", "<i8")])
+
+
+def _header_of(start: bytes) -> Array:
+    return np.frombuffer(start.ljust(HEADER_BYTES, b"\0"), _HEADER, 1).reshape(())

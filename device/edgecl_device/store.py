@@ -128,6 +128,18 @@ class Store:
             raise StoreError(f"{self._where}: is damaged (token is {short(token)}); {RESTORE}")
         return token
 
+    @property
+    def new(self) -> bool:
+        """Whether it has no automatic snapshot yet, from which a learner goes on.
+
+        Raises:
+            StoreError: when it has other content, so that the snapshot was lost.
+        """
+        known = self.snapshots()
+        if AUTOMATIC not in known and (known or self._seq or self.handed_out(0)):
+            raise StoreError(f"{self._where}: is damaged (the automatic snapshot is missing); {RESTORE}")
+        return AUTOMATIC not in known
+
     def new_id(self) -> int:
         """A sample id that no sample of this store ever had, not even one lost in a crash: ids are reserved in blocks.
 

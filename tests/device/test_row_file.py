@@ -228,6 +228,8 @@ def test_a_start_that_dies_before_the_file_is_in_its_place_goes_on(start, stream
         patch.setattr(RowFile, "settle", lambda self: None)
         crash(start())
     assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin-new"]
+    crash(start())
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin"], "a start that goes on moves it, before its next snapshot"
     learner, other = start(), load(plain)
     learn(learner, stream, 0, 40)
     learn(other, stream, 0, 40)
@@ -267,33 +269,107 @@ def test_a_file_that_does_not_go_with_the_store_is_refused(filed, start, load, s
         load(filed, store=tmp_path / "new.db", rows=tmp_path / "rows.bin")
 
 
-@pytest.mark.parametrize("whose", ["another store's", "nobody's"])
-def test_a_new_store_leaves_an_unsettled_file_alone(filed, start, plain, load, stream, crash, tmp_path, monkeypatch, whose):
+UNSETTLED = r"rows\.bin-new: exists, and is not of this store, which is new; start the store that it was made with.*, or pass another path"
+
+
+@pytest.fixture
+def unsettled(start, stream, monkeypatch):
+    """A learner of 10 samples whose disk failed when its first snapshot was to be written into the file; it works again now."""
+    with monkeypatch.context() as patch:
+        patch.setattr(np.memmap, "flush", lambda self: (_ for _ in ()).throw(OSError("no medium")))
+        patch.setattr(RowFile, "fill", lambda self, values: self._rows["z"].__setitem__(slice(3), values["z"]))
+        learner = start()
+    learn(learner, stream, 0, 10)
+    return learner
+
+
+@pytest.mark.parametrize("owner", ["lives", "died", "died twice"])
+def test_a_new_store_leaves_the_unsettled_file_of_another_one_alone(unsettled, filed, start, plain, load, stream, crash, tmp_path, owner):
     """All rows of a store may be in it, where the process died behind the first snapshot, or the disk failed since."""
-    if whose == "nobody's":
-        (tmp_path / "rows.bin-new").write_bytes(b"a user's own notes" * 9)
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(RowFile, "settle", lambda self: None)
-            learner = start()
-            learn(learner, stream, 0, 10)
-            crash(learner)
+    learner, other = unsettled, load(plain)
+    if owner != "lives":
+        crash(learner)
+    if owner == "died twice":  # the second time before the start has got so far as to move the file
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RowFile, "place", lambda self: None)
+            crash(start())
     before = (tmp_path / "rows.bin-new").read_bytes()
-    words = r"rows\.bin-new: exists, and is not of this store, which is new; start the store that it was made with.*, or pass another path"
     for _ in range(2):  # the refused store is there behind the first
-        with pytest.raises(StoreError, match=words):
+        with pytest.raises(StoreError, match=UNSETTLED):
             load(filed, store=tmp_path / "other.db", rows=tmp_path / "rows.bin")
         assert (tmp_path / "rows.bin-new").read_bytes() == before and not (tmp_path / "rows.bin").exists()
-    if whose != "nobody's":
-        learner, other = start(), load(plain)
-        learn(learner, stream, 10, 40)
-        learn(other, stream, 0, 40)
-        assert knows(learner) == knows(other)
+    if owner != "lives":
+        learner = start()
+    learn(learner, stream, 10, 40)
+    learn(other, stream, 0, 40)
+    assert knows(learner) == knows(other)
+    learner.save()
+    crash(learner)
+    assert knows(start()) == knows(other) and [p.name for p in tmp_path.glob("rows*")] == ["rows.bin"]
 
 
-def test_a_start_that_dies_while_the_file_is_made_begins_anew(start, tmp_path):
+@pytest.mark.parametrize(
+    "content", [b"a user's own notes" * 9, b"brief", bytes(64) + b"an image", bytes(5000)], ids=["long", "brief", "zeros first", "zeros"]
+)
+def test_a_new_store_leaves_a_users_file_alone(start, tmp_path, content):
+    (tmp_path / "rows.bin-new").write_bytes(content)
+    with pytest.raises(StoreError, match=UNSETTLED):
+        start()
+    assert (tmp_path / "rows.bin-new").read_bytes() == content and not (tmp_path / "rows.bin").exists()
+
+
+@pytest.mark.parametrize("place", ["rows.bin-new", "rows.bin"])
+def test_a_file_that_came_there_meanwhile_is_neither_moved_nor_replaced(unsettled, filed, load, tmp_path, place):
+    load(filed, store=tmp_path / "other.db", rows=tmp_path / "other.bin").close()
+    (tmp_path / "other.bin").replace(tmp_path / place)
+    files = {p.name: p.read_bytes() for p in tmp_path.glob("rows*")}
+    unsettled.save()
+    assert unsettled.report()["replay"]["rows_waiting"] > 0
+    found = {p.name: p.read_bytes() for p in tmp_path.glob("rows*")}
+    assert found.keys() == files.keys() and found[place] == files[place]
+
+
+def test_a_start_that_fails_deletes_no_file_of_another_store(filed, start, load, tmp_path, monkeypatch):
+    load(filed, store=tmp_path / "other.db", rows=tmp_path / "other.bin").close()
+    content = (tmp_path / "other.bin").read_bytes()
+
+    def fails(self, name):
+        (tmp_path / "other.bin").replace(tmp_path / "rows.bin-new")
+        raise StoreFullError("disk is full")
+
+    monkeypatch.setattr("edgecl_device.journal.Journal.save", fails)
+    with pytest.raises(StoreFullError, match="disk is full"):
+        start()
+    assert (tmp_path / "rows.bin-new").read_bytes() == content
+
+
+def test_a_store_that_lost_its_snapshot_leaves_its_unsettled_file_alone(unsettled, start, crash, tmp_path):
+    """A copy of the store needs it."""
+    crash(unsettled)
+    before = (tmp_path / "rows.bin-new").read_bytes()
+    with sqlite3.connect(tmp_path / "l.db") as db:
+        db.execute("DELETE FROM snapshots")
+    db.close()
+    with pytest.raises(StoreError, match=r"l\.db: is damaged \(the automatic snapshot is missing\)"):
+        start()
+    assert (tmp_path / "rows.bin-new").read_bytes() == before
+
+
+def test_a_file_that_holds_a_snapshot_is_not_made_anew(tmp_path):
+    """As a copy of the store would, taken before its first snapshot."""
+    RowFile(tmp_path / "r.bin", FIELDS, 9, b"t" * 16)
+    file = RowFile(tmp_path / "r.bin", FIELDS, 9, b"t" * 16)
+    (tmp_path / "r.bin").mkdir()
+    file.settle()
+    (tmp_path / "r.bin").rmdir()
+    with pytest.raises(StoreError, match=r"r\.bin-new: exists, and is not of this store"):
+        RowFile(tmp_path / "r.bin", FIELDS, 9, b"t" * 16)
+
+
+@pytest.mark.parametrize("size", [0, 80])
+def test_a_start_that_dies_while_the_file_is_made_begins_anew(start, tmp_path, size):
     """Its room is there, its header not yet: no snapshot can tell of it."""
-    (tmp_path / "rows.bin-new").write_bytes(bytes(5000))
+    (tmp_path / "rows.bin-new").write_bytes(bytes(size))
     start()
     assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.bin"]
 
