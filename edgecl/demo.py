@@ -224,6 +224,8 @@ def run_demo(
         "seeds": seeds,
         "seconds": time.perf_counter() - start,
         "forgetting": FORGETTING,
+        "scenario": "class-incremental",
+        "test_samples": [len(data.y_test)] * seeds,
         "tasks": tasks_of(data, stream),
         "rows": [{**summarise(rows[s.label]), "role": role_of(s), "joint": joint_of(s, settings)} for s in settings],
         "settings": [{**asdict(s), "config": None if s.config is None else asdict(s.config)} for s in settings],

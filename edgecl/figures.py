@@ -32,7 +32,7 @@ def figures(found: StreamResult) -> dict[str, Any]:
     """What a run over a stream found, as plain values."""
     return {
         "accuracy": found.accuracy,
-        "base_accuracy": found.matrix.values[-1][0],
+        "base_accuracy": found.matrix.values[-1][0] if found.trace.current[0] == 0 else None,  # else the stream's first task is task 0
         "forgetting": forgetting(found.matrix, FORGETTING) if found.matrix.tasks > 1 else None,
         "backward_transfer": backward_transfer(found.matrix) if found.matrix.tasks > 1 else None,
         "average_incremental_accuracy": average_incremental_accuracy(found.matrix),
@@ -88,18 +88,26 @@ def tasks_of(data: Dataset, stream: Stream) -> list[dict[str, Any]]:
 
 
 def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over seeds of every figure, with its standard deviation from two seeds on; curves of the first seed."""
-    first = found[0]
+    """Mean over seeds of every figure, with its standard deviation from two seeds on; curves of the first seed.
+
+    A figure that some seed lacks, as its stream does not define it, is None: the rest of the row is of all seeds.
+
+    >>> summarise([{"accuracy": 0.5}, {"accuracy": 0.7, "stability_gap": 0.1}])["stability_gap"] is None
+    True
+    """
     row: dict[str, Any] = {}
-    for key, value in first.items():
-        if isinstance(value, float):
-            values = [f[key] for f in found]
-            row[key] = statistics.fmean(values)
-            if len(values) > 1:
-                row[f"{key}_sd"] = statistics.stdev(values)
+    for key in dict.fromkeys(key for one in found for key in one):
+        values = [one.get(key) for one in found]
+        numbers = [value for value in values if isinstance(value, float)]
+        if not numbers:
+            row[key] = values[0]
+        elif len(numbers) < len(values):
+            row[key] = None
         else:
-            row[key] = value
-    return {**row, "accuracy_by_seed": [f["accuracy"] for f in found]}
+            row[key] = statistics.fmean(numbers)
+            if len(numbers) > 1:
+                row[f"{key}_sd"] = statistics.stdev(numbers)
+    return {**row, "accuracy_by_seed": [one["accuracy"] for one in found]}
 
 
 def weight_hash(net: nn.Module) -> str:

@@ -65,6 +65,15 @@ def percent(fraction: float | None, deviation: float | None = None) -> str:
     return f"{100 * fraction:z.1f}" + ("" if deviation is None else f"±{100 * deviation:.1f}")
 
 
+def span(counts: Sequence[int]) -> str:
+    """A count of each seed: one number where they are equal, else the least and the most.
+
+    >>> span([1000, 1000]), span([900, 1000, 700])
+    ('1,000', '700 to 1,000')
+    """
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
 def _scaled(value: float | None, step: int, units: Sequence[str]) -> str:
     if value is None:
         return "-"
@@ -131,9 +140,9 @@ _DEMO_COLUMNS = (
     _Column(
         "accuracy\n%",
         lambda row: percent(row["accuracy"], row.get("accuracy_sd")),
-        "on all {images} test images after the stream; {seeds}",
+        "on all {test_samples} test samples after the stream; {seeds}",
     ),
-    _Column("base\n%", lambda row: percent(row.get("base_accuracy")), "the same, on the test images of the base classes"),
+    _Column("base\n%", lambda row: percent(row.get("base_accuracy")), "the same, on the test samples of the base set"),
     _Column(
         "forgot\n%",
         lambda row: percent(row.get("forgetting")),
@@ -142,8 +151,7 @@ _DEMO_COLUMNS = (
     _Column(
         "preq.\n%",
         lambda row: percent(row.get("prequential")),
-        "prequential accuracy: each sample is predicted before it is learned; the stream comes class by class, so that repeating"
-        " the last label would give {last_label}",
+        "prequential accuracy: each sample is predicted before it is learned; {order}repeating the last label would give {last_label}",
     ),
     _Column("update\nMACs", lambda row: si(row.get("update_macs")), "multiply-accumulates of one update, without the trunk"),
     _Column("trunk\nMACs", lambda row: si(row.get("encode_macs")), "the same of the frozen trunk, which runs once a sample", True),
@@ -167,14 +175,23 @@ _DEMO_COLUMNS = (
 )
 
 
+_CLASSES_APART = ("class-incremental", "task-incremental")
+"""Scenarios in which a class comes in one task only."""
+
+
 def demo_table(result: Row, width: int = WIDE) -> Table:
     """The demo's rows in three sections: baselines, learners, offline training.
 
     Args:
         result: What :func:`edgecl.demo.run_demo` returns.
-        width: Of the terminal; below :data:`WIDE` two columns are left out, and more where they do not fit.
+        width: Of the terminal; below :data:`WIDE` two columns are left out, and more where they do not fit. A column that no row
+            has a value for, as that of a base set where there is none, is left out, too.
     """
-    columns = [column for column in _DEMO_COLUMNS if width >= WIDE or not column.wide]
+    columns = [
+        column
+        for column in _DEMO_COLUMNS
+        if (width >= WIDE or not column.wide) and any(column.cell(row) != percent(None) for row in result["rows"])
+    ]
     table = grid(("method, features", *(f">{column.heading}" for column in columns)), title=result["what"])
     for role, heading in SECTIONS.items():
         rows = [row for row in result["rows"] if row["role"] == role]
@@ -190,9 +207,10 @@ def demo_legend(result: Row, table: Table) -> Table:
     """What the columns of a :func:`demo_table` mean."""
     seeds = result["seeds"]
     values = {
-        "images": sum(task["test_images"] for task in result["tasks"]),
+        "test_samples": span(result["test_samples"]),
         "seeds": "one seed" if seeds == 1 else f"mean of {seeds} seeds ± standard deviation",
         "forgetting": result["forgetting"],
+        "order": "classes come task by task, so that " if result["scenario"] in _CLASSES_APART else "",
         "last_label": next((f"{percent(row['last_label'])} %" for row in result["rows"] if "last_label" in row), "-"),
     }
     shown = {column.header for column in table.columns}

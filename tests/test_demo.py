@@ -65,7 +65,9 @@ def test_table_shows_every_row_in_its_section(demo, result):
     row = next(r for r in result["rows"] if r["method"] == "ncm")
     line = next(text for text in out.splitlines() if text.startswith("  ncm, 62-d"))
     assert f"{100 * row['accuracy']:.1f}" in line and "2.24 M" in line and "2.50 KiB" in line
-    assert "max_before_last" in out and "99.5 %" in out
+    words = " ".join(out.split())
+    assert "max_before_last" in words and "classes come task by task, so that repeating the last label would give 99.5 %" in words
+    assert "on all 500 test samples" in words and "base the same, on the test samples of the base set" in words
 
 
 def test_a_narrow_terminal_gets_fewer_columns(result):
@@ -138,6 +140,10 @@ def test_several_seeds_become_mean_and_deviation():
     row = summarise(seeds)
     assert row["accuracy"] == pytest.approx(0.6) and row["accuracy_sd"] == pytest.approx(statistics.stdev([0.5, 0.7]))
     assert row["accuracy_by_seed"] == [0.5, 0.7] and row["macs"] == 7 and row["none"] is None
+    lacking = [{**seeds[0], "area": 0.25}, seeds[1]]
+    for order in (lacking, lacking[::-1]):  # no mean of the one seed that has it, and not left out either
+        row = summarise(order)
+        assert row["area"] is None and "area_sd" not in row and row["accuracy"] == pytest.approx(0.6)
     assert "accuracy_sd" not in summarise(seeds[:1]) and math.isclose(summarise(seeds[:1])["accuracy"], 0.5)
 
 

@@ -82,12 +82,12 @@ def _init(path: Path) -> None:
 
 def _show(result: dict[str, Any], folder: Path) -> None:
     """The demo's table, for any run."""
-    tasks = [{**task, "test_images": task["test_samples"]} for task in result["tasks"]]
     view = {
         "what": result["title"] or result["what"],
         "rows": result["learners"],
         "seeds": len(result["seeds"]),
-        "tasks": tasks,
+        "test_samples": result["samples"]["test"],
+        "scenario": result["config"]["scenario"]["name"],
         "forgetting": FORGETTING,
     }
     show_rows(view, f"Files: {folder / 'run.json'}, {folder / REPORT}")

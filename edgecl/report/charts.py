@@ -44,41 +44,57 @@ _PANEL_TASKS = 16
 """Tasks up to which a matrix has its numbers written in."""
 
 
-def met(result: Row, curve: Row) -> Any:
-    """Accuracy on the test samples of the tasks met so far, at each point of a curve; the base set counts from the start."""
+def shared_tasks(result: Row) -> Sequence[Row]:
+    """The tasks where those of all seeds are equal, else none: where their sizes are random, a mean over them has no meaning."""
+    first, *others = result["tasks_by_seed"]
+    return first if all(tasks == first for tasks in others) else ()
+
+
+def met(tasks: Sequence[Row], curve: Row) -> Any:
+    """Accuracy on the test samples of the tasks met so far, at each point of a curve of the seed that has them.
+
+    The base set counts from the start.
+    """
     samples, values = np.array(curve["samples"]), np.array(curve["tasks"])
-    sizes = np.array([task["test_samples"] for task in result["tasks"]])
-    first = np.array([-1 if i == 0 else task["first_sample"] for i, task in enumerate(result["tasks"])])
+    sizes = np.array([task["test_samples"] for task in tasks])
+    first = np.array([-1 if i == 0 else task["first_sample"] for i, task in enumerate(tasks)])
     weights = sizes[:, None] * (first[:, None] < samples[None])
     return (values * weights).sum(0) / np.maximum(weights.sum(0), 1)
 
 
-def mean_curve(result: Row, row: Row) -> tuple[Any, Any]:
-    """Mean over seeds of :func:`met`, and its standard deviation, None for one seed.
+def mean_curve(result: Row, row: Row) -> tuple[list[int], Any, Any]:
+    """Samples learned, mean over seeds of :func:`met`, and its standard deviation, None for one seed.
 
-    Of several seeds those count that were tested at the same points as the first: where tasks have random sizes, it alone.
+    The points are those at which every seed was tested: where tasks have random sizes, without the ends of tasks.
     """
-    first = row["curves"][0]["samples"]
-    values = np.array([met(result, curve) for curve in row["curves"] if curve["samples"] == first])
-    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
+    points = sorted(set.intersection(*(set(curve["samples"]) for curve in row["curves"])))
+    pairs = zip(result["tasks_by_seed"], row["curves"], strict=True)
+    values = np.array([met(tasks, curve)[np.isin(curve["samples"], points)] for tasks, curve in pairs])
+    return points, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
+
+
+def mean_matrix(result: Row, row: Row) -> Any:
+    """Mean over seeds of the accuracy matrix, [tasks, tasks]; that of the first seed alone where their tasks differ."""
+    return np.nanmean(np.array(row["matrices"] if shared_tasks(result) else row["matrices"][:1], float), 0)
 
 
 def accuracy_figure(result: Row) -> Figure:
-    """Accuracy on what was met so far along the stream: a line a learner, its spread over seeds, and where tasks begin."""
+    """Accuracy on what was met so far along the stream: a line a learner, its spread over seeds, and where the tasks of all seeds begin."""
     figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     ax = figure.subplots()
-    boundaries = [task for task in result["tasks"] if task["first_sample"] > 0]
-    for task in boundaries:
-        ax.axvline(task["first_sample"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0, alpha=0.6)
-    if 0 < len(result["tasks"]) - 1 <= 10:
-        for task in result["tasks"][1:]:
+    tasks = shared_tasks(result)
+    for task in tasks:
+        if task["first_sample"] > 0:
+            ax.axvline(task["first_sample"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0, alpha=0.6)
+    if 0 < len(tasks) - 1 <= 10:
+        for task in tasks[1:]:
             ax.annotate(task["name"], (task["first_sample"], 1), (3, 2), ("data", "axes fraction"), "offset points", fontsize=8)
     drawn = 0
     for row in result["learners"]:
         if not row.get("curves"):
             ax.axhline(100 * row["accuracy"], color=INK, linestyle="--", linewidth=1.2, label=f"{row['label']} (offline, at the end)")
             continue
-        samples, (mean, spread) = row["curves"][0]["samples"], mean_curve(result, row)
+        samples, mean, spread = mean_curve(result, row)
         colour, marker = GROUP_COLOURS[drawn % 6], GROUP_MARKERS[drawn % 6]
         ax.plot(samples, 100 * mean, color=colour, marker=marker, markersize=4, linewidth=1.6, label=row["label"])
         if spread is not None:
@@ -93,9 +109,9 @@ def accuracy_figure(result: Row) -> Figure:
 
 
 def matrix_figure(result: Row) -> Figure:
-    """Accuracy on each task after each task, mean over seeds: one panel a learner."""
+    """Accuracy on each task after each task, by :func:`mean_matrix`: one panel a learner."""
     rows = [row for row in result["learners"] if row.get("matrices")]
-    names = [task["name"] for task in result["tasks"]]
+    names = [task["name"] for task in result["tasks_by_seed"][0]]
     size, columns = len(names), len(rows) if len(rows) <= 4 else 3
     lines = -(-len(rows) // columns)
     side = max(1.9, 0.34 * size)
@@ -104,7 +120,7 @@ def matrix_figure(result: Row) -> Figure:
     for ax in axes.flat[len(rows) :]:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, rows, strict=False):
-        values = 100 * np.nanmean(np.array(row["matrices"], float), 0)
+        values = 100 * mean_matrix(result, row)
         ax.pcolormesh(values, cmap=_ACCURACY, vmin=0, vmax=100, edgecolors="white", linewidth=0.6)
         for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True) if size <= _PANEL_TASKS else ():
             colour = "white" if values[i, j] > 45 else "#222222"

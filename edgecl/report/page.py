@@ -58,9 +58,15 @@ def _read(folder: Path) -> dict[str, Any]:
     if not (folder / RESULT).is_file():
         why = "is not finished; go on with it by edgecl run" if (folder / "start.json").exists() else "holds no run"
         raise InputError(f"RUN: must be the folder of a finished run, {folder} {why}")
+    result = read_json(folder / RESULT)
+    if "tasks_by_seed" not in result:
+        raise InputError(
+            f"RUN: {folder / RESULT} must be as edgecl run writes it, with the tasks of each seed, got none; delete that file and "
+            "go on by edgecl run, which keeps what was learned, or run it again with --fresh"
+        )
     config = folder / "config.toml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    return {**read_json(folder / RESULT), "name": folder.name, "toml": text}
+    return {**result, "name": folder.name, "toml": text}
 
 
 def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
@@ -90,7 +96,8 @@ def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
         "seeds": len(result["seeds"]),
         "rows": views.learner_rows(result),
         **{name: Markup(svg) for name, svg in drawn.items()},
-        "tasks": [task["name"] for task in result["tasks"]],
+        "tasks": [task["name"] for task in result["tasks_by_seed"][0]],
+        "alone": None if charts.shared_tasks(result) else f"seed {result['seeds'][0]} alone, as tasks differ between the seeds",
         "metrics": views.metrics(result),
         "curves": views.curves(result),
         "matrices": views.matrices(result),

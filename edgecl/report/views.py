@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgecl import tables
-from edgecl.report.charts import PHASES, layers_of, mean_curve
-from edgecl.tables import LEDGER_WORDS, percent, si, size
+from edgecl.report.charts import PHASES, layers_of, mean_curve, mean_matrix, shared_tasks
+from edgecl.tables import LEDGER_WORDS, percent, si, size, span
 
 Row = Mapping[str, Any]
 
@@ -70,7 +70,7 @@ def summary(result: Row) -> list[str]:
         return [f"{result['what']}."]
     mean = "" if seeds == 1 else f", the mean of {seeds} seeds"
     first = (
-        f"{best['label']} is right on {percent(best['accuracy'], best.get('accuracy_sd'))} % of {counts['test']:,} test samples after "
+        f"{best['label']} is right on {percent(best['accuracy'], best.get('accuracy_sd'))} % of {span(counts['test'])} test samples after "
         f"learning {counts['stream']:,} samples, one at a time, on {ENGINES.get(result['engine'], result['engine'])}{mean}."
     )
     cost = f"It keeps {size(best['bytes'])} beyond the frozen trunk"
@@ -115,7 +115,7 @@ def learner_rows(result: Row) -> list[dict[str, Any]]:
 
 
 def metrics(result: Row) -> dict[str, Any]:
-    """Every metric of every learner, as docs/metrics.md names them."""
+    """Every metric of every learner, as docs/metrics.md names them; no value where a seed lacks it."""
     rows = [row for row in result["learners"] if row.get("metrics")]
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     return {
@@ -127,8 +127,8 @@ def metrics(result: Row) -> dict[str, Any]:
 def curves(result: Row) -> dict[str, Any]:
     """Accuracy on what was met so far along the stream, mean over seeds."""
     rows = [row for row in result["learners"] if row.get("curves")]
-    samples = rows[0]["curves"][0]["samples"] if rows else []
-    columns = [100 * mean_curve(result, row)[0] for row in rows]
+    found = [mean_curve(result, row) for row in rows]  # of equal points: the learners of a seed are tested at the same
+    samples, columns = found[0][0] if found else [], [100 * mean for _, mean, _ in found]
     return {
         "labels": [row["label"] for row in rows],
         "rows": [{"name": f"{n:,}", "cells": [f"{column[i]:.1f}" for column in columns]} for i, n in enumerate(samples)],
@@ -136,18 +136,9 @@ def curves(result: Row) -> dict[str, Any]:
 
 
 def matrices(result: Row) -> list[dict[str, Any]]:
-    """The accuracy matrices in percent, mean over seeds."""
-    found = []
-    for row in result["learners"]:
-        if row.get("matrices"):
-            means = [[_mean(values) for values in zip(*lines, strict=True)] for lines in zip(*row["matrices"], strict=True)]
-            found.append({"label": row["label"], "rows": [[percent(value) for value in line] for line in means]})
-    return found
-
-
-def _mean(values: tuple[float, ...]) -> float | None:
-    known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else None
+    """The accuracy matrices in percent, by :func:`~edgecl.report.charts.mean_matrix`."""
+    rows = [row for row in result["learners"] if row.get("matrices")]
+    return [{"label": row["label"], "rows": [[percent(value) for value in line] for line in mean_matrix(result, row)]} for row in rows]
 
 
 def ledgers(result: Row) -> dict[str, Any]:
@@ -182,10 +173,13 @@ def layers(row: Row) -> dict[str, Any]:
 def conditions(result: Row) -> list[tuple[str, str]]:
     """Under which conditions the figures came about."""
     seconds = f"{result['seconds']:.0f} s"
+    tasks = {"test samples": shared_tasks(result)}
+    if not tasks["test samples"]:
+        tasks = {f"test samples of seed {seed}": mine for seed, mine in zip(result["seeds"], result["tasks_by_seed"], strict=True)}
     return [
         ("data", f"{result['data']['name']}, SHA-256 {result['data']['sha256']}"),
         ("scenario", result["what"]),
-        ("test samples", ", ".join(f"{task['name']} {task['test_samples']:,}" for task in result["tasks"])),
+        *((term, ", ".join(f"{task['name']} {task['test_samples']:,}" for task in mine)) for term, mine in tasks.items()),
         ("seeds", ", ".join(map(str, result["seeds"]))),
         *((f"{name} SHA-256", value) for name, value in result["files"].items()),
         *((f"network of seed {seed}, SHA-256", found["sha256"]) for seed, found in result["networks"].items()),

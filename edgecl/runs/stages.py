@@ -150,14 +150,13 @@ class _Run:
         """Every stage that has no result yet, then ``run.json``."""
         start = time.perf_counter()
         check_preprocess(self.config, self.data)
-        self._check_base(self.stream(self.config.device.seeds[0]))
-        for seed in self.config.device.seeds:
-            evaluation_set(self.stream(seed), self.config.device.test_samples)  # refuses a task without a test before anything is trained
+        streams = {seed: self.stream(seed) for seed in self.config.device.seeds}
+        tasks = [self._tasks(stream) for stream in streams.values()]  # first of all: what no seed may lack is missed before any learns
+        self._check_base(next(iter(streams.values())))
         profiles = self._budget()
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in self.config.labels}
         networks = {}
-        for seed in self.config.device.seeds:
-            stream = self.stream(seed)
+        for seed, stream in streams.items():
             place = self.folder / f"seed{seed}"
             network = place / "network.pth"
             self.progress(f"seed {seed}: network" + (", pretraining" if self.config.model.pretrain else ""), 0, 1)
@@ -170,11 +169,16 @@ class _Run:
                 with with_label(label):
                     run_one = (_Offline if METHODS[entry.method].host_only else _OnDevice)(self, seed, stream, label, entry, place)
                     found[label].append(stage(place / label / "result.json", run_one.run, run_one.holds))
-        write_json(self.folder / RESULT, self._result(found, profiles, networks, stream, time.perf_counter() - start))
+        write_json(self.folder / RESULT, self._result(found, profiles, networks, stream, tasks, time.perf_counter() - start))
 
     def stream(self, seed: int) -> Stream:
         """The scenario of a seed."""
         return make_stream(self.config.scenario.name, self.config.scenario_options(), self.data, seed)
+
+    def _tasks(self, stream: Stream) -> list[dict[str, Any]]:
+        """The tasks of a seed, with the number of test samples that the run uses of each."""
+        tests = evaluation_set(stream, self.config.device.test_samples)
+        return [{**task, "test_samples": len(y)} for task, (_, y) in zip(tasks_of(self.data, stream), tests, strict=True)]
 
     def _check_base(self, stream: Stream) -> None:
         """Whether there is a base set for what needs one."""
@@ -205,7 +209,13 @@ class _Run:
         return found
 
     def _result(
-        self, found: dict[str, list[dict[str, Any]]], profiles: dict[str, Any], networks: dict[int, Any], stream: Stream, seconds: float
+        self,
+        found: dict[str, list[dict[str, Any]]],
+        profiles: dict[str, Any],
+        networks: dict[int, Any],
+        stream: Stream,
+        tasks: list[list[dict[str, Any]]],
+        seconds: float,
     ) -> dict[str, Any]:
         config, start = self.config, read_json(self.folder / START)
         learners = []
@@ -222,18 +232,18 @@ class _Run:
                     "role": role,
                     "joint": joint,
                     "config": profiles.get(label, {}).get("config", entry.config),
+                    "metrics": list(dict.fromkeys(name for row in rows for name in row.get("metrics", ()))),
                     "matrices": [row["matrix"] for row in rows if "matrix" in row],
                     "curves": [row["curve"] for row in rows if "curve" in row],
                     "profile": profiles.get(label),
                 }
             )
-        tests = evaluation_set(stream, config.device.test_samples)
-        tasks = [{**task, "test_samples": len(y)} for task, (_, y) in zip(tasks_of(self.data, stream), tests, strict=True)]
+        tests = [sum(task["test_samples"] for task in mine) for mine in tasks]
         return {
             "title": config.report.title,
             "what": f"{config.data.name}, {config.scenario.name}: {len(stream.base[1]):,} base samples, then {len(stream):,} one at a time",
-            "samples": {"base": len(stream.base[1]), "stream": len(stream), "test": sum(len(y) for _, y in tests)},
-            "tasks": tasks,
+            "samples": {"base": len(stream.base[1]), "stream": len(stream), "test": tests},
+            "tasks_by_seed": tasks,
             "seeds": config.device.seeds,
             "engine": config.device.engine,
             "learners": learners,

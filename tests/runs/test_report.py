@@ -119,7 +119,7 @@ def test_the_first_sentence_names_the_best_learner(text, result):
 
 def test_names_of_the_users_are_text_and_not_markup(result):
     changed = json.loads(json.dumps(result))
-    changed["title"], changed["learners"][0]["label"], changed["tasks"][1]["name"] = "<b>&", '<i>ridge</i> & "x"', "a<b>"
+    changed["title"], changed["learners"][0]["label"], changed["tasks_by_seed"][0][1]["name"] = "<b>&", '<i>ridge</i> & "x"', "a<b>"
     text = page([{**changed, "name": "x", "toml": "# <script>"}])
     assert "<b>" not in text and "<i>" not in text and "<script>" not in text
     assert tree(text).find(".//h1").text == "<b>&"
@@ -127,13 +127,13 @@ def test_names_of_the_users_are_text_and_not_markup(result):
 
 def test_a_dollar_in_a_name_is_no_formula(result):
     changed = json.loads(json.dumps(result))
-    changed["learners"][0]["label"], changed["tasks"][1]["name"] = "$x_{$", "$\\frac{$"
+    changed["learners"][0]["label"], changed["tasks_by_seed"][0][1]["name"] = "$x_{$", "$\\frac{$"
     text = page([{**changed, "name": "x", "toml": ""}])
     assert "$x_{$</text>" in text and "$\\frac{$" in text
 
 
 def test_a_damaged_run_is_one_error_and_leaves_no_page(result, tmp_path, capsys):
-    missing = {key: value for key, value in result.items() if key != "tasks"}
+    missing = {key: value for key, value in result.items() if key != "learners"}
     for content in ("[]", "[" * 100_000, json.dumps(missing)):
         (tmp_path / "run.json").write_text(content)
         assert cli.main(["report", str(tmp_path)]) == 2
@@ -175,15 +175,13 @@ def test_no_finished_run_is_refused(tmp_path, capsys):
 
 
 def test_accuracy_is_on_what_was_met():
-    result = {
-        "tasks": [
-            {"test_samples": 30, "first_sample": 0},
-            {"test_samples": 10, "first_sample": 0},
-            {"test_samples": 10, "first_sample": 20},
-        ]
-    }
+    tasks = [
+        {"test_samples": 30, "first_sample": 0},
+        {"test_samples": 10, "first_sample": 0},
+        {"test_samples": 10, "first_sample": 20},
+    ]
     curve = {"samples": [0, 20, 40], "tasks": [[1.0, 0.8, 0.6], [0.0, 0.4, 0.2], [0.0, 0.0, 1.0]]}
-    assert np.allclose(charts.met(result, curve), [1.0, (24 + 4) / 40, (18 + 2 + 10) / 50])
+    assert np.allclose(charts.met(tasks, curve), [1.0, (24 + 4) / 40, (18 + 2 + 10) / 50])
 
 
 def test_layers_are_added_up_and_the_least_become_one():

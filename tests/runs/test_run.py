@@ -112,8 +112,9 @@ def test_figures_are_those_of_the_plain_loop(whole):
         assert (row["accuracy"], row["prequential"]) == (plain.accuracy, plain.prequential)
         assert row["refused"] == 0
     assert result["learners"][0]["accuracy"] > 0.8
-    assert result["samples"] == {"base": 60, "stream": 40, "test": 30}
-    assert [(task["name"], task["first_sample"]) for task in result["tasks"]] == [("3 base classes", 0), ("climb", 0), ("fall", 20)]
+    assert result["samples"] == {"base": 60, "stream": 40, "test": [30]}
+    tasks = result["tasks_by_seed"][0]
+    assert [(task["name"], task["first_sample"]) for task in tasks] == [("3 base classes", 0), ("climb", 0), ("fall", 20)]
 
 
 def test_costs_are_the_bundles(whole):
@@ -372,7 +373,7 @@ def test_a_stream_from_nothing_with_offline_training_and_tasks_known(config):
     }
     found = run(parse(values, config.parent), config, config.with_suffix(".run"))
     ncm, joint = found["learners"]
-    assert [task["test_samples"] for task in found["tasks"]] == [5, 5] and found["samples"]["base"] == 0
+    assert [task["test_samples"] for task in found["tasks_by_seed"][1]] == [5, 5] and found["samples"]["base"] == 0
     assert len(ncm["matrices"]) == 2 and ncm["accuracy_sd"] >= 0 and "forward_transfer" in ncm
     assert joint["role"] == "offline" and joint["accuracy"] > 0.7 and ncm["joint"] == "joint"
     values["learner"] = [{"method": "latent_replay", "at": "2"}]
