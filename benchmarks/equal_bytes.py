@@ -52,6 +52,8 @@ PER_TASK = 200
 SMALLEST_MEMORY = 16 * KIB
 """A replay memory of fewer bytes is none."""
 RESULTS = Path(__file__).parent / "results"
+OPTIONS = {"ridge": {"reflect": True}}
+"""What is set beside the chosen hyperparameters of a method, and changes its rounding alone."""
 LAST = ("features.18",)
 """What the classifier of ImageNet sees: the cut that comparisons of this kind use."""
 
@@ -85,7 +87,7 @@ def prepared_row(row: Row, classes: int, calibration: np.ndarray[Any, Any]) -> P
     Args:
         row: Method, budget, cut and hyperparameters.
         classes: Classes to make room for.
-        calibration: Features [N, d] of the cut, of other images than those to learn: for the ranges of replay codecs.
+        calibration: Features [N, d] of the cut, of other images than those to learn: for ranges of replay codecs and ridge's reflection.
 
     Raises:
         TooLarge: when it does not fit.
@@ -101,8 +103,7 @@ def prepared_row(row: Row, classes: int, calibration: np.ndarray[Any, Any]) -> P
 
     prepared = learner(config)
     replays = prepared.memory is not None
-    if replays:
-        prepared.learner.calibrate(torch.tensor(calibration))
+    prepared.learner.calibrate(torch.tensor(calibration))
     room = BUDGETS[row.budget] - table_bytes([*prepared.state.values(), *prepared.learner.codebooks])
     if room < (SMALLEST_MEMORY if replays else 0):
         raise TooLarge(row.label)
@@ -158,7 +159,10 @@ def other(name: str) -> str:
 def chosen_rows(name: str) -> list[Row]:
     """The rows of a set, as ``choose_equal_bytes.py`` wrote them."""
     found = json.loads((RESULTS / "equal_bytes_settings.json").read_text())
-    return [Row(**{**row, "cut": tuple(row["cut"])}) for row in found["sets"][name]["rows"]]
+    return [
+        Row(**{**row, "cut": tuple(row["cut"]), "config": {**row["config"], **OPTIONS.get(row["method"], {})}})
+        for row in found["sets"][name]["rows"]
+    ]
 
 
 def run_of(row: Row) -> str:
@@ -202,7 +206,10 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def in_batch(row: Row, data: Dataset) -> float | None:
     """Test accuracy of a row's method solved on all samples at once at the same regulariser, where it has a closed form."""
     solve = {"ncm": nearest_mean, "slda": discriminant, "ridge": ridge}.get(row.method)
-    return None if solve is None else solve(at_cut(data, row.cut), **row.config)
+    if solve is None:
+        return None
+    config = {key: value for key, value in row.config.items() if key not in OPTIONS.get(row.method, {})}
+    return solve(at_cut(data, row.cut), **config)
 
 
 def joint(name: str, entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:

@@ -58,6 +58,7 @@ WRONG = {
     "projection": (0, -3, 2.5, True, 10**6),
     "projection_seed": ("a", 0.5),
     "unit_norm": ("no", 1, None),
+    "reflect": ("no", 1, None),
     "priors": ("x",),
     "drift": (0.0, 1.5, float("nan")),
     "trace_cap": (0.0, 5.0),

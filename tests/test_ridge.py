@@ -76,6 +76,45 @@ def test_equals_batch_ridge(dtype: str, gamma: float, bar: float) -> None:
     assert run.state["count"].tolist() == np.bincount(y, minlength=7).tolist()
 
 
+def test_reflected_all_steps_equal_batch_ridge() -> None:
+    x, y = stream(300, 20, 4)
+    run = Run(20, 4, dtype="float64", reflect=True)
+    run.learner.calibrate(torch.from_numpy(x[:50]))
+    run.learn(x, y)
+    for i in range(100, 120):
+        assert run.step("forget", x[i], y[i])
+        y[i - 100], old = (y[i - 100] + 1) % 4, y[i - 100]
+        assert run.step("relabel", x[i - 100], old, new=int(y[i - 100]))
+    kept = np.r_[0:100, 120:300]
+    phi = unit(x[kept])
+    assert error(run.state["readout"], batch(phi, y[kept], 4, 0.1)) < EXACT
+    mean = unit(x[:50]).mean(0)
+    axis = mean / np.linalg.norm(mean) + np.eye(20)[0]  # ReLU features: no entry is negative
+    mirror = np.eye(20) - 2 * np.outer(axis, axis) / (axis @ axis)
+    assert error(run.state["inverse"], mirror @ np.linalg.inv(phi.T @ phi + 0.1 * np.eye(20)) @ mirror) < EXACT
+
+
+def test_reflected_float32_keeps_what_a_small_gamma_would_lose() -> None:
+    x, y = stream(4000, 48, 4)
+    x = x / 20 + 1  # nearly all of a feature vector is the common mean
+    y.sort()
+    want = batch(unit(x), y, 4, 1e-3)
+    plain, reflected = Run(48, 4, gamma=1e-3), Run(48, 4, gamma=1e-3, reflect=True)
+    reflected.learner.calibrate(torch.from_numpy(x[::400]))
+    for run in (plain, reflected):
+        run.learn(x, y)
+    right = [(unit(x) @ run.state["readout"].double().numpy()).argmax(1) == (unit(x) @ want).argmax(1) for run in (plain, reflected)]
+    assert right[1].mean() > 0.999 > 0.99 > right[0].mean()
+    assert error(reflected.state["readout"], want) < FLOAT32 < 1e-3 < error(plain.state["readout"], want)
+
+
+def test_zero_base_features_leave_the_coordinates() -> None:
+    run = Run(3, 2, dtype="float64", reflect=True)
+    run.learner.calibrate(torch.zeros(5, 3))
+    run.learn(np.eye(3, dtype=np.float32), np.array([0, 1, 1]))
+    assert error(run.state["readout"], batch(np.eye(3), np.array([0, 1, 1]), 2, 0.1)) < EXACT
+
+
 def test_raw_features_in_float64_equal_batch_ridge() -> None:
     x, y = stream(300, 20, 4)
     run = Run(20, 4, gamma=3.0, unit_norm=False, dtype="float64")

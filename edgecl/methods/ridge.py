@@ -15,9 +15,13 @@ learning with absolute memorization and privacy protection", NeurIPS 2022; rando
 "RanPAC", NeurIPS 2023. Deviations: one sample at a time; signed weights; features of unit length, so that gamma has one
 meaning; a projection is scaled to unit length again.
 
-float32 suffices up to some 2e6 gamma samples. R's values lie between 1 / gamma and 1 / (samples + gamma), the latter along
-the features' mean, and the smallest get lost in the rounding of the largest. Beyond, take a larger gamma or
+float32 suffices up to some 2e6 gamma samples. R's eigenvalues lie between 1 / gamma and 1 / (samples + gamma), the latter along
+the features' mean, and the smallest get lost in the rounding of the largest. Beyond, set ``reflect``, or take a larger gamma or
 ``dtype="float64"``.
+
+With ``reflect`` R is kept as H R H, where the reflection H = I - 2 v v^T takes the mean feature vector of the first base samples
+to the first axis (Householder, J. ACM 1958). What were small differences of large entries are small entries then, which
+float32 keeps. gamma I and the solution stay the same. Without base samples H is I.
 
 R changes by u u^T with u = g sqrt(|w/s|): u_i u_j is the same number as u_j u_i, so R stays symmetric bit for bit.
 
@@ -31,7 +35,7 @@ exactly, so ``forget`` and ``relabel`` are not offered.
 | K classes, M features, float32 | 4 (M^2 + M K + K + 1) | M K | 2 M^2 + 2 M K + M | M^2 + M K + M |
 
 float64 takes 8 (M^2 + M K) + 4 (K + 1) bytes. A projection from d features adds d M MACs to each, and 4 d M bytes of
-constants (8 d M in float64).
+constants (8 d M in float64); ``reflect`` adds 4 M MACs to learn, forget and relabel, and 4 M bytes of constants (8 M).
 """
 
 import math
@@ -44,9 +48,13 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, Nested, Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import check_types, dtype_of, require, unit, vector
+from edgecl.methods._features import check_types, dtype_of, mirror_to_first_axis, require, unit, vector
+from edgecl.trees import leaves, map_tree
 from edgecl_device.errors import InputError, StepMissingError
 from edgecl_device.manifest import TensorSpec
+
+MEAN_OF = 1000
+"""About so many base samples, evenly spread, make the mean of the reflection."""
 
 HOST_BYTES = 4 * 1024**3
 """Most that state and constants of a method with a square matrix may take on the host; checked before they are made."""
@@ -62,9 +70,8 @@ def require_bytes(nbytes: int, parameter: str, value: str, mend: str) -> None:
 class Ridge(Learner):
     """Recursive ridge regression.
 
-    State: ``inverse`` [M, M], the R above; ``readout`` [M, K], the W above, both of
-    ``Config.dtype``; ``count`` float32 [K], samples by class (not weights), for other targets [1], samples; ``min_s`` float32 [],
-    the smallest s of any update.
+    State: ``inverse`` [M, M], the R above, or H R H; ``readout`` [M, K], the W above, both of ``Config.dtype``; ``count`` float32
+    [K], samples by class (not weights), for other targets [1], samples; ``min_s`` float32 [], the smallest s of any update.
 
     >>> from edgecl.learner import Problem
     >>> learner = Ridge(Problem(TensorSpec("z", (1, 2), "float32"), max_classes=3), Ridge.Config(gamma=1.0))
@@ -92,6 +99,8 @@ class Ridge(Learner):
             drift: Factor in (0, 1] by which old samples' weights decay at every new one; 1 keeps all.
             trace_cap: With drift below 1, the bound on trace(R); None is the trace at the start, M / gamma.
             dtype: ``float32`` or ``float64``, of R and W.
+            reflect: Keep R in reflected coordinates: for more than 2e6 gamma samples in float32. The base samples of the first ``fit``
+                set the reflection.
             tau: Share of R's precision that one update may lose. Taking a sample out needs s > tau: the last sample of a direction
                 leaves with s = gamma / (gamma + w), so that gamma must be above tau w to forget it. Adding a sample cannot make s less
                 than 1, so that s < 1 - tau proves R broken; s > tau / eps is a weight too large beside gamma. All these are refused.
@@ -104,6 +113,7 @@ class Ridge(Learner):
         drift: float = 1.0
         trace_cap: float | None = None
         dtype: str = "float32"
+        reflect: bool = False
         tau: float = 1e-2
 
         def __post_init__(self) -> None:
@@ -142,6 +152,7 @@ class Ridge(Learner):
         if units is not None:
             generator = torch.Generator().manual_seed(self.config.projection_seed)
             self._projection = torch.randn(features, self._size, generator=generator).to(self._dtype)
+        self._reflection = torch.zeros(self._size, 1, dtype=self._dtype) if self.config.reflect else None
         self._trace_cap = self.config.trace_cap or self._size / self.config.gamma
 
     def init(self) -> State:
@@ -152,6 +163,14 @@ class Ridge(Learner):
             "count": torch.zeros(self.problem.max_classes if self._classes else 1),
             "min_s": torch.ones(()),
         }
+
+    def calibrate(self, latents: Any) -> None:
+        """Set the reflection, if there is one, from the mean of latents [N, ...]; before anything is learned."""
+        if self._reflection is None:
+            return
+        stride = max(1, len(leaves(latents)[0]) // MEAN_OF)
+        with torch.no_grad():
+            self._reflection = mirror_to_first_axis(self._phi(map_tree(latents, lambda tensor: tensor[::stride])).mean(0))
 
     def step_inputs(self) -> dict[str, Nested | TensorSpec]:
         """Those of every method, and ``new_target`` for ``relabel``."""
@@ -195,7 +214,7 @@ class Ridge(Learner):
         self._need_exactness("relabel")
         with phase("forward"):
             phi = self._phi(z)
-        g = torch.mm(phi, state["inverse"]) * weight.to(self._dtype)
+        g = self._reflected(torch.mm(self._reflected(phi), state["inverse"])) * weight.to(self._dtype)
         change = self._row(new_target) - self._row(target)
         outputs = {
             "guard": (self._count_of(state["count"], target) > 0).reshape(()),
@@ -217,8 +236,9 @@ class Ridge(Learner):
         if self.config.drift < 1:
             inverse = inverse / self._decay(inverse)
         error = t - scores
-        g = torch.mm(phi, inverse)
-        s = torch.mm(g, phi.t()) * w + 1.0
+        reflected = self._reflected(phi)
+        g = torch.mm(reflected, inverse)
+        s = torch.mm(g, reflected.t()) * w + 1.0
         ratio = w / s
         u = g * torch.maximum(ratio, ratio * -1.0).sqrt()
         count = state["count"] + (t.to(torch.float32).reshape(-1) * samples if self._classes else samples)
@@ -235,7 +255,7 @@ class Ridge(Learner):
         }
         return outputs, {
             "inverse": torch.addmm(inverse, torch.where(ratio < 0, u, u * -1.0).t(), u),
-            "readout": torch.addmm(state["readout"], (g * ratio).t(), error),
+            "readout": torch.addmm(state["readout"], (self._reflected(g) * ratio).t(), error),
             "count": count,
             # Not the output's tensor again: one tensor must not be both a result and state.
             "min_s": torch.minimum(state["min_s"], s_out),
@@ -247,6 +267,10 @@ class Ridge(Learner):
             return x
         x = torch.mm(x, self._projection).relu()
         return unit(x) if self.config.unit_norm else x
+
+    def _reflected(self, x: Tensor) -> Tensor:
+        """H x of a row x [1, M]; H is its own inverse."""
+        return x if self._reflection is None else torch.addmm(x, torch.mm(x, self._reflection) * -2.0, self._reflection.t())
 
     def _decay(self, inverse: Tensor) -> Tensor:
         """Lambda of this step [1]: ``drift``, or as much nearer to 1 as keeps trace(R) within the cap."""
