@@ -189,12 +189,28 @@ def test_loading_says_nothing(exported):
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-def test_float64_and_a_projection_of_ridge(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("ridge", {"dtype": "float64"}),
+        ("ridge", {"dtype": "float64", "drift": 0.99, "reflect": True}),
+        ("slda", {"dtype": "float64"}),
+        ("ridge", {"projection": 40}),
+    ],
+)
+def test_precision_and_a_projection_of_analytic_methods(method, config, tmp_path):
     x = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
-    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5))
-    for i, config in enumerate(({"dtype": "float64"}, {"projection": 40}, {"drift": 0.99})):
-        ready = prepare(model, at="1", example=x[:1], classes=5, config=METHODS["ridge"].Config(**config)).fit(x[:30], np.arange(30) % 4)
-        with Learner.load(export(ready, tmp_path / str(i), engine="executorch").path) as learner:
-            for sample, label in zip(x[30:], np.arange(30) % 5, strict=True):
-                learner.learn(sample, int(label))
-            assert learner.report()["learned"] == 30
+    y = np.arange(60) % 5
+    model = nn.Sequential(nn.ReLU(), nn.Linear(16, 5))  # a trunk that rounds nothing
+    ready = prepare(model, at="0", example=x[:1], method=method, classes=5, config=METHODS[method].Config(**config)).fit(x[:30], y[:30])
+    state = ready.state
+    with Learner.load(export(ready, tmp_path / "bundle", engine="executorch").path) as learner:
+        for sample, label in zip(x[30:], y[30:], strict=True):
+            z = torch.from_numpy(sample[None]).relu()
+            state = {**state, **ready.learner.prime(state, z, torch.tensor([label]))[1]}
+            learner.learn(sample, int(label))
+        assert learner.report()["learned"] == 30
+        ended = learner.state()
+    for name, value in state.items():
+        bar = 1e-14 if value.dtype == torch.float64 else 1e-5
+        assert np.linalg.norm(ended[name] - value.numpy()) <= bar * value.norm().item(), name

@@ -24,6 +24,7 @@ from edgecl.graph.rules.elementwise import (
     threshold_backward,
 )
 from edgecl.graph.rules.pooling import avg_pool2d, avg_pool2d_backward, max_pool2d_with_indices_backward
+from edgecl.graph.rules.reductions import sum_of
 
 aten = torch.ops.aten
 
@@ -62,7 +63,7 @@ ONNX = Rules(_PLAIN)
 """Rules for stock ONNX Runtime."""
 
 EXECUTORCH = Rules(
-    {**_PLAIN, aten.constant_pad_nd.default: padding.constant_pad_nd},
+    {**_PLAIN, aten.constant_pad_nd.default: padding.constant_pad_nd, aten.sum.dim_IntList: sum_of},
     {
         aten.convolution.default: Changing(products.convolution, (1,)),
         aten.convolution_backward.default: Changing(products.convolution_backward, (2,)),
@@ -70,7 +71,8 @@ EXECUTORCH = Rules(
         aten.addmm.default: Changing(matrices.addmm, (1, 2)),
     },
 )
-"""Rules for stock ExecuTorch: its portable convolution is naive, XNNPACK's packs frozen kernels only, and its padding cannot crop."""
+"""Rules for stock ExecuTorch: its portable convolution is naive, XNNPACK's packs frozen kernels only, its padding cannot crop,
+and its sums are float32's."""
 
 RULES: dict[str, Rules] = {"onnx": ONNX, "executorch": EXECUTORCH}
 """Rules by engine."""
