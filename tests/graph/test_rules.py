@@ -415,3 +415,22 @@ def test_cropped_gradients_of_convolutions_have_no_negative_padding_on_executorc
     assert all(min(n.args[1]) >= 0 for n in graph.operators if n.target is aten.constant_pad_nd.default)
     for got, want in zip(graph.run(x, w, g), run(x, w, g), strict=True):
         close(got, want, 1e-5, "crop")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 1, 3, 5), (3, 300, 1, 7), (1, 2, 257, 12)])
+def test_sums_for_executorch_equal_the_operator(dtype: torch.dtype, shape: tuple[int, ...], bench: Any, generator: torch.Generator) -> None:
+    x = torch.randn(shape, generator=generator, dtype=dtype)
+    for dims, keepdim in itertools.product(([], [0], [1], [-1, 0], [0, 2, 3], [1, 2], [3, 2, 1, 0]), (False, True)):
+        want = x.double().sum(dims, keepdim).to(dtype)
+        graph = lower(canonicalise(bench.trace(lambda t, d=dims, k=keepdim: aten.sum.dim_IntList(t, d, k), x)), "executorch")
+        close(graph.run(x)[0], want, 1e-6 if dtype == torch.float32 else 1e-14, (dims, keepdim))
+
+
+def test_no_sum_for_executorch_has_many_terms(bench: Any) -> None:
+    x = torch.ones(1, 65, 192)
+    for function in (lambda t: t.sum(), lambda t: t.reshape(1, -1).sum(1), lambda t: t.sum((1, 2), keepdim=True)):
+        graph = lower(canonicalise(bench.trace(function, x)), "executorch")
+        sums = [n for n in graph.operators if n.target is aten.sum.dim_IntList]
+        assert len(sums) > 1
+        assert all(n.args[0].meta["val"].numel() <= 256 * n.meta["val"].numel() for n in sums)

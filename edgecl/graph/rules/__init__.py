@@ -24,7 +24,7 @@ from edgecl.graph.rules.elementwise import (
     threshold_backward,
 )
 from edgecl.graph.rules.pooling import avg_pool2d, avg_pool2d_backward, max_pool2d_with_indices_backward
-from edgecl.graph.rules.reductions import sum_of
+from edgecl.graph.rules.reductions import sum_of, sum_of_all
 
 aten = torch.ops.aten
 
@@ -63,7 +63,12 @@ ONNX = Rules(_PLAIN)
 """Rules for stock ONNX Runtime."""
 
 EXECUTORCH = Rules(
-    {**_PLAIN, aten.constant_pad_nd.default: padding.constant_pad_nd, aten.sum.dim_IntList: sum_of},
+    {
+        **_PLAIN,
+        aten.constant_pad_nd.default: padding.constant_pad_nd,
+        aten.sum.dim_IntList: sum_of,
+        aten.sum.default: sum_of_all,
+    },
     {
         aten.convolution.default: Changing(products.convolution, (1,)),
         aten.convolution_backward.default: Changing(products.convolution_backward, (2,)),
