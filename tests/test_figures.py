@@ -5,9 +5,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgecl.demo import SETTINGS
+from edgecl.graph import cost
+from edgecl.graph.capture import capture
+from edgecl.graph.lowering import canonicalise
+from edgecl.ledger import table_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"0.25 MiB": 2**18, "1 MiB": 2**20, "4 MiB": 2**22, "8 MiB": 2**23}
@@ -49,6 +54,17 @@ def test_the_results_page_shows_the_committed_figures(benchmarks):
     assert benchmarks("write_results").page() == (ROOT / "docs/results.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("method", ["ncm", "slda", "ridge"])
+def test_costs_at_equal_bytes_are_those_of_the_code(method, equal_bytes, benchmarks):
+    """The last layer of MobileNetV2 has 1,280 features."""
+    row = next(row for row in equal_bytes["cifar100"]["rows"] if row["label"] == f"{method}, last layer")
+    module = benchmarks("equal_bytes")
+    settings = {key: row[key] for key in ("label", "method", "budget", "config")}
+    prepared = module.prepared_row(module.Row(cut=("features.18",), **settings), 100, np.ones((2, 1280), np.float32))
+    assert row["bytes"] == table_bytes(prepared.state.values())
+    assert row["learn_macs"] == cost.count(canonicalise(capture(prepared.learner, "learn"))).total_macs
+
+
 def plain(config):
     return json.loads(json.dumps(asdict(config)))
 
@@ -63,9 +79,13 @@ def test_the_demo_runs_the_settings_that_were_chosen():
 
 
 @pytest.mark.parametrize("name", ["cifar100", "cifar10", "fashion_mnist"])
-def test_the_results_at_equal_bytes_are_of_the_settings_that_were_chosen(name, equal_bytes):
+def test_the_results_at_equal_bytes_are_of_the_settings_that_were_chosen(name, equal_bytes, benchmarks):
+    """Ridge's reflection alone is not among them."""
     chosen = read("benchmarks/results/equal_bytes_settings.json")["sets"][name]["rows"]
     result = equal_bytes[name]
+    assert benchmarks("equal_bytes").OPTIONS == {"ridge": {"reflect": True}}
+    for row in chosen:
+        row["config"] |= {"reflect": True} if row["method"] == "ridge" else {}
     assert [{key: row[key] for key in chosen[0]} for row in result["rows"]] == chosen
     assert result["seeds"] == 3
     assert all(row["bytes"] <= LIMITS[row["budget"]] for row in result["rows"] if row["fits"])
@@ -81,12 +101,13 @@ def test_cifar100_reaches_the_reference_and_goes_past_it(equal_bytes):
     assert max(row["accuracy"] for row in quarter) > last["slda"]["accuracy"]
 
 
-@pytest.mark.parametrize("name", ["cifar100", "cifar10"])
+@pytest.mark.parametrize("name", ["cifar100", "cifar10", "fashion_mnist"])
 def test_streaming_ends_where_the_batch_does(name, equal_bytes):
-    """The rows of Fashion-MNIST are of an earlier slda, and of a ridge at a gamma too small for float32 (docs/results.md)."""
     rows = [row for row in equal_bytes[name]["rows"] if row["fits"] and row["batch_accuracy"] is not None]
     assert {row["method"] for row in rows} == {"ncm", "slda", "ridge"}
-    assert all(abs(accuracy - row["batch_accuracy"]) <= 0.003 for row in rows for accuracy in row["accuracy_by_seed"])
+    assert all(abs(row["accuracy"] - row["batch_accuracy"]) <= 0.003 for row in rows)
+    if name != "fashion_mnist":  # over three times as many samples, one seed of slda ends 0.5 points apart (docs/results.md)
+        assert all(abs(accuracy - row["batch_accuracy"]) <= 0.003 for row in rows for accuracy in row["accuracy_by_seed"])
 
 
 def test_spoken_digits_by_speaker_reach_the_reference():
