@@ -74,8 +74,8 @@ budgets, with their own bytes: they are what the reference figures were measured
 `benchmarks/choose_equal_bytes.py` on training images alone, of the same classes, with other class orders; everything it tried is in
 `benchmarks/results/equal_bytes_settings.json`. Some regularisers and learning rates lie at the end of their grids. Joint logistic
 regression was tuned on the last layer and takes the same settings on other features. Means and standard deviations over 3 seeds;
-accuracies of methods with a closed form differ by nothing but the order of sums in float32. ER-ACE stands for latent replay. Ridge runs with
-`reflect`, whose 4 d bytes of constants are not in the bytes.
+accuracies of methods with a closed form differ by nothing but the order of sums in float32. ER-ACE stands for latent replay. Ridge runs
+with `reflect`, whose 4 d bytes of constants are not in the bytes.
 
 ![Accuracy against bytes beyond the trunk](figures/equal_bytes.png)"""
 
