@@ -150,6 +150,13 @@ def test_vectors_that_depend_on_each_other_are_not_joined(bench: Any) -> None:
     assert aten.split_with_sizes.default not in targets(bench.check(function, *tensors))
 
 
+def test_vectors_of_other_ranks_are_reshaped_apart(bench: Any) -> None:
+    def function(*maps: Tensor) -> list[Tensor]:
+        return [(x.sum([1, 2], keepdim=True) if i % 2 else x.sum([1, 2])).reshape(-1, 1).exp() for i, x in enumerate(maps)]
+
+    bench.check(function, *(torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(i)) for i in range(8)))
+
+
 def test_two_layers_of_vectors_with_maps_between_are_joined_level_by_level(bench: Any) -> None:
     def function(x: Tensor, *weights: Tensor) -> list[Tensor]:
         firsts = [(x * (w * 2.0).sum()).exp().mean(1) for w in weights]

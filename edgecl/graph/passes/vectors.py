@@ -51,7 +51,8 @@ def _groups(graph: StepGraph) -> list[list[fx.Node]]:
     for node in graph.nodes:
         level[node] = max((level[source] + (source in kind) for source in node.all_input_nodes), default=0)
         if _is_vector_operator(node):
-            kind[node] = (node.target, *(kind.get(a, a.op) if isinstance(a, fx.Node) else str(a) for a in node.args), len(shape_of(node)))
+            operands = (kind.get(a, (a.op, len(shape_of(a)))) if isinstance(a, fx.Node) else str(a) for a in node.args)
+            kind[node] = (node.target, *operands, len(shape_of(node)))
             found[level[node], kind[node]].append(node)
     return [group for (_, _), group in sorted(found.items(), key=lambda item: item[0][0]) if len(group) >= LEAST]
 
