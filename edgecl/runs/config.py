@@ -138,6 +138,9 @@ class Device(Section):
     )
     every: int = Field(default=50, ge=1, description="the number of samples between two tests along the stream")
     test_samples: int | None = Field(default=None, ge=1, description="the most test samples of a task, one fixed subset; all by default")
+    omega_all: bool = Field(
+        default=False, description="whether joint is trained anew after every task, too: what omega_all of the others at its place takes"
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=1 << 32)]] = Field(
         default=[0],
         min_length=1,
@@ -218,6 +221,8 @@ def parse(values: dict[str, Any], folder: Path) -> RunConfig:
     config = checked(RunConfig, values)
     config._folder = folder
     _check_names(config)
+    if config.device.omega_all and all(entry.method != "joint" for entry in config.learner):
+        raise InputError("device.omega_all: must be false without a learner of method joint, got true; add one at the others' place")
     config.preprocess()
     config.dataset_options()
     config.scenario_options()

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from edgecl.evaluate import evaluation_set
+from edgecl.evaluate import evaluation_set, seen_accuracy
 from edgecl.evaluate import figures as metrics
 from edgecl.figures import BASELINES, costs, figures, machine, summarise, tasks_of, threads, versions
 from edgecl.methods import METHODS
-from edgecl.offline import offline_accuracy
+from edgecl.metrics import omega_all
+from edgecl.offline import offline_accuracy, offline_seen_accuracy
 from edgecl.profiling import Profile
 from edgecl.runs.budget import check_budget, prepared_of
 from edgecl.runs.config import LearnerConfig, RunConfig
@@ -222,6 +223,9 @@ class _Run:
         for label, entry in self.entries:
             rows = found[label]
             joint = next((n for n, e in self.entries if e.method == "joint" and e.at == entry.at), None)
+            if joint is not None and config.device.omega_all and entry.method != "joint":
+                offline = [row["seen_accuracy"] for row in found[joint]]
+                rows = [_with_omega_all(*one) for one in zip(rows, offline, tasks, strict=True)]
             role = "offline" if entry.method == "joint" else "baseline" if entry.method in BASELINES else "method"
             learners.append(
                 {
@@ -255,6 +259,12 @@ class _Run:
             "machine": start["machine"],
             "seconds": seconds,
         }
+
+
+def _with_omega_all(row: dict[str, Any], offline: Sequence[float], tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A seed's figures and the ratio to the accuracies of offline training after each task."""
+    seen = seen_accuracy(row["matrix"], [task["test_samples"] for task in tasks])
+    return {**row, "omega_all": omega_all(seen, offline), "metrics": [*row["metrics"], "omega_all"]}
 
 
 @dataclasses.dataclass
@@ -331,4 +341,9 @@ class _Offline(_OnDevice):
         """The accuracy after it."""
         self.whole.progress(f"{self.title}: training offline", 0, 1)
         prepared = self.prepared()
-        return {"accuracy": offline_accuracy(prepared, prepared.learner, self.stream)}
+        found: dict[str, Any] = {"accuracy": offline_accuracy(prepared, prepared.learner, self.stream)}
+        if self.whole.config.device.omega_all:
+            tests = evaluation_set(self.stream, self.whole.config.device.test_samples)
+            self.whole.progress(f"{self.title}: training offline after every task", 0, 1)
+            found["seen_accuracy"] = offline_seen_accuracy(prepared, prepared.learner, self.stream, tests)
+        return found

@@ -369,14 +369,20 @@ def test_a_stream_from_nothing_with_offline_training_and_tasks_known(config):
         "scenario": {"name": "task-incremental", "base_classes": [], "steps": [[0, 1], [2, 3, 4]]},
         "model": {"name": "net.py:build"},
         "learner": [{"method": "ncm", "at": "2"}, {"method": "joint", "at": "2", "config": {"epochs": 60, "lr": 0.03}}],
-        "device": {"every": 25, "test_samples": 5, "seeds": [3, 4]},
+        "device": {"every": 25, "test_samples": 5, "seeds": [3, 4], "omega_all": True},
     }
     found = run(parse(values, config.parent), config, config.with_suffix(".run"))
     ncm, joint = found["learners"]
     assert [task["test_samples"] for task in found["tasks_by_seed"][1]] == [5, 5] and found["samples"]["base"] == 0
     assert len(ncm["matrices"]) == 2 and ncm["accuracy_sd"] >= 0 and "forward_transfer" in ncm
     assert joint["role"] == "offline" and joint["accuracy"] > 0.7 and ncm["joint"] == "joint"
-    values["learner"] = [{"method": "latent_replay", "at": "2"}]
+    seen = [[m[0][0], (m[1][0] + m[1][1]) / 2] for m in ncm["matrices"]]  # two tasks of 5 test samples
+    offline = [json.loads((config.with_suffix(".run") / f"seed{seed}/joint/result.json").read_text())["seen_accuracy"] for seed in (3, 4)]
+    assert offline[0][1] > 0.7
+    assert ncm["omega_all"] == pytest.approx(np.mean(np.array(seen) / offline)) and "omega_all" in ncm["metrics"]
+    with pytest.raises(InputError, match=r"device\.omega_all: must be false without a learner of method joint"):
+        parse({**values, "learner": values["learner"][:1]}, config.parent)
+    values["learner"], values["device"]["omega_all"] = [{"method": "latent_replay", "at": "2"}], False
     with pytest.raises(InputError, match=r"learner\[0\]\.config\.codec: must be 'float32' without a base set"):
         run(parse(values, config.parent), config, config.parent / "replay.run")
     values["model"]["pretrain"] = {}
