@@ -93,9 +93,10 @@ def _direction(
     cell: Cell, x: Tensor, states: tuple[Tensor, ...], weights: Sequence[Any], backwards: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     of_input, of_hidden, bias_input, bias_hidden = weights
-    gates = F.linear(x, of_input, bias_input).unbind(0)
+    gates = F.linear(x, of_input, bias_input)
     found = []
-    for inputs in reversed(gates) if backwards else gates:
-        states = cell(inputs, F.linear(states[0], of_hidden, bias_hidden), states)
+    for step in reversed(range(len(x))) if backwards else range(len(x)):
+        # one row at a time: each slice of one of unbind's results would be captured with all of them
+        states = cell(gates[step], F.linear(states[0], of_hidden, bias_hidden), states)
         found.append(states[0])
     return torch.stack(found[::-1] if backwards else found), states
