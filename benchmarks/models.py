@@ -4,7 +4,7 @@
 
 Each is cut before its last two blocks, which latent replay trains with two rows. Export includes every gate, so that a network that is in
 the result has equal outputs and states on both sides. A step is timed alone, on one thread: latent in, new state out. Writes
-``benchmarks/results/models.json``.
+``benchmarks/results/models.json``; rows of other networks and runtimes in that file stay.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from edgecl_export import export
 from edgecl_export.targets import target_of
 
 CUTS = {"resnet18": "layer3", "mobilenet_v2": "features.15", "ds_cnn": "block2", "vit": "blocks.1", "cnn1d": "block1", "gru": "gru1"}
+ENGINES = ("onnx", "executorch")
 CLASSES = 10
 OUT = Path(__file__).parent / "results" / "models.json"
 
@@ -76,11 +78,13 @@ def main() -> None:
     """Measure, and write JSON after each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CUTS))
-    parser.add_argument("--engines", default="onnx,executorch")
+    parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    before = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = {(row["model"], row["engine"]): row for row in before}
     result: dict[str, Any] = {
         "rows": [],
         "repeats": args.repeats,
@@ -92,7 +96,8 @@ def main() -> None:
         for engine in args.engines.split(","):
             row = measure(name, engine, args.repeats)
             Console().print(f"{name} {engine}: export {row['export_seconds']:.1f} s, learn {row['learn_ms']:.2f} ms")
-            result["rows"].append(row)
+            rows[name, engine] = row
+            result["rows"] = [rows[key] for key in product(CUTS, ENGINES) if key in rows]
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
