@@ -192,7 +192,6 @@ def test_loading_says_nothing(exported):
 @pytest.mark.parametrize(
     ("method", "config"),
     [
-        ("ridge", {"dtype": "float64"}),
         ("ridge", {"dtype": "float64", "drift": 0.99, "reflect": True}),
         ("slda", {"dtype": "float64"}),
         ("ridge", {"projection": 40}),

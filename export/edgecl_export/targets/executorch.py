@@ -144,6 +144,12 @@ def _partitioner() -> Any:
         def generate_partitions(self, ep: Any) -> Any:
             return [p for p in super().generate_partitions(ep) if any(map(_worth_it, p.nodes))]
 
+        def ops_to_not_decompose(self, ep: Any) -> tuple[list[Any], None]:
+            # Judged here and for all nodes of an operator at once: a check of single nodes costs two more passes over the whole program.
+            operators, supported = super().ops_to_not_decompose(ep)
+            nodes = [node for node in ep.graph.nodes if node.op == "call_function"]
+            return [op for op in operators if all(supported(node) for node in nodes if node.target is op)], None
+
     return Partitioner()
 
 
