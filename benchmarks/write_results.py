@@ -221,7 +221,9 @@ def models_table(result: Row) -> str:
     return (
         "Latent replay trains what lies behind the cut, the last two blocks, with two stored rows; each export passed its gates, parity "
         "with eager PyTorch among them. The GRU's 128 steps are some 7,000 operators, which ExecuTorch takes more than ten minutes to "
-        "lower: it is measured on ONNX Runtime only.\n\n" + markdown(head, lines) + f"\n\n`python benchmarks/models.py`. {conditions(result)}"
+        "lower: it is measured on ONNX Runtime only.\n\n"
+        + markdown(head, lines)
+        + f"\n\n`python benchmarks/models.py`. {conditions(result)}"
     )
 
 
