@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from edgecl import metrics
 from edgecl.metrics import AccuracyMatrix, AccuracyTrace, Prequential
@@ -66,21 +66,8 @@ class StreamResult:
     @property
     def seen_accuracy(self) -> list[float]:
         """Share of the test samples of all tasks met so far that are right, after each task."""
-        return seen_accuracy(self.matrix.values, self.sizes)
-
-
-def seen_accuracy(matrix: ArrayLike, sizes: Sequence[int]) -> list[float]:
-    """Share of the test samples of all tasks met so far that are right, after each task [T].
-
-    Args:
-        matrix: Accuracy after each task (rows) on each task (columns) [T, T].
-        sizes: Test samples of each task [T].
-
-    >>> seen_accuracy([[1.0, 0.0], [0.5, 0.8]], [10, 20])
-    [1.0, 0.7]
-    """
-    ends, upto = np.asarray(matrix) * sizes, np.cumsum(sizes)
-    return [float(row[: task + 1].sum() / upto[task]) for task, row in enumerate(ends)]
+        ends, upto = self.matrix.values * self.sizes, np.cumsum(self.sizes)
+        return [float(row[: task + 1].sum() / upto[task]) for task, row in enumerate(ends)]
 
 
 def run_stream(

@@ -43,21 +43,17 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a * b, torch.ones(a.shape[1], 1, dtype=a.dtype)).t()
 
 
-def mirror_to_first_axis(direction: Tensor) -> Tensor:
+def reflection_to_first_axis(direction: Tensor) -> Tensor:
     """The unit vector v [d, 1] whose reflection I - 2 v v^T takes a direction [d] to the first axis; zero for a zero direction.
 
-    >>> v = mirror_to_first_axis(torch.tensor([0.0, 3.0]))
+    >>> v = reflection_to_first_axis(torch.tensor([0.0, 3.0]))
     >>> (torch.tensor([0.0, 3.0]) - 2 * v[:, 0] * (v[1, 0] * 3.0)).abs().round(decimals=6).tolist()
     [3.0, 0.0]
     """
-    wide = direction.double()
-    length = wide.norm()
-    if not length > SMALLEST_NORM:
-        return torch.zeros_like(direction).unsqueeze(1)
-    wide = wide / length
-    wide[0] += 1.0 if wide[0] >= 0 else -1.0  # the sign that does not cancel
-    unit_vector: Tensor = wide / wide.norm()
-    return unit_vector.to(direction.dtype).unsqueeze(1)
+    row = unit(direction.double().unsqueeze(0))
+    if row.any():
+        row[0, 0] += 1.0 if row[0, 0] >= 0 else -1.0  # the sign that does not cancel
+    return unit(row).t().to(direction.dtype)
 
 
 def dtype_of(name: str) -> torch.dtype:

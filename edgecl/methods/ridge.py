@@ -48,13 +48,13 @@ from torch import Tensor
 
 from edgecl.graph.phases import phase
 from edgecl.learner import Learner, Nested, Problem, State, StepResult, mask_unseen, one_hot
-from edgecl.methods._features import check_types, dtype_of, mirror_to_first_axis, require, unit, vector
+from edgecl.methods._features import check_types, dtype_of, reflection_to_first_axis, require, unit, vector
 from edgecl.trees import leaves, map_tree
 from edgecl_device.errors import InputError, StepMissingError
 from edgecl_device.manifest import TensorSpec
 
 MEAN_OF = 1000
-"""About so many base samples, evenly spread, make the mean of the reflection."""
+"""About so many base samples, evenly spread, make the mean of the reflection: a projection of all could fill the memory."""
 
 HOST_BYTES = 4 * 1024**3
 """Most that state and constants of a method with a square matrix may take on the host; checked before they are made."""
@@ -170,7 +170,7 @@ class Ridge(Learner):
             return
         stride = max(1, len(leaves(latents)[0]) // MEAN_OF)
         with torch.no_grad():
-            self._reflection = mirror_to_first_axis(self._phi(map_tree(latents, lambda tensor: tensor[::stride])).mean(0))
+            self._reflection = reflection_to_first_axis(self._phi(map_tree(latents, lambda tensor: tensor[::stride])).mean(0))
 
     def step_inputs(self) -> dict[str, Nested | TensorSpec]:
         """Those of every method, and ``new_target`` for ``relabel``."""

@@ -10,16 +10,15 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from edgecl.evaluate import evaluation_set, seen_accuracy
+from edgecl.evaluate import evaluation_set
 from edgecl.evaluate import figures as metrics
 from edgecl.figures import BASELINES, costs, figures, machine, summarise, tasks_of, threads, versions
 from edgecl.methods import METHODS
-from edgecl.metrics import omega_all
-from edgecl.offline import offline_accuracy, offline_seen_accuracy
+from edgecl.offline import offline_accuracies, offline_accuracy
 from edgecl.profiling import Profile
 from edgecl.runs.budget import check_budget, prepared_of
 from edgecl.runs.config import LearnerConfig, RunConfig
@@ -166,15 +165,21 @@ class _Run:
                 lambda: ready(self.config, self.data, stream, seed, network),  # noqa: B023
                 ("sha256", "pretrained"),
             )
-            for label, entry in self.entries:
+            for label, entry in sorted(self.entries, key=lambda named: named[1].method != "joint"):  # whose accuracies omega_all takes
+                joint = self._joint_of(entry) if self.config.device.omega_all and entry.method != "joint" else None
+                offline = None if joint is None else found[joint][-1]["seen_accuracy"]
                 with with_label(label):
-                    run_one = (_Offline if METHODS[entry.method].host_only else _OnDevice)(self, seed, stream, label, entry, place)
+                    run_one = (_Offline if METHODS[entry.method].host_only else _OnDevice)(self, seed, stream, label, entry, place, offline)
                     found[label].append(stage(place / label / "result.json", run_one.run, run_one.holds))
         write_json(self.folder / RESULT, self._result(found, profiles, networks, stream, tasks, time.perf_counter() - start))
 
     def stream(self, seed: int) -> Stream:
         """The scenario of a seed."""
         return make_stream(self.config.scenario.name, self.config.scenario_options(), self.data, seed)
+
+    def _joint_of(self, entry: LearnerConfig) -> str | None:
+        """The first learner that is trained offline at the same place."""
+        return next((label for label, other in self.entries if other.method == "joint" and other.at == entry.at), None)
 
     def _tasks(self, stream: Stream) -> list[dict[str, Any]]:
         """The tasks of a seed, with the number of test samples that the run uses of each."""
@@ -222,10 +227,7 @@ class _Run:
         learners = []
         for label, entry in self.entries:
             rows = found[label]
-            joint = next((n for n, e in self.entries if e.method == "joint" and e.at == entry.at), None)
-            if joint is not None and config.device.omega_all and entry.method != "joint":
-                offline = [row["seen_accuracy"] for row in found[joint]]
-                rows = [_with_omega_all(*one) for one in zip(rows, offline, tasks, strict=True)]
+            joint = self._joint_of(entry)
             role = "offline" if entry.method == "joint" else "baseline" if entry.method in BASELINES else "method"
             learners.append(
                 {
@@ -261,12 +263,6 @@ class _Run:
         }
 
 
-def _with_omega_all(row: dict[str, Any], offline: Sequence[float], tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A seed's figures and the ratio to the accuracies of offline training after each task."""
-    seen = seen_accuracy(row["matrix"], [task["test_samples"] for task in tasks])
-    return {**row, "omega_all": omega_all(seen, offline), "metrics": [*row["metrics"], "omega_all"]}
-
-
 @dataclasses.dataclass
 class _OnDevice:
     """Bundle and device run of one learner and one seed."""
@@ -277,7 +273,12 @@ class _OnDevice:
     label: str
     entry: LearnerConfig
     place: Path
-    holds: ClassVar[Sequence[str]] = ("accuracy", "matrix", "curve", "refused", "ledger", "bytes", "bundle_id", "gates")
+    offline: Sequence[float] | None
+
+    @property
+    def holds(self) -> Sequence[str]:
+        """Keys of the result."""
+        return ("accuracy", "matrix", "curve", "refused", "ledger", "bytes", "bundle_id", "gates")
 
     @property
     def title(self) -> str:
@@ -299,7 +300,7 @@ class _OnDevice:
             progress=lambda done, total: self.whole.progress(f"{self.title}: learning the stream", done, total),
         )
         manifest = read_manifest(folder / BUNDLE)
-        known = metrics(found)
+        known = metrics(found, offline=self.offline)
         shown = {**known, **figures(found), **costs(manifest), "metrics": list(known), "refused": refused}
         return {**shown, "ledger": manifest.ledger, **gates}
 
@@ -335,15 +336,17 @@ class _OnDevice:
 class _Offline(_OnDevice):
     """Offline training, which has no bundle."""
 
-    holds: ClassVar[Sequence[str]] = ("accuracy",)
+    @property
+    def holds(self) -> Sequence[str]:
+        """Keys of the result."""
+        return ("accuracy", "seen_accuracy") if self.whole.config.device.omega_all else ("accuracy",)
 
     def run(self) -> dict[str, Any]:
         """The accuracy after it."""
         self.whole.progress(f"{self.title}: training offline", 0, 1)
         prepared = self.prepared()
-        found: dict[str, Any] = {"accuracy": offline_accuracy(prepared, prepared.learner, self.stream)}
-        if self.whole.config.device.omega_all:
-            tests = evaluation_set(self.stream, self.whole.config.device.test_samples)
-            self.whole.progress(f"{self.title}: training offline after every task", 0, 1)
-            found["seen_accuracy"] = offline_seen_accuracy(prepared, prepared.learner, self.stream, tests)
-        return found
+        if not self.whole.config.device.omega_all:
+            return {"accuracy": offline_accuracy(prepared, prepared.learner, self.stream)}
+        tests = evaluation_set(self.stream, self.whole.config.device.test_samples)
+        accuracy, seen = offline_accuracies(prepared, prepared.learner, self.stream, tests)
+        return {"accuracy": accuracy, "seen_accuracy": seen}
