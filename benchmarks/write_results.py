@@ -220,8 +220,7 @@ def models_table(result: Row) -> str:
     head = ["network", "cut after", "runtime", "MACs/update", "MACs of the trunk", "state", "activations", "learn, ms"]
     return (
         "Latent replay trains what lies behind the cut, the last two blocks, with two stored rows; each export passed its gates, parity "
-        "with eager PyTorch among them. The GRU's 128 steps are some 7,000 operators, which ExecuTorch takes more than ten minutes to "
-        "lower: it is measured on ONNX Runtime only.\n\n"
+        "with eager PyTorch among them. The GRU is measured on ONNX Runtime only: ExecuTorch takes long to lower its steps.\n\n"
         + markdown(head, lines)
         + f"\n\n`python benchmarks/models.py`. {conditions(result)}"
     )
