@@ -171,3 +171,33 @@ class Toy:
 def rows_of(ready: Prepared) -> dict[str, Array] | None:
     """Replay rows of a prepared learner, or None without a memory."""
     return None if ready.memory is None else ready.memory.rows_by_name()
+
+
+class Spoiled:
+    """An engine whose new state is spoiled before it is handed over."""
+
+    def __init__(self, inner, spoil):
+        self.inner, self.spoil = inner, spoil
+
+    def load(self, state):
+        self.before = dict(state)
+        self.inner.load(state)
+
+    def run(self, step, inputs):
+        return self.inner.run(step, inputs)
+
+    def commit(self):
+        self.inner.commit()
+
+    def state(self):
+        return {name: self.spoil(name, self.before[name], value) for name, value in self.inner.state().items()}
+
+
+def scaled(target, factor):
+    """The change of the tensors whose name begins with ``target``, times ``factor``."""
+
+    def spoil(name, old, new):
+        wide = old.astype(np.float64)
+        return (wide + factor * (new - wide)).astype(new.dtype) if name.startswith(target) else new
+
+    return spoil
