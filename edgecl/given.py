@@ -1,5 +1,6 @@
 """What users give: samples, names and weights, checked and made plain."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,13 +67,13 @@ def check_names(argument: str, names: Any, most: int) -> None:
     """Names, which ``argument`` gave, must be different texts, ``most`` of them at most."""
     ok = isinstance(names, Sequence) and not isinstance(names, (str, bytes)) and all(isinstance(name, str) and name for name in names)
     if not ok:
-        raise InputError(f"{argument}: must be a list of strings, none of them empty, got {names!r}; pass ['cat', 'dog']")
+        raise InputError(f"{argument}: must be a list of strings, none of them empty, got {short(names)}; pass ['cat', 'dog']")
     if len(names) > most:
         wider = "size" if argument == "names" else "classes"
         raise InputError(f"{argument}: must be at most {most} names, got {len(names)}; raise {wider}")
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
-        raise InputError(f"{argument}: must be different names, got {twice} more than once; rename one")
+        raise InputError(f"{argument}: must be different names, got {short(twice)} more than once; rename one")
 
 
 def sample_weights(weight: Any, samples: int) -> list[Tensor]:

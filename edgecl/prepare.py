@@ -70,12 +70,12 @@ class Prepared:
 
         An index that is another class's name gets an underscore in front. On the device a new class takes the first index behind them.
         """
-        names = list(self.class_names)
+        names = dict.fromkeys(self.class_names)
         for i in range(len(names), self._known):
             name = str(i)
             while name in names:
                 name = f"_{name}"
-            names.append(name)
+            names[name] = None
         return tuple(names)
 
     def encode(self, x: Samples, batch: int = 64) -> list[Any]:

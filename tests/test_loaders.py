@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from edgecl.given import check_names
 from edgecl.streams import load_cifar10, load_cifar100, load_idx, load_wavs, load_windows
 from edgecl.streams.loaders.wavs import log_mel
 from edgecl_device.errors import EdgeclError, InputError
@@ -224,6 +225,21 @@ def test_an_npz_of_raw_bytes_is_refused(tmp_path):
         file.writestr("y.npy", b"no array")
     with refused("must be an npz archive of plain arrays, got no array in y; save it"):
         load_windows(tmp_path / "raw.npz")
+
+
+class Uncopied(tuple[str, ...]):
+    """Names that may not be gone through anew for each of them: a data set may have a million."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        assert self.passes < 10
+        return super().__iter__()
+
+
+def test_checking_names_takes_no_pass_for_each():
+    check_names("class_names", Uncopied(map(str, range(1000))), 1000)
 
 
 @pytest.mark.parametrize(("names", "words"), [(["a", "a", "b"], r"got \['a'\] more than once"), (["a", "", "b"], "none of them empty")])
