@@ -97,7 +97,10 @@ Classes = Annotated[int, typer.Option(min=2, max=MOST_CLASSES, help="Classes tha
 Config = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A hyperparameter; repeat for more.")]
 Weights = Annotated[Path | None, typer.Option(help="Weights: .pth, .th or .safetensors.")]
 ModelClasses = Annotated[
-    int | None, typer.Option(min=1, help="Classes that a backbone's weights were trained on, where not --classes; its head is widened.")
+    int | None,
+    typer.Option(
+        min=1, max=MOST_CLASSES, help="Classes that a backbone's weights were trained on, where not --classes; its head is widened."
+    ),
 ]
 Layout = Annotated[str | None, typer.Option(metavar="LAYOUT", help="Take uint8 images, HWC, CHW or HW, and normalise them in the graph.")]
 Mean = Annotated[str | None, typer.Option(help="With --preprocess-u8: mean by channel on the scale 0 to 1, as 0.49,0.48,0.45.")]

@@ -74,7 +74,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=recipe.epochs * batches)
     known = None
     for _ in range(recipe.epochs):
-        for rows in torch.split(torch.randperm(len(x), generator=generator), recipe.batch):
+        for rows in torch.split(torch.randperm(len(x), generator=generator), min(recipe.batch, len(x))):
             scores = net(samples[rows])
             if known is None:
                 known = torch.bincount(labels, minlength=scores.shape[1]) > 0

@@ -295,6 +295,7 @@ BAD = {
         "projection: state and constants must take at most 4 GiB, got 1,000,000 units for 62 features",
     ),
     "too many classes": (("profile", "small_cnn", "--at", "pool", "--classes", "100000000"), "--classes"),
+    "too many classes of weights": (("profile", "small_cnn", "--model-classes", str(10**30)), "--model-classes"),
     "too large an input": (("profile", "small_cnn", "--input", "1,1,99999,99999"), "--input: must hold at most"),
     "damaged data": ((*EXPORT, "--data", "damaged.npz"), "damaged.npz: must be an npz file"),
     "weights that are none": (("profile", "small_cnn", "--weights", "net.py"), "not a readable weight file"),

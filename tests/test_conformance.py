@@ -30,7 +30,7 @@ WRONG = {
     "lr": (-1.0, float("nan"), float("inf"), "fast"),
     "optimizer": ("rmsprop", 1),
     "momentum": (1.0, -0.1, float("nan")),
-    "betas": ((0.9,), (0.9, 1.0), (-0.1, 0.9)),
+    "betas": ((0.9,), (0.9, 1.0), (-0.1, 0.9), 0.9, "ab", ("a", "b"), ([],)),
     "eps": (0.0, float("nan"), float("inf")),
     "weight_decay": (-1e-4, float("inf"), float("nan")),
     "trainable": ("fc.*", ("nothing.*",), (1,), ()),
@@ -56,7 +56,7 @@ WRONG = {
     "gamma": (0.0, -1.0, float("inf"), float("nan"), "1", True),
     "g0": (0.0, float("inf"), "a"),
     "projection": (0, -3, 2.5, True, 10**6),
-    "projection_seed": ("a", 0.5),
+    "projection_seed": ("a", 0.5, -1, 2**64),
     "unit_norm": ("no", 1, None),
     "reflect": ("no", 1, None),
     "priors": ("x",),
@@ -98,6 +98,18 @@ def test_numbers_of_numpy_become_plain(toy, method):
     given = {f.name: kinds[f.type](getattr(plain, f.name)) for f in dataclasses.fields(plain) if f.type in kinds}
     read = toy.prepared(method, fit=False, **given).learner.config_dict()
     assert json.loads(json.dumps(read)) == json.loads(json.dumps(dataclasses.asdict(plain)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_numbers_beyond_64_bits_are_taken_or_refused_by_name(toy, method):
+    x, y = toy.helpers.samples(20)
+    for field in dataclasses.fields(METHODS[method].Config):
+        if field.type not in (int, float, int | None, float | None):
+            continue
+        try:
+            toy.prepared(method, fit=False, **{field.name: 10**30}).fit(x, y)
+        except InputError as error:
+            assert str(error).startswith("capacity_bytes: " if field.name == "rows_per_step" else f"{field.name}: "), error
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -429,6 +429,15 @@ def test_joint_beats_frozen_and_is_repeatable(toy):
     assert set(ready.learner.steps) == {"predict"}
 
 
+def test_joint_takes_a_batch_of_everything_and_refuses_a_rate_at_which_it_diverges(toy):
+    x, y = toy.helpers.samples(20)
+    z, y = torch.cat(toy.prepared("joint").encode(x)), torch.from_numpy(y)
+    states = [toy.prepared("joint", batch=batch).learner.fit(z, y) for batch in (20, 2**70)]
+    assert toy.helpers.same(*map(toy.helpers.arrays, states))
+    with pytest.raises(InputError, match=r"^lr: must keep the weights finite in training, got 1e\+37; .*lower it"):
+        toy.prepared("joint", lr=1e37).learner.fit(z, y)
+
+
 def test_joint_trains_across_a_cut_with_several_tensors(toy):
     class Skip(nn.Module):
         def __init__(self):

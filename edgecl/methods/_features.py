@@ -90,6 +90,8 @@ def check_types(config: Any) -> None:
         if float in wanted and isinstance(value, (int, float)):
             beyond = LARGEST < abs(value) < math.inf  # whether infinity will do is the parameter's own affair
             require(not beyond, name, f"be at most {LARGEST:.3g}, float32's largest number", value, "pass such a value")
+            if isinstance(value, int) and abs(value) >= 2**63:  # beyond what PyTorch takes as a whole number
+                object.__setattr__(config, name, float(value))
 
 
 def require(ok: bool, parameter: str, constraint: str, value: object, mend: str) -> None:

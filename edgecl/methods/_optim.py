@@ -8,6 +8,7 @@ trailing dimensions of size one slowly.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Optimiser:
     def __post_init__(self) -> None:
         require(self.kind in OPTIMISERS, "optimizer", f"be one of {', '.join(OPTIMISERS)}", self.kind, "use 'sgd'")
         require(0 <= self.momentum < 1, "momentum", "be in [0, 1)", self.momentum, "0.9 is usual")
-        ok = [0 <= b < 1 for b in self.betas] == [True, True]
+        betas: Any = self.betas  # the values of a configuration are of any type
+        ok = isinstance(betas, (tuple, list)) and [isinstance(b, (int, float)) and 0 <= b < 1 for b in betas] == [True, True]
         require(ok, "betas", "be two numbers in [0, 1)", self.betas, "(0.9, 0.999) is usual")
         require(0 < self.eps < math.inf, "eps", "be finite and above 0", self.eps, "1e-8 is usual")
         require(0 <= self.weight_decay < math.inf, "weight_decay", "be finite and at least 0", self.weight_decay, "use 0 for none")

@@ -51,7 +51,11 @@ class Joint(SuffixLearner):
             require(0 <= self.weight_decay < math.inf, "weight_decay", "be finite and at least 0", self.weight_decay, "use 0 for none")
 
     def fit(self, z: Any, target: Tensor) -> State:
-        """Train on latents [N, ...] (one tensor, or a mapping of named ones) and classes int64 [N] and return the state."""
+        """Train on latents [N, ...] (one tensor, or a mapping of named ones) and classes int64 [N] and return the state.
+
+        Raises:
+            InputError: when the weights do not stay finite.
+        """
         state = self.init()
         weights = {name: value.clone().requires_grad_(True) for name, value in self.parameters(state).items()}
         config: Any = self.config
@@ -61,7 +65,7 @@ class Joint(SuffixLearner):
         generator = torch.Generator().manual_seed(config.seed)
         count = torch.bincount(target, minlength=self.problem.max_classes).float()
         for _ in range(config.epochs):
-            for rows in torch.split(torch.randperm(len(target), generator=generator), config.batch):
+            for rows in torch.split(torch.randperm(len(target), generator=generator), min(config.batch, len(target))):
                 part = z[rows] if isinstance(z, Tensor) else {name: tensor[rows] for name, tensor in z.items()}
                 loss = cross_entropy(self.scores(weights, part), target[rows], count > 0).mean()
                 optimiser.zero_grad()
@@ -70,4 +74,6 @@ class Joint(SuffixLearner):
                 schedule.step()
                 for name, mask in self.masks.items():
                     weights[name].data = torch.where(mask, weights[name].data, state[f"param.{name}"])
+        ok = all(bool(torch.isfinite(value).all()) for value in weights.values())
+        require(ok, "lr", "keep the weights finite in training", config.lr, "they became infinite or NaN; lower it")
         return {**{f"param.{name}": value.detach() for name, value in weights.items()}, "count": count}

@@ -126,6 +126,7 @@ class Ridge(Learner):
                 self.projection,
                 "use None to learn on the features as they are",
             )
+            require(0 <= self.projection_seed < 2**64, "projection_seed", "be in [0, 2**64)", self.projection_seed, "0 is as good as any")
             require(0 < self.drift <= 1, "drift", "be above 0 and at most 1", self.drift, "use 1.0 to keep all samples")
             if self.trace_cap is not None:
                 require(

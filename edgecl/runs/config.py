@@ -103,6 +103,7 @@ class Model(Section):
     weights_classes: int | None = Field(
         default=None,
         ge=1,
+        le=1 << 20,
         description="the number of classes that a backbone's weights were trained on, where not classes; its head is widened",
     )
     preprocess: Preprocess | None = Field(default=None, description="the normalisation of uint8 images")

@@ -73,6 +73,12 @@ WRONG = {
     "no backbone": ('"small_cnn"', '"smal_cnn"', "model.name: must be one of small_cnn, ", "the nearest is 'small_cnn'"),
     "no file of a model": ('"small_cnn"', '"gone.py:build"', "model.name: must be of an existing file, got ", "gone.py"),
     "no file of weights": ('"small_cnn"', '"small_cnn"\nweights = "gone.pth"', "model.weights: must be an existing file, got ", "gone.pth"),
+    "classes of weights beyond the most": (
+        '"small_cnn"',
+        f'"small_cnn"\nweights_classes = {10**30}',
+        "model.weights_classes: must be less than or equal to 1048576, got 1000",
+        "",
+    ),
     "no engine": ("seeds = [0]", 'engine = "onxx"', "device.engine: must be one of ", "the nearest is 'onnx'"),
     "no option of the scenario": (
         "steps = [[2]]",
