@@ -1,5 +1,6 @@
 """What users give: samples, names and weights, checked and made plain."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,6 +69,8 @@ def check_names(argument: str, names: Any, most: int) -> None:
     ok = isinstance(names, Sequence) and not isinstance(names, (str, bytes)) and all(isinstance(name, str) and name for name in names)
     if not ok:
         raise InputError(f"{argument}: must be a list of strings, none of them empty, got {short(names)}; pass ['cat', 'dog']")
+    if odd := [name for name in names if not name.isascii() and re.search("[\ud800-\udfff]", name)]:
+        raise InputError(f"{argument}: must be text that UTF-8 can hold, got {short(odd)}; rename it")
     if len(names) > most:
         wider = "size" if argument == "names" else "classes"
         raise InputError(f"{argument}: must be at most {most} names, got {len(names)}; raise {wider}")

@@ -242,7 +242,14 @@ def test_checking_names_takes_no_pass_for_each():
     check_names("class_names", Uncopied(map(str, range(1000))), 1000)
 
 
-@pytest.mark.parametrize(("names", "words"), [(["a", "a", "b"], r"got \['a'\] more than once"), (["a", "", "b"], "none of them empty")])
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a", "a", "b"], r"got \['a'\] more than once"),
+        (["a", "", "b"], "none of them empty"),
+        (["a", "\ud800", "b"], "text that UTF-8 can hold"),
+    ],
+)
 def test_names_are_different_and_not_empty(tmp_path, names, words):
     np.savez(tmp_path / "named.npz", **ARRAYS, class_names=np.array(names))
     with refused(rf"named\.npz: class_names: .*{words}"):

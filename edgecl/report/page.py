@@ -1,11 +1,12 @@
 """The page itself: what the template shows, and where it is written."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from edgecl.report import charts, views
@@ -15,6 +16,9 @@ from edgecl.tables import percent, si, size
 from edgecl_device.errors import InputError
 
 RESULT = "run.json"
+
+NO_TEXT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that no page may have, even escaped: control characters, and halves of others, as in a path that is not UTF-8."""
 
 TABLE = "the numbers follow as a table"
 
@@ -34,7 +38,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     runs = [_read(folder) for folder in folders]
     try:
         text = page(runs)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         named = ", ".join(str(folder / RESULT) for folder in folders)
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"RUN: {named} must be as edgecl run writes it, got something else ({why}); run it again with --fresh") from error
@@ -51,7 +55,7 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     )
     shown = [_run(run, f"r{i}") for i, run in enumerate(runs)]
     title = shown[0]["title"] if len(shown) == 1 else "Comparison of " + ", ".join(run["title"] for run in shown)
-    return environment.get_template("page.html.j2").render(title=title, runs=shown, columns=views.COLUMNS)
+    return NO_TEXT.sub("\ufffd", environment.get_template("page.html.j2").render(title=title, runs=shown, columns=views.COLUMNS))
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The page holds the figures of run.json, needs nothing but itself, and is well-formed."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -125,6 +126,14 @@ def test_names_of_the_users_are_text_and_not_markup(result):
     assert tree(text).find(".//h1").text == "<b>&"
 
 
+def test_what_is_no_character_is_replaced(result):
+    changed = json.loads(json.dumps(result))
+    changed["title"], changed["tasks_by_seed"][0][1]["name"] = "a\0b\x1b", "c\ufffed"
+    text = page([{**changed, "name": "x", "toml": os.fsdecode(b"# \xff")}])
+    assert tree(text).find(".//h1").text == "a\ufffdb\ufffd" and "c\ufffdd" in text and "# \ufffd" in text
+    text.encode()
+
+
 def test_a_dollar_in_a_name_is_no_formula(result):
     changed = json.loads(json.dumps(result))
     changed["learners"][0]["label"], changed["tasks_by_seed"][0][1]["name"] = "$x_{$", "$\\frac{$"
@@ -134,7 +143,8 @@ def test_a_dollar_in_a_name_is_no_formula(result):
 
 def test_a_damaged_run_is_one_error_and_leaves_no_page(result, tmp_path, capsys):
     missing = {key: value for key, value in result.items() if key != "learners"}
-    for content in ("[]", "[" * 100_000, json.dumps(missing)):
+    nameless = {**result, "learners": [{**row, "gates": [{}]} for row in result["learners"]]}
+    for content in ("[]", "[" * 100_000, json.dumps(missing), json.dumps(nameless)):
         (tmp_path / "run.json").write_text(content)
         assert cli.main(["report", str(tmp_path)]) == 2
         error = capsys.readouterr().err
