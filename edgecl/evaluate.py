@@ -198,7 +198,8 @@ def figures(result: StreamResult, *, offline: Sequence[float] | None = None, win
     """Every metric of a run by name; ``docs/metrics.md`` has the formulas.
 
     Left out is what the run does not define: figures of two tasks on one task, ``forward_transfer`` without initial accuracies,
-    ``omega_all`` without ``offline``, ``learning_curve_area`` when a task has fewer than ``beta`` evaluations.
+    ``omega_all`` without ``offline`` or where one of its accuracies is 0, ``learning_curve_area`` when a task has fewer than ``beta``
+    evaluations.
 
     Args:
         result: Of :func:`run_stream`.
@@ -226,7 +227,7 @@ def figures(result: StreamResult, *, offline: Sequence[float] | None = None, win
             np.mean([metrics.negative_flips(a, b) for a, b in zip(result.right[:-1], result.right[1:], strict=True)])
         ),
     }
-    if offline is not None:
+    if offline is not None and 0 not in offline:
         found["omega_all"] = metrics.omega_all(result.seen_accuracy, offline)
     if metrics.evaluations_per_task(trace) >= beta:
         for variant in metrics.LEARNING_CURVE_VARIANTS:

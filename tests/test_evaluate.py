@@ -90,6 +90,9 @@ def test_every_figure_of_a_hand_worked_run():
         }
     )
     assert not {"learning_curve_area_10_a-gem", "omega_all"} & set(figures(result))
+    assert "omega_all" not in figures(result, offline=[0.5, 0.0, 1.0])
+    with pytest.raises(InputError, match="offline: must have an accuracy above 0 for each of 3 tasks"):
+        figures(result, offline=[0.5, 1.0])
 
 
 def test_the_page_lists_every_figure():

@@ -222,8 +222,11 @@ def parse(values: dict[str, Any], folder: Path) -> RunConfig:
     config = checked(RunConfig, values)
     config._folder = folder
     _check_names(config)
-    if config.device.omega_all and all(entry.method != "joint" for entry in config.learner):
-        raise InputError("device.omega_all: must be false without a learner of method joint, got true; add one at the others' place")
+    joint = {entry.at for entry in config.learner if entry.method == "joint"}
+    if config.device.omega_all and all(entry.method == "joint" or entry.at not in joint for entry in config.learner):
+        raise InputError(
+            "device.omega_all: must be false without a learner of method joint at another one's place, got true; add one with its at"
+        )
     config.preprocess()
     config.dataset_options()
     config.scenario_options()

@@ -363,6 +363,17 @@ def test_a_normalisation_that_does_not_suit_the_samples_is_named_by_itself(confi
         source_of(read_config(config), 40, lambda *_: None)
 
 
+def test_a_run_where_joint_has_nothing_right_lacks_omega_all(config, small):
+    arrays = small.windows()
+    wrong = np.array([1, 2, 0, 3, 4])  # the tests of the base classes
+    np.savez(config.with_name("windows.npz"), **{**arrays, "y_test": wrong[arrays["y_test"]]})
+    joint = '[[learner]]\nmethod = "joint"\nat = "2"\nconfig = { epochs = 60, lr = 0.03 }\n[device]\nomega_all = true\n'
+    config.write_text(config.read_text().replace("[device]\n", joint))
+    ridge = run(read_config(config), config, config.with_suffix(".run"))["learners"][0]
+    assert json.loads((config.with_suffix(".run") / "seed0/joint/result.json").read_text())["seen_accuracy"][0] == 0
+    assert ridge["accuracy"] > 0 and "omega_all" not in ridge and "omega_all" not in ridge["metrics"]
+
+
 def test_a_stream_from_nothing_with_offline_training_and_tasks_known(config):
     values = {
         "data": {"name": "windows", "path": "windows.npz"},
@@ -380,8 +391,9 @@ def test_a_stream_from_nothing_with_offline_training_and_tasks_known(config):
     offline = [json.loads((config.with_suffix(".run") / f"seed{seed}/joint/result.json").read_text())["seen_accuracy"] for seed in (3, 4)]
     assert offline[0][1] > 0.7
     assert ncm["omega_all"] == pytest.approx(np.mean(np.array(seen) / offline)) and "omega_all" in ncm["metrics"]
-    with pytest.raises(InputError, match=r"device\.omega_all: must be false without a learner of method joint"):
-        parse({**values, "learner": values["learner"][:1]}, config.parent)
+    for learners in (values["learner"][:1], values["learner"][1:], [values["learner"][0], {**values["learner"][1], "at": "1"}]):
+        with pytest.raises(InputError, match=r"device\.omega_all: must be false without a learner of method joint at another one's place"):
+            parse({**values, "learner": learners}, config.parent)
     values["learner"], values["device"]["omega_all"] = [{"method": "latent_replay", "at": "2"}], False
     with pytest.raises(InputError, match=r"learner\[0\]\.config\.codec: must be 'float32' without a base set"):
         run(parse(values, config.parent), config, config.parent / "replay.run")
