@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from edgecl.streams import Dataset
 from edgecl_device.errors import InputError
 
 LOCK = "lock.db"
+SEAL = "file_sha256"
+"""Key of a stage's file: SHA-256 of the rest of it."""
 
 
 def read_json(path: Path) -> Any:
@@ -61,29 +63,31 @@ def _written(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
-def stage(path: Path, make: Callable[[], Any], holds: Iterable[str]) -> Any:
+def stage(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A stage's result: from its file, or made and written there, so that a resumed run sees what the first one saw.
+
+    The file has a SHA-256 of the result beside it: no figure comes from a file that was damaged or edited.
 
     Args:
         path: The file.
         make: Makes the result.
-        holds: Keys that the result has.
 
     Raises:
-        InputError: when the file is damaged or lacks a key.
+        InputError: when the file is not as it was written.
     """
     if not path.exists():
-        write_json(path, make())
-    found = read_json(path)
-    check_keys(path, "", found, holds)
+        made = json.loads(json.dumps(make()))  # as it will be read
+        write_json(path, {**made, SEAL: _sha256(made)})
+    found: dict[str, Any] = read_json(path)
+    seal = found.pop(SEAL, None)
+    if seal != _sha256(found):
+        raise InputError(f"{path}: must be as the run wrote it, the file was altered ({SEAL} differs); run it again with --fresh")
     return found
 
 
-def check_keys(path: Path, where: str, value: Any, holds: Iterable[str]) -> None:
-    """Refuse what a run's file has at the place ``where`` when it is no table, or lacks a key."""
-    missing = [key for key in holds if not isinstance(value, dict) or key not in value]
-    if missing:
-        raise InputError(f"{path}: {where}must hold {', '.join(missing)}, the file was altered; run it again with --fresh")
+def _sha256(value: dict[str, Any]) -> str:
+    """SHA-256 of a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

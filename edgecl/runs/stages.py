@@ -19,11 +19,10 @@ from edgecl.evaluate import figures as metrics
 from edgecl.figures import BASELINES, costs, figures, machine, summarise, tasks_of, threads, versions
 from edgecl.methods import METHODS
 from edgecl.offline import offline_accuracies, offline_accuracy
-from edgecl.profiling import Profile
 from edgecl.runs.budget import check_budget, prepared_of
 from edgecl.runs.config import LearnerConfig, RunConfig
 from edgecl.runs.device import BUNDLE, device_run
-from edgecl.runs.files import LOCK, check_keys, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
+from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
 from edgecl.runs.methods import method_config
 from edgecl.runs.model import build, check_preprocess, check_pretraining, load, ready, with_label
 from edgecl.runs.registry import load as load_data
@@ -163,14 +162,13 @@ class _Run:
             networks[seed] = stage(
                 place / "network.json",
                 lambda: ready(self.config, self.data, stream, seed, network),  # noqa: B023
-                ("sha256", "pretrained"),
             )
             for label, entry in sorted(self.entries, key=lambda named: named[1].method != "joint"):  # whose accuracies omega_all takes
                 joint = self._joint_of(entry) if self.config.device.omega_all and entry.method != "joint" else None
                 offline = None if joint is None else found[joint][-1]["seen_accuracy"]
                 with with_label(label):
                     run_one = (_Offline if METHODS[entry.method].host_only else _OnDevice)(self, seed, stream, label, entry, place, offline)
-                    found[label].append(stage(place / label / "result.json", run_one.run, run_one.holds))
+                    found[label].append(stage(place / label / "result.json", run_one.run))
         write_json(self.folder / RESULT, self._result(found, profiles, networks, stream, tasks, time.perf_counter() - start))
 
     def stream(self, seed: int) -> Stream:
@@ -208,11 +206,7 @@ class _Run:
                     found[label] = dataclasses.asdict(check_budget(self.config, entry, label, net, self.data))
             return found
 
-        path, holds = self.folder / "cost.json", [label for label, entry in self.entries if not METHODS[entry.method].host_only]
-        found: dict[str, Any] = stage(path, make, holds)
-        for label in holds:
-            check_keys(path, f"{label!r} ", found[label], [field.name for field in dataclasses.fields(Profile)])
-        return found
+        return stage(self.folder / "cost.json", make)
 
     def _result(
         self,
@@ -276,11 +270,6 @@ class _OnDevice:
     offline: Sequence[float] | None
 
     @property
-    def holds(self) -> Sequence[str]:
-        """Keys of the result."""
-        return ("accuracy", "matrix", "curve", "refused", "ledger", "bytes", "bundle_id", "gates")
-
-    @property
     def title(self) -> str:
         """For the progress."""
         return f"seed {self.seed}, {self.label}"
@@ -289,7 +278,7 @@ class _OnDevice:
         """Figures and costs; a bundle that is there is used as it is."""
         config = self.whole.config
         folder = self.place / self.label
-        gates = stage(folder / "bundle.json", lambda: self._bundle(folder), ("bundle_id", "gates"))
+        gates = stage(folder / "bundle.json", lambda: self._bundle(folder))
         tests = evaluation_set(self.stream, config.device.test_samples)
         found, refused = device_run(
             folder,
@@ -335,11 +324,6 @@ class _OnDevice:
 
 class _Offline(_OnDevice):
     """Offline training, which has no bundle."""
-
-    @property
-    def holds(self) -> Sequence[str]:
-        """Keys of the result."""
-        return ("accuracy", "seen_accuracy") if self.whole.config.device.omega_all else ("accuracy",)
 
     def run(self) -> dict[str, Any]:
         """The accuracy after it."""

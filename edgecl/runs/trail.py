@@ -3,11 +3,12 @@
 The learner's store has every sample that was learned, but not what was predicted before, nor the tests. The trail has those. A
 prediction is written before its sample is learned: of all that a kill may leave, only whether the last sample of the trail is in
 the store is then open, and the store's count tells. What a power cut or anything else has damaged is not gone on with: every line
-must follow from those before it.
+must follow from those before it, and have the checksum of what it says.
 """
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from edgecl.runs.files import write_bytes
 
 SAMPLE, PREDICTED, LEARNED, TESTED = "sample", "predicted", "learned", "tested"
+CHECK = "crc32"
+"""Key of a line: CRC-32 of the JSON of its entry."""
 
 Flags = NDArray[np.bool_]
 
@@ -45,6 +48,26 @@ def unpack(text: str, count: int) -> Flags:
     if pack(flags) != text:  # unpackbits fills up or cuts
         raise ValueError(f"{text!r} is not of {count} flags")
     return flags
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """An entry as a line of the file."""
+    return json.dumps({**entry, CHECK: _check(entry)}) + "\n"
+
+
+def _check(entry: Any) -> int:
+    return zlib.crc32(json.dumps(entry).encode())
+
+
+def _checked(value: Any) -> Any:
+    """The entry of a line.
+
+    Raises:
+        ValueError: when it has not the checksum of what it says.
+    """
+    if not isinstance(value, dict) or value.pop(CHECK, None) != _check(value):
+        raise ValueError(f"{value!r} has not its checksum")
+    return value
 
 
 class Trail:
@@ -78,7 +101,7 @@ class Trail:
         *lines, _ = self.path.read_bytes().split(b"\n")  # behind the last one is nothing, or what the process ended in
         try:
             for line in lines:
-                self._take(json.loads(line.decode()))
+                self._take(_checked(json.loads(line.decode())))
         except (ValueError, RecursionError):
             return False
         return True
@@ -110,7 +133,7 @@ class Trail:
         A power cut may take what was written since the last test, which costs the most to make again.
         """
         self._take(entry)
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(_line(entry))
         self._file.flush()
         if TESTED in entry:
             os.fsync(self._file.fileno())
@@ -156,7 +179,7 @@ class Trail:
                 entries.append({LEARNED: n, **self.learned[n]})
         entries += [{TESTED: n, "right": row} for n, row in self.tests.items()]
         self._file.close()
-        write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        write_bytes(self.path, "".join(map(_line, entries)).encode())
         self._file = self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:

@@ -167,12 +167,11 @@ def test_a_damaged_result_is_one_error(config, whole, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("cost.json", b'{"ridge": 3, "replay": {}}', "cost.json: 'ridge' must hold method, config, .* --fresh"),
-        ("cost.json", b"{}", "cost.json: must hold ridge, replay, .* --fresh"),
-        ("seed0/network.json", b"{}", "network.json: must hold sha256, pretrained, .* --fresh"),
+        ("cost.json", b'{"ridge": 3, "replay": {}}', "cost.json: must be as the run wrote it, .* --fresh"),
+        ("seed0/network.json", b"{}", "network.json: must be as the run wrote it, .* --fresh"),
         ("seed0/network.pth", b"PK", "network.pth: must hold the network of SHA-256 .*, got not a readable weight file .* --fresh"),
         ("seed0/network.pth", None, "network.pth: must hold the network of SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}; .* --fresh"),
-        ("seed0/ridge/result.json", b"{}", "result.json: must hold accuracy, .* --fresh"),
+        ("seed0/ridge/result.json", b"{}", "result.json: must be as the run wrote it, .* --fresh"),
         ("seed0/ridge/store.db", b"x" * 600, "ridge: must be as the run left it, got .*is no store.*; delete that folder, or .* --fresh"),
         ("seed0/ridge/bundle/state.safetensors", b"x", "ridge: must be as the run left it, got .*SHA-256 differs.*; delete that folder"),
     ],
@@ -191,6 +190,20 @@ def test_a_damaged_file_of_a_run_is_one_error_with_its_mend(config, whole, name,
     else:
         (folder / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
+        run(read_config(config), config, folder)
+
+
+@pytest.mark.parametrize("name", ["cost.json", "seed0/network.json", "seed0/ridge/bundle.json", "seed0/ridge/result.json"])
+def test_a_changed_digit_of_a_stage_is_not_gone_on_with(config, whole, name):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    (folder / "run.json").unlink()
+    if name.endswith("bundle.json"):
+        (folder / "seed0/ridge/result.json").unlink()
+    text = (folder / name).read_text()
+    at = re.search("[1-8]", text).start()
+    (folder / name).write_text(f"{text[:at]}{int(text[at]) + 1}{text[at + 1 :]}")
+    with pytest.raises(InputError, match=rf"{name}: must be as the run wrote it, .*; run it again with --fresh"):
         run(read_config(config), config, folder)
 
 

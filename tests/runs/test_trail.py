@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 
 import pytest
 
@@ -72,9 +73,22 @@ def test_no_line_may_be_missing_doubled_or_out_of_its_place(tmp_path):
 def test_a_line_that_is_none_of_the_trails_is_not_gone_on_with(tmp_path, line):
     path = tmp_path / "trail.jsonl"
     lines = [text.encode() for text in written(path)]
+    if line[:2] == b'{"':  # whose checksum is right
+        line = json.dumps({**json.loads(line), "crc32": zlib.crc32(line)}).encode()
     at = next(n for n, text in enumerate(lines) if b'"sample": 3' in text)
     path.write_bytes(b"".join(text + b"\n" for text in [*lines[:at], line, *lines[at:]]))
     assert not fits(path, 5)
+
+
+def test_a_changed_value_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "trail.jsonl"
+    text = "".join(f"{line}\n" for line in written(path))
+    for old, new in (('"predicted": 2', '"predicted": 1'), ("a560", "a540"), ('"bytes": 7', '"bytes": 8'), ('"crc32": 1', '"crc32": 2')):
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        assert not fits(path, 5), new
+    path.write_text(text)
+    assert fits(path, 5)
 
 
 def test_a_test_is_on_the_disk_before_the_stream_goes_on(tmp_path, monkeypatch):
