@@ -86,10 +86,13 @@ def _check_folder(folder: Path, fresh: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Delete what a run writes, and nothing else."""
+    """Delete what a run writes, and nothing else; of a seed's folder that lies elsewhere the link."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink() and re.fullmatch(r"seed\d+", path.name):
-            shutil.rmtree(path)
+        if path.is_dir() and re.fullmatch(r"seed\d+", path.name):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
         elif path.name.removesuffix(".new") in WRITTEN:
             path.unlink()
 

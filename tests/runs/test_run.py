@@ -243,6 +243,19 @@ def test_a_title_may_change_and_fresh_starts_anew(config, whole):
     assert not (folder / "seed0" / "ridge" / "store.db").exists()
 
 
+def test_fresh_takes_nothing_from_a_seed_that_was_moved_elsewhere(config, whole, tmp_path):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+    shutil.move(folder / "seed0", tmp_path / "moved")
+    (folder / "seed0").symlink_to(tmp_path / "moved")
+    text = config.read_text()
+    config.write_text(text[: text.index("[[learner]]\nlabel")].replace("epochs = 3", "epochs = 1") + "[device]\nevery = 20\n")
+    found = run(read_config(config), config, folder, fresh=True)
+    before = json.loads((whole / "run.json").read_text())
+    assert found["networks"] != before["networks"] and found["learners"][0]["matrices"] != before["learners"][0]["matrices"]
+    assert not (folder / "seed0").is_symlink() and (tmp_path / "moved" / "ridge" / "result.json").exists()
+
+
 def test_a_folder_of_something_else_and_one_in_use_are_refused(config, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
