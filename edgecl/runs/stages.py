@@ -34,6 +34,7 @@ from edgecl_device.manifest import read_manifest
 
 START, RESULT = "start.json", "run.json"
 WRITTEN = (START, "config.toml", "cost.json", RESULT, "report.html")
+SEED = re.compile(r"seed\d+")
 SCRATCH = ".edgecl-new-*"
 """What an export that was killed leaves behind."""
 
@@ -86,9 +87,12 @@ def _check_folder(folder: Path, fresh: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Delete what a run writes, and nothing else; of a seed's folder that lies elsewhere the link."""
-    for path in folder.iterdir():
-        if path.is_dir() and re.fullmatch(r"seed\d+", path.name):
+    """Delete what a run writes, and nothing else; of a seed's folder that lies elsewhere the link.
+
+    What the run is of goes last: a kill before leaves a run that still refuses another configuration.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == START):
+        if path.is_dir() and SEED.fullmatch(path.name):
             if path.is_symlink():
                 path.unlink()
             else:
@@ -109,6 +113,12 @@ def _begin(config: RunConfig, source: Path, folder: Path, data: Dataset) -> None
         "machine": machine(),
     }
     if not (folder / START).exists():
+        left = sorted(path.name for path in folder.iterdir() if SEED.fullmatch(path.name) or path.name in ("cost.json", RESULT))
+        if left:
+            got = f"got {', '.join(left)} without it"
+            raise InputError(
+                f"--out: {folder} must hold {START} beside results, {got}; pass --fresh to delete them, or choose another folder"
+            )
         write_bytes(folder / "config.toml", source.read_bytes())
         write_json(folder / START, start)
         return

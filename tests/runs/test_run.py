@@ -256,6 +256,24 @@ def test_fresh_takes_nothing_from_a_seed_that_was_moved_elsewhere(config, whole,
     assert not (folder / "seed0").is_symlink() and (tmp_path / "moved" / "ridge" / "result.json").exists()
 
 
+def test_fresh_that_was_killed_leaves_nothing_that_another_configuration_takes(config, whole, monkeypatch):
+    folder = config.with_suffix(".run")
+    shutil.copytree(whole, folder)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run(read_config(config), config, folder, fresh=True)
+    config.write_text(config.read_text().replace("every = 10", "every = 5"))
+    with pytest.raises(InputError, match=r"holds a run of something else: device\.every was 10, is 5"):
+        run(read_config(config), config, folder)
+    (folder / "start.json").unlink()
+    with pytest.raises(InputError, match=r"must hold start\.json beside results, got .*seed0 without it; pass --fresh to delete them"):
+        run(read_config(config), config, folder)
+
+
 def test_a_folder_of_something_else_and_one_in_use_are_refused(config, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
