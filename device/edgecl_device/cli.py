@@ -254,6 +254,8 @@ def check_stream(xs: dict[str, Array], ys: Array, weights: Sequence[Any], manife
 def _read_arrays(path: Path, names: Sequence[str], listed: str, needed: bool = True) -> dict[str, Array]:
     """Arrays of an npz file, those that it has where they are not ``needed``; errors call them ``listed``."""
     try:
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise OSError("a folder or a device")
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
             found = {name: data[name] for name in names if needed or name in data}
     except _NO_STREAM as error:

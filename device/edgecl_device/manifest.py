@@ -315,9 +315,9 @@ def read_manifest(bundle: Path) -> Manifest:
         BundleError: when the folder or the file is missing or wrong.
     """
     path = Path(bundle) / MANIFEST
-    if not path.is_file():
-        raise BundleError(f"{path}: no manifest; pass the folder that edgecl export wrote")
     try:
+        if not path.is_file():
+            raise BundleError(f"{path}: no manifest; pass the folder that edgecl export wrote")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise BundleError(f"{path}: cannot be read ({error}); copy the bundle again") from error

@@ -15,6 +15,7 @@ from edgecl.pretraining import Recipe
 from edgecl.runs.errors import checked, choice
 from edgecl.runs.methods import method_config
 from edgecl.runs.registry import DATASETS, SCENARIOS, check_options, dataset_options
+from edgecl_device.checks import as_path, short
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import DEFAULT_PENDING
 
@@ -29,14 +30,14 @@ def _nbytes(value: Any) -> int:
             pass
     elif type(value) is int and value >= 0:
         return value
-    raise ValueError(f"must be bytes, as '64MiB', '500KB' or 1048576, got {value!r}")
+    raise ValueError(f"must be bytes, as '64MiB', '500KB' or 1048576, got {short(value)}")
 
 
 def _name(value: str) -> str:
     """A label is part of a path, beside the network's files, and of a table."""
     special = not value.isprintable() or any(c in value for c in '/\\:*?"<>|')
     if not value.strip() or len(value) > 60 or special or value.strip(". ") != value:
-        raise ValueError(f"must be 1 to 60 characters of which none is special in a file name, got {value!r}")
+        raise ValueError(f"must be 1 to 60 characters of which none is special in a file name, got {short(value)}")
     if value.casefold().startswith("network."):
         raise ValueError(f"must not start as the network's files beside it do, got {value!r}")
     return value
@@ -174,6 +175,13 @@ class RunConfig(Section):
         return self._folder
 
     @property
+    def files(self) -> dict[str, Path]:
+        """The user's files that make the network, by key."""
+        model = self.model
+        given = {"model.weights": model.weights, "model.name": model.name.rpartition(":")[0] if ".py:" in model.name else None}
+        return {name: self.folder / path for name, path in given.items() if path}
+
+    @property
     def labels(self) -> list[str]:
         """What each learner is called."""
         return [learner.label or learner.method for learner in self.learner]
@@ -252,7 +260,6 @@ def _check_names(config: RunConfig) -> None:
     for where, (value, names) in known.items():
         if value not in names or value == "file.py:function":
             raise choice(where, value, names)
-    if ".py:" in config.model.name and not (file := config.folder / config.model.name.rpartition(":")[0]).is_file():
-        raise InputError(f"model.name: must be of an existing file, got {file}; mend the path, which starts from that of CONFIG")
-    if config.model.weights is not None and not (file := config.folder / config.model.weights).is_file():
-        raise InputError(f"model.weights: must be an existing file, got {file}; mend the path, which starts from that of CONFIG")
+    for where, file in config.files.items():
+        if not as_path(where, file).is_file():
+            raise InputError(f"{where}: must be an existing file, got {file}; mend the path, which starts from that of CONFIG")

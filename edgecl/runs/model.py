@@ -32,6 +32,15 @@ def with_label(label: str) -> Iterator[None]:
         raise InputError(f"learner {label!r}: {error}") from error
 
 
+@contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Put the section of the configuration before whatever parameter an error names."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{section}{error}") from error
+
+
 def build(config: RunConfig, data: Dataset, generator: torch.Generator) -> nn.Module:
     """The network before pretraining; random weights are drawn from ``generator``, those of a user's own model by its seed.
 
@@ -80,7 +89,7 @@ def trained(config: RunConfig, data: Dataset, stream: Stream, seed: int) -> nn.M
     how = config.model.pretrain
     if how is not None:
         x, y = stream.base
-        with threads(how.threads):
+        with threads(how.threads), _named("model.pretrain."):
             train(net, x, y, preprocess=config.preprocess(), recipe=how.recipe(), generator=generator, device=how.device)
     return net
 

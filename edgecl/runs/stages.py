@@ -103,12 +103,10 @@ def _clear(folder: Path) -> None:
 
 def _begin(config: RunConfig, source: Path, folder: Path, data: Dataset) -> None:
     """Write down what the run is of, or see that the folder's run is of the same."""
-    model = config.model
-    files = {"model.weights": model.weights, "model.name": model.name.rpartition(":")[0] if ".py:" in model.name else None}
     start = {
         "config": config.model_dump(mode="json", exclude={"report"}),
         "data": {"sha256": sha256_data(data)},
-        "files": {name: sha256_file(config.folder / path) for name, path in files.items() if path},
+        "files": {name: sha256_file(path) for name, path in config.files.items()},
         "versions": versions(config.device.engine),
         "machine": machine(),
     }

@@ -328,6 +328,10 @@ def test_errors_are_one_line_and_exit_code_2(call, means, stream, tmp_path, name
 def test_a_wrong_folder_and_a_wrong_limit(call, means, data, tmp_path):
     code, _, err = call("info", tmp_path / "none")
     assert code == 2 and "no manifest; pass the folder that edgecl export wrote" in err
+    code, _, err = call("info", tmp_path / ("n" * 300))
+    assert code == 2 and "cannot be read ([Errno 36] File name too long" in err
+    code, _, err = call("run", means, "--data", "/dev/null")  # as /dev/zero, at whose end a reader never comes
+    assert code == 2 and "/dev/null: must be an npz file with arrays x and y (a folder or a device)" in err
     code, _, err = call("run", means, "--data", data, "--threads", 0)
     assert code == 2 and "threads: must be at least 1 and at most 64, got 0" in err
     code, _, err = call("run", means, "--data", data, "--limit", -1)

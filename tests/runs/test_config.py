@@ -71,13 +71,19 @@ WRONG = {
     "no scenario": ("class-incremental", "clas-incremental", "scenario.name: must be one of ", "the nearest is 'class-incremental'"),
     "no method": ('at = "pool"', 'at = "pool"\nmethod = "rigde"', "learner[0].method: must be one of ", "the nearest is 'ridge'"),
     "no backbone": ('"small_cnn"', '"smal_cnn"', "model.name: must be one of small_cnn, ", "the nearest is 'small_cnn'"),
-    "no file of a model": ('"small_cnn"', '"gone.py:build"', "model.name: must be of an existing file, got ", "gone.py"),
+    "no file of a model": ('"small_cnn"', '"gone.py:build"', "model.name: must be an existing file, got ", "gone.py"),
     "no file of weights": ('"small_cnn"', '"small_cnn"\nweights = "gone.pth"', "model.weights: must be an existing file, got ", "gone.pth"),
     "classes of weights beyond the most": (
         '"small_cnn"',
         f'"small_cnn"\nweights_classes = {10**30}',
         "model.weights_classes: must be less than or equal to 1048576, got 1000",
         "",
+    ),
+    "a file name that is too long": (
+        '"small_cnn"',
+        f'"small_cnn"\nweights = "{"w" * 300}"',
+        "model.weights: must be a path, got ",
+        "name too long",
     ),
     "no engine": ("seeds = [0]", 'engine = "onxx"', "device.engine: must be one of ", "the nearest is 'onnx'"),
     "no option of the scenario": (

@@ -303,6 +303,12 @@ def test_an_example_that_cannot_be_written_names_its_parameter(tmp_path, capsys)
     assert re.match(r"edgecl: CONFIG: .*x\.toml cannot be written \(No such file or directory\); name a file", capsys.readouterr().err)
 
 
+def test_a_device_to_train_on_is_not_confused_with_the_table_device(config):
+    config.write_text(config.read_text().replace("epochs = 3", 'epochs = 3\ndevice = "meta"'))
+    with pytest.raises(InputError, match=r"^model\.pretrain\.device: must be a device that PyTorch has here"):
+        run(read_config(config), config, config.with_suffix(".run"))
+
+
 def budgeted(config, **budget):
     """The error of a run under a budget, and what was trained meanwhile: nothing."""
     folder = config.with_suffix(".run")
