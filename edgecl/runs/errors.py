@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -35,10 +36,15 @@ def checked(model: type[Model], values: Mapping[str, Any], where: str = "") -> M
     edgecl_device.errors.InputError: point.x: must be a valid integer, got '1'
     """
     try:
-        return model.model_validate_json(json.dumps(values, default=str), strict=True)
+        return model.model_validate_json(json.dumps(values, default=_plain), strict=True)
     except ValidationError as error:
         found = [_in_words(model, where, dict(e)) for e in error.errors()]
         raise InputError("; ".join(dict.fromkeys(found))) from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has not: a path is its text; TOML's dates and times, which no key takes, must not become texts."""
+    return str(value) if isinstance(value, PurePath) else {"date or time": str(value)}
 
 
 def unknown(where: str, key: str, known: Iterable[str]) -> str:

@@ -126,6 +126,13 @@ WRONG = {
         "learner[0].label: must not start as the network's files",
         "'network.pth'",
     ),
+    "a date as text": ('"small_cnn"', "2026-01-01", "model.name: must be a valid string, got {'date or time': '2026-01-01'}", "a backbone"),
+    "a date as a hyperparameter": (
+        'at = "pool"',
+        'at = "pool"\nconfig = { dtype = 10:00:00 }',
+        "learner[0].config.dtype: must be of type str, got {'date or time': '10:00:00'}",
+        "",
+    ),
     "a path of another type": (
         'name = "fashion-mnist-subset"',
         'name = "windows"\npath = 3',
