@@ -44,8 +44,8 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         raise InputError(f"RUN: {named} must be as edgecl run writes it, got something else ({why}); run it again with --fresh") from error
     try:
         write_bytes(path, text.encode())
-    except OSError as error:
-        raise InputError(f"--out: {path} cannot be written ({error.strerror}); choose another file") from error
+    except InputError as error:
+        raise InputError(f"--out: {error}") from error
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:

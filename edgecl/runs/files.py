@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +42,39 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that whatever ends the process, or the power, leaves the old or the new one."""
-    _written(path, lambda new: new.write_bytes(content))
+    """Write a file so that whatever ends the process, or the power, leaves the old or the new one.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.write_bytes(content)
+            with new.open("rb+") as file:
+                os.fsync(file.fileno())
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
 
 
 def save_network(path: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write a network's tensors, as :func:`write_bytes` does."""
-    _written(path, lambda new: torch.save(weights, new))
+    content = BytesIO()  # a file that cannot take them all makes torch raise what says nothing of it
+    torch.save(weights, content)
+    write_bytes(path, content.getvalue())
 
 
-def _written(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file, and the mend, when the disk is full or something else keeps it from being written."""
     try:
-        write(new)
-        with new.open("rb+") as file:
-            os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"{path}: must be writable, got an error ({why}); make room or mend its permissions, and run it again") from error
 
 
 def stage(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.runs.files import write_bytes
+from edgecl.runs.files import write_bytes, writing
 
 SAMPLE, PREDICTED, LEARNED, TESTED = "sample", "predicted", "learned", "tested"
 CHECK = "crc32"
@@ -91,8 +91,9 @@ class Trail:
         self.before: list[int] = []
         self.learned: dict[int, dict[str, Any]] = {}
         self.tests: dict[int, str] = {}
-        self._whole = self._read()
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            self._whole = self._read()
+            self._file = path.open("a", encoding="utf-8")
 
     def _read(self) -> bool:
         """Take in what the file has; False when a line is not what this class writes, or does not follow from those before it."""
@@ -133,10 +134,11 @@ class Trail:
         A power cut may take what was written since the last test, which costs the most to make again.
         """
         self._take(entry)
-        self._file.write(_line(entry))
-        self._file.flush()
-        if TESTED in entry:
-            os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.write(_line(entry))
+            self._file.flush()
+            if TESTED in entry:
+                os.fsync(self._file.fileno())
 
     def fit(self, learned: int, points: Sequence[int]) -> bool:
         """Drop what the learner's store does not have: its last sample, or more after a power cut.
@@ -186,4 +188,5 @@ class Trail:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with writing(self.path):  # what could not be written before is tried again
+            self._file.close()

@@ -2,11 +2,16 @@
 
 import json
 import os
+import resource
 import zlib
+from contextlib import contextmanager
 
 import pytest
+import torch
 
+from edgecl.runs.files import save_network
 from edgecl.runs.trail import Trail
+from edgecl_device.errors import InputError
 
 POINTS, FLAGS = [0, 3, 6], 11
 """Tests of a stream of 6 samples, of 11 test samples each."""
@@ -89,6 +94,30 @@ def test_a_changed_value_is_not_gone_on_with(tmp_path):
         assert not fits(path, 5), new
     path.write_text(text)
     assert fits(path, 5)
+
+
+@contextmanager
+def small_disk():
+    """While inside, no file can grow beyond 500 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path):
+    save_network(tmp_path / "network.pth", {"weight": torch.zeros(1)})
+    before = (tmp_path / "network.pth").read_bytes()
+    said = r"\.(pth|jsonl): must be writable, got an error \(File too large\); make room or mend its permissions"
+    with small_disk(), pytest.raises(InputError, match=said):
+        save_network(tmp_path / "network.pth", {"weight": torch.zeros(1000)})
+    with small_disk(), pytest.raises(InputError, match=said):
+        written(tmp_path / "trail.jsonl")
+    assert (tmp_path / "network.pth").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    with Trail(tmp_path / "trail.jsonl", FLAGS) as trail:
+        assert 0 < len(trail.predicted) < 6
 
 
 def test_a_test_is_on_the_disk_before_the_stream_goes_on(tmp_path, monkeypatch):
