@@ -1,0 +1,29 @@
+"""Views in the forms that ExecuTorch's XNNPACK takes: it has reshapes and slices, but no squeezes and no selection of one index.
+
+A reshape costs nothing outside of XNNPACK either, where the others copy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unsqueeze(x: Tensor, dim: int) -> Tensor:
+    """A reshape."""
+    place = dim % (x.dim() + 1)
+    return x.reshape([*x.shape[:place], 1, *x.shape[place:]])
+
+
+def squeeze(x: Tensor, dim: int | Sequence[int]) -> Tensor:
+    """A reshape; dimensions of more than one element stay."""
+    dims = {d % max(x.dim(), 1) for d in ([dim] if isinstance(dim, int) else dim)}
+    return x.reshape([size for axis, size in enumerate(x.shape) if axis not in dims or size != 1])
+
+
+def select(x: Tensor, dim: int, index: int) -> Tensor:
+    """A slice of one index, reshaped."""
+    dim, shape = dim % x.dim(), list(x.shape)
+    start = index % shape.pop(dim)
+    result: Tensor = torch.ops.aten.slice(x, dim, start, start + 1).reshape(shape)
+    return result
