@@ -72,6 +72,10 @@ EXECUTORCH = Rules(
         aten.squeeze.dim: views.squeeze,
         aten.squeeze.dims: views.squeeze,
         aten.select.int: views.select,
+        aten.t.default: views.transpose,
+        aten.transpose.int: views.transpose,
+        aten.rsub.Scalar: views.rsub,
+        aten.clamp_min.default: views.clamp_min,
     },
     {
         aten.convolution.default: Changing(products.convolution, (1,)),

@@ -1,6 +1,7 @@
-"""Views in the forms that ExecuTorch's XNNPACK takes: it has reshapes and slices, but no squeezes and no selection of one index.
+"""Views and simple operators in the forms that ExecuTorch's XNNPACK takes: it has no squeezes and no selection of one index.
 
-A reshape costs nothing outside of XNNPACK either, where the others copy.
+A reshape costs nothing outside of XNNPACK either, where the others copy. ExecuTorch would write the rest in these forms by itself, in one
+more pass over the whole program.
 """
 
 from collections.abc import Sequence
@@ -27,3 +28,20 @@ def select(x: Tensor, dim: int, index: int) -> Tensor:
     start = index % shape.pop(dim)
     result: Tensor = torch.ops.aten.slice(x, dim, start, start + 1).reshape(shape)
     return result
+
+
+def transpose(x: Tensor, first: int = 0, second: int = 1) -> Tensor:
+    """A permutation."""
+    order = list(range(x.dim()))
+    order[first], order[second] = order[second], order[first]
+    return x.permute(order)
+
+
+def rsub(x: Tensor, number: float) -> Tensor:
+    """A difference of tensors."""
+    return torch.sub(torch.tensor(number, dtype=x.dtype), x)
+
+
+def clamp_min(x: Tensor, low: float) -> Tensor:
+    """A clip with one limit."""
+    return torch.clamp(x, low, None)
