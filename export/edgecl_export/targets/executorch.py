@@ -14,18 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgecl.graph.capture import example
 from edgecl.graph.lowering import BuiltStep
 from edgecl.graph.step import GraphError, StepGraph
 from edgecl_device.engines.executorch import ExecutorchEngine, registered
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import Array, Manifest
 from edgecl_export.targets import Files
+from edgecl_export.targets.exported import exported
 
 PROGRAM_FILE = "steps.pte"
-KEPT_META = ("val",)
-"""What lowering needs of a node; all else would be copied by every one of its passes."""
-
 
 class ExecutorchTarget:
     """See :class:`edgecl_export.targets.Target`."""
@@ -119,31 +116,7 @@ class ExecutorchFiles:
 
 def _exported(graph: StepGraph) -> Any:
     """A step as PyTorch's exported program."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = tuple(example(port.spec, generator) for port in graph.inputs)
-    try:
-        program = torch.export.export(graph.module, inputs, strict=False)
-    except Exception as error:
-        raise GraphError(
-            f"step {graph.name!r}: PyTorch cannot export it ({type(error).__name__}: {error}); report this as a defect"
-        ) from error
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.reshape.default:
-            _view(program.graph, node)
-        for key in set(node.meta) - set(KEPT_META):
-            del node.meta[key]
-    return program
-
-
-def _view(graph: Any, node: Any) -> None:
-    """A reshape as a view, of a dense copy if need be: what ExecuTorch would write for it, in one more pass over the whole program."""
-    source = node.args[0]
-    if not source.meta["val"].is_contiguous():
-        with graph.inserting_before(node):
-            dense = graph.call_function(torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
-        dense.meta["val"] = source.meta["val"].contiguous()
-        node.update_arg(0, dense)
-    node.target = torch.ops.aten.view.default
+    return exported(graph)
 
 
 def _partitioner() -> Any:
