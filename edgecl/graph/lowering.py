@@ -10,7 +10,17 @@ from edgecl.graph import cost, memory
 from edgecl.graph.capture import capture, capture_encode
 from edgecl.graph.cost import Cost
 from edgecl.graph.memory import Plan
-from edgecl.graph.passes import ApplyRules, Clean, FoldConstants, FoldConvolutionAffine, JoinSums, JoinVectors, MergeEqual, ScaleKernels, UpdateEarly
+from edgecl.graph.passes import (
+    ApplyRules,
+    Clean,
+    FoldConstants,
+    FoldConvolutionAffine,
+    JoinSums,
+    JoinVectors,
+    MergeEqual,
+    ScaleKernels,
+    UpdateEarly,
+)
 from edgecl.graph.rules import RULES
 from edgecl.graph.step import StepGraph
 from edgecl_device.checks import entry

@@ -56,12 +56,14 @@ def _is_sum(node: Any) -> bool:
 
 def _terms(root: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """What a sum adds, in order, and the sums within it that nothing else reads."""
-    terms, inner, waiting = [], [], [root]
+    terms: list[fx.Node] = []
+    inner: list[fx.Node] = []
+    waiting: list[Any] = [root]
     while waiting:
         node = waiting.pop()
         if node is root or (_is_sum(node) and len(node.users) == 1):
             inner.append(node)
-            waiting += reversed(node.all_input_nodes if node.args[0] is not node.args[1] else [node.args[0], node.args[0]])  # type: ignore[list-item]
+            waiting += reversed(node.args)
         else:
             terms.append(node)
     return terms, inner
@@ -82,8 +84,9 @@ def _groups(terms: list[fx.Node]) -> Iterator[Group]:
 def _kind(term: fx.Node) -> Any:
     """What terms must have in common to be joined; None for a term that cannot be."""
     if term.target is aten.constant_pad_nd.default:
+        _, amounts, *value = term.args
         axes = _padded(term)
-        return (term.target, axes[0]) if len(axes) == 1 and min(term.args[1]) >= 0 and term.args[2:] in ((), (0,)) else None  # type: ignore[type-var, arg-type, comparison-overlap]
+        return (term.target, axes[0]) if len(axes) == 1 and min(amounts) >= 0 and value in ([], [0]) else None  # type: ignore[arg-type]
     if len(term.users) != 1:
         return None
     if term.target is aten.mm.default:
@@ -92,15 +95,17 @@ def _kind(term: fx.Node) -> Any:
     if found is None or not _is_cheap(term, found.args[0]):
         return None
     x, dims, *keep = found.args
-    sizes = [size for axis, size in enumerate(shape_of(x)) if axis != dims[0]]  # type: ignore[arg-type, index]
+    sizes = [size for axis, size in enumerate(shape_of(x)) if axis != dims[0]]
     return (found.target, str(dims), str(keep), str(sizes))
 
 
 def _reduction(term: fx.Node) -> Any:
     """The sum over some dimensions that a term is, reshaped at most."""
     source: Any = term.args[0] if term.target is aten.reshape.default else term
-    ok = isinstance(source, fx.Node) and source.target is aten.sum.dim_IntList and len(source.users) == 1 and not source.kwargs
-    return source if ok and source.args[1] and source.args[1][0] >= 0 else None  # type: ignore[union-attr, index, operator]
+    if source.target is not aten.sum.dim_IntList or source.kwargs or len(source.users) != 1:
+        return None
+    dims = source.args[1]
+    return source if dims and dims[0] >= 0 else None
 
 
 def _is_cheap(term: fx.Node, *operands: Any) -> bool:
@@ -158,7 +163,7 @@ def _side_by_side(graph: StepGraph, pads: Group, axis: int) -> fx.Node:
     """Padded tensors in one, zeros where none of them is."""
     size = shape_of(pads[0])[axis]
     starts = [_place(pad, axis)[0] for pad in pads[1:]]
-    pieces = []
+    pieces: list[Any] = []
     for pad, start, end in zip(pads, [0, *starts], [*starts, size], strict=True):
         before, behind = _place(pad, axis)[0] - start, end - _place(pad, axis)[1]
         if before or behind:

@@ -5,6 +5,7 @@ more pass over the whole program.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +31,18 @@ def select(x: Tensor, dim: int, index: int) -> Tensor:
     return result
 
 
-def transpose(x: Tensor, first: int = 0, second: int = 1) -> Tensor:
+def transpose(x: Tensor, first: int = 0, second: int = 1) -> Any:
     """A permutation."""
+    if x.dim() < 2:
+        return NotImplemented
     order = list(range(x.dim()))
     order[first], order[second] = order[second], order[first]
     return x.permute(order)
 
 
-def rsub(x: Tensor, number: float) -> Tensor:
+def rsub(x: Tensor, number: float, alpha: float = 1) -> Any:
     """A difference of tensors."""
-    return torch.sub(torch.tensor(number, dtype=x.dtype), x)
+    return torch.tensor(number, dtype=x.dtype) - x if x.is_floating_point() and alpha == 1 else NotImplemented
 
 
 def clamp_min(x: Tensor, low: float) -> Tensor:

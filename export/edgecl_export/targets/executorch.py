@@ -24,6 +24,7 @@ from edgecl_export.targets.exported import exported
 
 PROGRAM_FILE = "steps.pte"
 
+
 class ExecutorchTarget:
     """See :class:`edgecl_export.targets.Target`."""
 

@@ -1,7 +1,8 @@
 """A step as the program that ExecuTorch takes.
 
-``torch.export.export`` traces a module to find its operators, and ExecuTorch traces the result once more to write them out. A step is a flat
-graph of plain operators already: here it is put into PyTorch's program as it is, which for a long recurrence saves a third of the export.
+``torch.export.export`` traces a module to find its operators, and ExecuTorch traces the result once more to write them out. A step is a
+flat graph of plain operators already: here it is put into PyTorch's program as it is, which saves much of the time that a long recurrence
+takes.
 """
 
 from typing import Any
@@ -67,15 +68,16 @@ def _placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
 
 def _copy(graph: fx.Graph, node: fx.Node, nodes: dict[fx.Node, fx.Node], mode: FakeTensorMode) -> fx.Node:
     """An operator; a reshape as a view, of a dense copy where it needs one."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), nodes.__getitem__)
-    target: Any = node.target
-    if target is aten.reshape.default:
-        target, source = aten.view.default, args[0].meta["val"]
-        with mode:
-            whole = source.reshape(args[1])
-        if not torch._C._is_alias_of(source, whole):  # type: ignore[attr-defined]
-            args = (_call(graph, aten.clone.default, args[:1], {"memory_format": torch.contiguous_format}, mode), *args[1:])
-    return _call(graph, target, args, kwargs, mode)
+    args: Any = fx.node.map_arg(node.args, nodes.__getitem__)
+    kwargs: Any = fx.node.map_arg(node.kwargs, nodes.__getitem__)
+    if node.target is not aten.reshape.default:
+        return _call(graph, node.target, args, kwargs, mode)
+    source, shape = args
+    with mode:
+        whole = source.meta["val"].reshape(shape)
+    if not torch._C._is_alias_of(source.meta["val"], whole):  # type: ignore[attr-defined]
+        source = _call(graph, aten.clone.default, (source,), {"memory_format": torch.contiguous_format}, mode)
+    return _call(graph, aten.view.default, (source, shape), {}, mode)
 
 
 def _call(graph: fx.Graph, target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> fx.Node:

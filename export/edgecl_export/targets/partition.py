@@ -25,15 +25,19 @@ MOST_JOINED = 5
 
 _PLAIN = frozenset(
     f"aten.{name}"
-    for name in """abs.default add.Tensor addmm.default bmm.default cat.default clamp.default constant_pad_nd.default div.Tensor exp.default
-    log.default maximum.default minimum.default mm.default mul.Tensor neg.default permute_copy.default rsqrt.default sigmoid.default slice_copy.Tensor
-    sqrt.default sub.Tensor tanh.default view_copy.default""".split()
+    for names in (
+        "abs.default add.Tensor addmm.default bmm.default cat.default clamp.default constant_pad_nd.default div.Tensor exp.default",
+        "log.default maximum.default minimum.default mm.default mul.Tensor neg.default permute_copy.default rsqrt.default",
+        "sigmoid.default slice_copy.Tensor sqrt.default sub.Tensor tanh.default view_copy.default",
+    )
+    for name in names.split()
 )
+"""Operators that XNNPACK takes as they are; others it may write as something else first, or fuse."""
 _FEW_PASSES = [CompileSpec("dqlinear_partitioner", b"")]
 """Lets XNNPACK's preprocessing rewrite products of matrices and nothing else, in a tenth of the time of all its rewrites."""
 
 
-class DropCopies(PassBase):  # type: ignore[misc]
+class DropCopies(PassBase):
     """Every tensor is dense here, so that a copy of one to make it dense does nothing."""
 
     def call(self, graph_module: Any) -> PassResult:
@@ -59,14 +63,14 @@ class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
     def partition(self, exported_program: Any) -> PartitionResult:
         """Tag each part; one of operators that XNNPACK takes as they are is not rewritten for it."""
         result = super().partition(exported_program)
-        plain = DelegationSpec(self.delegation_spec.backend_id, _FEW_PASSES)
+        few = DelegationSpec(self.delegation_spec.backend_id, _FEW_PASSES)
         tagged: dict[str, list[Any]] = defaultdict(list)
         for node in exported_program.graph.nodes:
             if node.op == "call_function" and "delegation_tag" in node.meta:
                 tagged[node.meta["delegation_tag"]].append(node)
         for tag, nodes in tagged.items():
             if all(node.target.__name__ in _PLAIN for node in nodes):
-                result.partition_tags[tag] = plain
+                result.partition_tags[tag] = few
         return result
 
     def ops_to_not_decompose(self, ep: Any) -> tuple[list[Any], None]:
