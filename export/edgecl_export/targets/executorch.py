@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edgecl.graph.lowering import BuiltStep
-from edgecl.graph.step import GraphError, StepGraph
+from edgecl.graph.step import GraphError
 from edgecl_device.engines.executorch import ExecutorchEngine, registered
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import Array, Manifest
@@ -42,7 +42,7 @@ class ExecutorchTarget:
         with _quiet():
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-            programs = {name: _exported(step.graph) for name, step in steps.items()}
+            programs = {name: exported(step.graph) for name, step in steps.items()}
             try:
                 edge = to_edge_transform_and_lower(
                     programs,
@@ -115,21 +115,16 @@ class ExecutorchFiles:
         return ExecutorchEngine(self.folder, self.manifest)
 
 
-def _exported(graph: StepGraph) -> Any:
-    """A step as PyTorch's exported program."""
-    return exported(graph)
-
-
 def _partitioner() -> Any:
     """The module is read late: it needs the package."""
-    from edgecl_export.targets.partition import Partitioner
+    from edgecl_export.targets.xnnpack import Partitioner
 
     return Partitioner()
 
 
 def _drop_copies() -> Any:
     """Read late as well."""
-    from edgecl_export.targets.partition import DropCopies
+    from edgecl_export.targets.xnnpack import DropCopies
 
     return DropCopies()
 
