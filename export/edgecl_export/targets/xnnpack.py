@@ -16,8 +16,11 @@ LEAST_ELEMENTS = 512
 """A part of a graph whose tensors are all smaller stays with the portable kernels, convolutions apart: a delegate's call takes some
 microseconds."""
 
-MOST_JOINED = 5
-"""Tensors that XNNPACK concatenates at once; of more it would copy the first ones again and again."""
+AT_ONCE = 5
+"""Tensors that XNNPACK concatenates at once."""
+
+MOST_JOINED = 9
+"""It concatenates as many in two operators, the taps of a 3 x 3 kernel for one; of more it would copy the first ones again and again."""
 
 _PLAIN = frozenset(
     f"aten.{name}"
@@ -29,6 +32,7 @@ _PLAIN = frozenset(
     for name in names.split()
 )
 """Operators that XNNPACK takes as they are; others it may write as something else first, or fuse."""
+
 _FEW_PASSES = [CompileSpec("dqlinear_partitioner", b"")]
 """Lets XNNPACK's preprocessing rewrite products of matrices and nothing else, in a tenth of the time of all its rewrites."""
 
@@ -52,7 +56,7 @@ class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
 
     def generate_partitions(self, ep: Any) -> list[Partition]:
         """Parts in the order in which they run."""
-        units = [unit for unit in self.get_matched_nodes_from_configs(ep) if not any(map(_is_long, unit))]
+        units = [unit for unit in self.get_matched_nodes_from_configs(ep) if not any(_joins(node, MOST_JOINED) for node in unit)]
         parts = [part for part in parts_of(ep.graph.nodes, units) if any(map(_worth_it, part))]
         return [Partition(id=number, nodes=part) for number, part in enumerate(parts)]
 
@@ -65,7 +69,7 @@ class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
             if node.op == "call_function" and "delegation_tag" in node.meta:
                 tagged[node.meta["delegation_tag"]].append(node)
         for tag, nodes in tagged.items():
-            if all(node.target.__name__ in _PLAIN for node in nodes):
+            if all(node.target.__name__ in _PLAIN and not _joins(node, AT_ONCE) for node in nodes):
                 result.partition_tags[tag] = few
         return result
 
@@ -76,8 +80,9 @@ class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
         return [op for op in operators if all(supported(node) for node in nodes if node.target is op)], None
 
 
-def _is_long(node: Any) -> bool:
-    return node.op == "call_function" and node.target.__name__ == "aten.cat.default" and len(node.args[0]) > MOST_JOINED
+def _joins(node: Any, limit: int) -> bool:
+    """Whether a node concatenates more tensors than that."""
+    return node.op == "call_function" and node.target.__name__ == "aten.cat.default" and len(node.args[0]) > limit
 
 
 def _worth_it(node: Any) -> bool:
