@@ -1,6 +1,6 @@
 """Which operators of a graph a delegate computes in one call.
 
-ExecuTorch's own partitioner tries to merge every pair of operators and looks through the whole graph for each: hours for a recurrent layer
+ExecuTorch's own partitioner tries to merge every pair of operators and looks through the whole graph for each: too long for a recurrence
 that is unrolled. Here every operator gets the number of borders between delegate and portable kernels that lie before it on the longest way
 from an input; operators of one number are one part, for a way from one to the other crosses no border. That is as few parts as can be.
 """

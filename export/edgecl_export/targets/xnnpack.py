@@ -34,7 +34,7 @@ _PLAIN = frozenset(
 """Operators that XNNPACK takes as they are; others it may write as something else first, or fuse."""
 
 _FEW_PASSES = [CompileSpec("dqlinear_partitioner", b"")]
-"""Lets XNNPACK's preprocessing rewrite products of matrices and nothing else, in a tenth of the time of all its rewrites."""
+"""Lets XNNPACK's preprocessing rewrite products of matrices and nothing else, in a fraction of the time of all its rewrites."""
 
 
 class DropCopies(PassBase):
