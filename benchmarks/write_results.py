@@ -217,10 +217,14 @@ def models_table(result: Row) -> str:
             size(ledger["activations_peak"]),
         ]
         lines.append([r["model"], r["cut"], runtimes[r["engine"]], *costs, f"{r['learn_ms']:.1f}"])
+    measured = {(r["model"], r["engine"]) for r in result["rows"]}
+    lacking = [f"{m} on {runtimes[e]}" for m in dict(measured) for e in runtimes if (m, e) not in measured]
     head = ["network", "cut after", "runtime", "MACs/update", "MACs of the trunk", "state", "activations", "learn, ms"]
     return (
         "Latent replay trains what lies behind the cut, the last two blocks, with two stored rows; each export passed its gates, parity "
-        "with eager PyTorch among them. The GRU is measured on ONNX Runtime only: ExecuTorch takes long to lower its steps.\n\n"
+        "with eager PyTorch among them."
+        + (f" Not measured: {', '.join(sorted(lacking))}." if lacking else "")
+        + "\n\n"
         + markdown(head, lines)
         + f"\n\n`python benchmarks/models.py`. {conditions(result)}"
     )

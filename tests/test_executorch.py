@@ -88,7 +88,7 @@ def test_frozen_tensors_are_found_without_a_search_through_the_file(exported):
 
 
 def test_gate_parity(toy, tmp_path, monkeypatch):
-    real = target._exported
+    real = target.exported
 
     def wrong(graph):
         for node in list(graph.operators):
@@ -98,7 +98,7 @@ def test_gate_parity(toy, tmp_path, monkeypatch):
                 break
         return real(graph)
 
-    monkeypatch.setattr(target, "_exported", wrong)
+    monkeypatch.setattr(target, "exported", wrong)
     with pytest.raises(ExportError, match=r"gate 'parity': step 'learn': .* differs from eager"):
         export(toy.prepared("finetune"), tmp_path / "bundle", engine="executorch")
 

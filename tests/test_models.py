@@ -1,6 +1,6 @@
 """Networks of the field, from PyTorch to a learning step on the device, through every gate.
 
-All on ONNX Runtime; on ExecuTorch, whose lowering takes half a minute each, the one that is unrolled: every layer is compared there in
+All on ONNX Runtime; on ExecuTorch, whose lowering takes longer, the one that is unrolled: every layer is compared there in
 ``tests/graph/test_layers_executorch.py``. ``benchmarks/models.py`` does all on both, at full size.
 """
 

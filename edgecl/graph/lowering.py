@@ -10,7 +10,17 @@ from edgecl.graph import cost, memory
 from edgecl.graph.capture import capture, capture_encode
 from edgecl.graph.cost import Cost
 from edgecl.graph.memory import Plan
-from edgecl.graph.passes import ApplyRules, Clean, FoldConstants, FoldConvolutionAffine, JoinVectors, MergeEqual, ScaleKernels, UpdateEarly
+from edgecl.graph.passes import (
+    ApplyRules,
+    Clean,
+    FoldConstants,
+    FoldConvolutionAffine,
+    JoinSums,
+    JoinVectors,
+    MergeEqual,
+    ScaleKernels,
+    UpdateEarly,
+)
 from edgecl.graph.rules import RULES
 from edgecl.graph.step import StepGraph
 from edgecl_device.checks import entry
@@ -48,7 +58,7 @@ def canonicalise(graph: StepGraph) -> StepGraph:
 def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     """Rewrite a canonical graph for a runtime; the argument stays usable."""
     graph = replace(graph, module=fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph)))
-    smaller = (MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean())
+    smaller = (MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean(), JoinSums(), Clean(), FoldConstants(), Clean())
     joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
     for step in (*smaller, ApplyRules(RULES[engine]), Clean(), FoldConstants(), *joined, UpdateEarly()):
         graph = step(graph)

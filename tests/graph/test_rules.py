@@ -434,3 +434,39 @@ def test_no_sum_for_executorch_has_many_terms(bench: Any) -> None:
         sums = [n for n in graph.operators if n.target is aten.sum.dim_IntList]
         assert len(sums) > 1
         assert all(n.args[0].meta["val"].numel() <= 256 * n.meta["val"].numel() for n in sums)
+
+
+VIEWS: dict[str, Any] = {
+    "unsqueeze": lambda x: [x.unsqueeze(d) for d in range(-4, 4)],
+    "squeeze": lambda x: [x[:, :1].squeeze(1), x[:, :1].squeeze(-2), x[:, :1].squeeze(0), x[:1, :1].squeeze((0, 1)), x.squeeze((0, -1))],
+    "squeeze a number": lambda x: [x.sum().squeeze(0), x.sum().squeeze((0,))],
+    "select": lambda x: [x.select(d, i) for d in range(-3, 3) for i in (0, 1, -1)],
+    "transpose": lambda x: [x.transpose(a, b) for a in range(-3, 3) for b in range(-3, 3)],
+    "t": lambda x: [x[0].t(), x[0, 0].t(), x.sum().t()],
+    "rsub": lambda x: [1.5 - x, 2 - x, torch.rsub(x, 2.0, alpha=3.0), 1.5 - x.double(), 2 - x.to(torch.int64)],
+    "clamp_min": lambda x: [x.clamp_min(0.25), x.to(torch.int64).clamp_min(0)],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_for_executorch_equal_the_operators(name: str, bench: Any, generator: torch.Generator) -> None:
+    x = torch.randn(2, 3, 4, generator=generator) * 2.0
+
+    def function(t: Tensor) -> list[Tensor]:
+        return [y * 1 for y in VIEWS[name](t)]
+
+    graph = lower(canonicalise(bench.trace(function, x)), "executorch")
+    for got, want in zip(graph.run(x), function(x), strict=True):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        assert torch.equal(got, want)
+
+
+def test_no_view_is_left_that_xnnpack_does_not_take(bench: Any, generator: torch.Generator) -> None:
+    x = torch.randn(2, 3, 4, generator=generator)
+    left = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.t.default, aten.transpose.int}
+    for function in VIEWS.values():
+        graph = lower(
+            canonicalise(bench.trace(lambda t, f=function: [y * 1.5 for y in f(t) if y.dim() > 1 and y.is_floating_point()], x)),
+            "executorch",
+        )
+        assert not left & {node.target for node in graph.operators}

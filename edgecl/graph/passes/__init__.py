@@ -7,6 +7,7 @@ from edgecl.graph.passes.fold import FoldConstants, FoldConvolutionAffine
 from edgecl.graph.passes.lower import ApplyRules
 from edgecl.graph.passes.merge import MergeEqual
 from edgecl.graph.passes.schedule import UpdateEarly
+from edgecl.graph.passes.sums import JoinSums
 from edgecl.graph.passes.vectors import JoinVectors
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Clean",
     "FoldConstants",
     "FoldConvolutionAffine",
+    "JoinSums",
     "JoinVectors",
     "MergeEqual",
     "Pass",

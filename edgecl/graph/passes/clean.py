@@ -1,6 +1,7 @@
 """Remove operators that do nothing and nodes that nobody uses."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,7 +20,7 @@ _BY_ONE = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 class Clean(Pass):
     """Write every view as a reshape, and a tensor filled with a number, from which another is subtracted, as the number.
 
-    Drop copies, reshapes to the same shape, factors of one, unused operators and unused inputs.
+    Drop copies, reshapes to the same shape, a transposition of the same transposition, factors of one, unused operators and unused inputs.
     """
 
     ensures = frozenset({"no-dead-code"})
@@ -35,7 +36,9 @@ class Clean(Pass):
                     node.target, node.args = aten.rsub.Scalar, (x, filled.args[1])  # type: ignore[union-attr]
             if node.target is aten.hardtanh_backward.default:
                 _mask_by_output(node)
-            if _is_identity(node):
+            if _is_transpose(node) and _is_transpose(node.args[0]) and _undo(node, node.args[0]):
+                node.replace_all_uses_with(node.args[0].args[0])  # type: ignore[union-attr, arg-type]
+            elif _is_identity(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             elif _is_reshape(node) and _is_reshape(node.args[0]):
                 node.update_arg(0, node.args[0].args[0])  # type: ignore[union-attr]
@@ -67,6 +70,20 @@ def _is_filled(node: object) -> bool:
 
 def _is_reshape(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is aten.reshape.default
+
+
+def _is_transpose(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target in (aten.t.default, aten.transpose.int)
+
+
+def _undo(second: fx.Node, first: Any) -> bool:
+    rank = len(shape_of(second))
+    return _exchanged(second, rank) == _exchanged(first, rank)
+
+
+def _exchanged(node: fx.Node, rank: int) -> set[int]:
+    dims: Any = node.args[1:] or (0, 1)
+    return {dim % rank for dim in dims}
 
 
 def _is_identity(node: fx.Node) -> bool:

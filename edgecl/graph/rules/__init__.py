@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from edgecl.graph.rules import matrices, padding, products
+from edgecl.graph.rules import matrices, padding, products, views
 from edgecl.graph.rules.convolution import convolution_backward
 from edgecl.graph.rules.elementwise import (
     hardtanh_backward,
@@ -68,6 +68,14 @@ EXECUTORCH = Rules(
         aten.constant_pad_nd.default: padding.constant_pad_nd,
         aten.sum.dim_IntList: sum_of,
         aten.sum.default: sum_of_all,
+        aten.unsqueeze.default: views.unsqueeze,
+        aten.squeeze.dim: views.squeeze,
+        aten.squeeze.dims: views.squeeze,
+        aten.select.int: views.select,
+        aten.t.default: views.transpose,
+        aten.transpose.int: views.transpose,
+        aten.rsub.Scalar: views.rsub,
+        aten.clamp_min.default: views.clamp_min,
     },
     {
         aten.convolution.default: Changing(products.convolution, (1,)),

@@ -37,7 +37,10 @@ def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtyp
 
 def sum_of_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
     """:func:`sum_of` over every axis."""
-    return sum_of(x, None, dtype=dtype) if x.dim() else NotImplemented
+    if not x.dim() or dtype not in (None, x.dtype):
+        return NotImplemented
+    found = sum_of(x, None)
+    return x.sum(list(range(x.dim()))) if found is NotImplemented else found
 
 
 def _divisor(size: int) -> int:

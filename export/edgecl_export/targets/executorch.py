@@ -14,21 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgecl.graph.capture import example
 from edgecl.graph.lowering import BuiltStep
-from edgecl.graph.step import GraphError, StepGraph
+from edgecl.graph.step import GraphError
 from edgecl_device.engines.executorch import ExecutorchEngine, registered
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import Array, Manifest
 from edgecl_export.targets import Files
+from edgecl_export.targets.exported import exported
 
 PROGRAM_FILE = "steps.pte"
-LEAST_ELEMENTS = 512
-"""A part of a graph whose tensors are all smaller stays with the portable kernels, convolutions apart: a delegate's call takes some
-microseconds."""
-
-KEPT_META = ("val",)
-"""What lowering needs of a node; all else would be copied by every one of its passes."""
 
 
 class ExecutorchTarget:
@@ -48,10 +42,11 @@ class ExecutorchTarget:
         with _quiet():
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-            programs = {name: _exported(step.graph) for name, step in steps.items()}
+            programs = {name: exported(step.graph) for name, step in steps.items()}
             try:
                 edge = to_edge_transform_and_lower(
                     programs,
+                    transform_passes=[_drop_copies()],
                     partitioner=[_partitioner()],
                     compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 )
@@ -120,43 +115,18 @@ class ExecutorchFiles:
         return ExecutorchEngine(self.folder, self.manifest)
 
 
-def _exported(graph: StepGraph) -> Any:
-    """A step as PyTorch's exported program."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = tuple(example(port.spec, generator) for port in graph.inputs)
-    try:
-        program = torch.export.export(graph.module, inputs, strict=False)
-    except Exception as error:
-        raise GraphError(
-            f"step {graph.name!r}: PyTorch cannot export it ({type(error).__name__}: {error}); report this as a defect"
-        ) from error
-    for node in program.graph.nodes:
-        for key in set(node.meta) - set(KEPT_META):
-            del node.meta[key]
-    return program
-
-
 def _partitioner() -> Any:
-    """XNNPACK for every part of a graph that is worth the call."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
-        def generate_partitions(self, ep: Any) -> Any:
-            return [p for p in super().generate_partitions(ep) if any(map(_worth_it, p.nodes))]
-
-        def ops_to_not_decompose(self, ep: Any) -> tuple[list[Any], None]:
-            # Judged here and for all nodes of an operator at once: a check of single nodes costs two more passes over the whole program.
-            operators, supported = super().ops_to_not_decompose(ep)
-            nodes = [node for node in ep.graph.nodes if node.op == "call_function"]
-            return [op for op in operators if all(supported(node) for node in nodes if node.target is op)], None
+    """The module is read late: it needs the package."""
+    from edgecl_export.targets.xnnpack import Partitioner
 
     return Partitioner()
 
 
-def _worth_it(node: Any) -> bool:
-    """Whether a node alone is worth a delegate's call: a convolution, or a tensor of some size."""
-    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
-    return "convolution" in str(node.target) or any(isinstance(v, torch.Tensor) and v.numel() >= LEAST_ELEMENTS for v in values)
+def _drop_copies() -> Any:
+    """Read late as well."""
+    from edgecl_export.targets.xnnpack import DropCopies
+
+    return DropCopies()
 
 
 @contextmanager
