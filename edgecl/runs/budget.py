@@ -24,15 +24,16 @@ def prepared_of(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: D
     """A learner of the configuration, before it has seen a sample; ``changes`` replace hyperparameters, or ``at``."""
     at = place(changes.pop("at", entry.at))
     values = method_config(f"learner.{entry.method}.config", entry.method, entry.config)
+    named: dict[str, Any] = {"classes": config.model.classes or len(data.class_names), "class_names": data.class_names}
     return prepare(
         net,
         at=at,
         example=data.x[:1],
         method=entry.method,
-        classes=config.model.classes or len(data.class_names),
+        target=data.target,
         config=dataclasses.replace(values, **changes),
         preprocess=config.preprocess(),
-        class_names=data.class_names,
+        **(named if data.kind == "class" else {}),
     )
 
 
