@@ -15,7 +15,7 @@ from torch import nn
 from edgecl.evaluate import StreamResult, named
 from edgecl.methods import METHODS
 from edgecl.metrics import average_incremental_accuracy, backward_transfer, forgetting
-from edgecl.streams import Dataset, Stream
+from edgecl.streams import Dataset, DomainIncremental, Stream
 from edgecl_device.manifest import Manifest
 
 FORGETTING = "max_before_last"
@@ -82,11 +82,19 @@ def tasks_of(data: Dataset, stream: Stream) -> list[dict[str, Any]]:
         base = task == 0 and len(stream.base[1]) > 0 and len(first) > 1
         name = f"{len(names)} base classes" if base else f"{len(names)} classes"
         if alike:  # classes say nothing about a task
-            name = "base" if base else f"task {task}"
+            name = "base" if base else _domains(data, stream, task)
         elif len(names) <= (1 if base else 2):
             name = ", ".join(names)
         tasks.append({"name": name, "classes": names, "test_images": len(y), "first_sample": start})
     return tasks
+
+
+def _domains(data: Dataset, stream: Stream, task: int) -> str:
+    """The groups of a task of the stream, where few groups make a task, else its number."""
+    if not isinstance(stream, DomainIncremental):
+        return f"task {task}"
+    groups = stream.steps[task - (1 if len(stream.base_groups) else 0)]
+    return ", ".join(data.group_names[g] for g in groups) if len(groups) <= 2 else f"task {task}"
 
 
 def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

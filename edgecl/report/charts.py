@@ -25,7 +25,7 @@ LEDGER = {
     "inputs_outputs": ("inputs and outputs", PURPLE),
     "pending_features": ("features that wait for a label, at most", VERMILION),
 }
-"""Entries of the ledger that are RAM, with their words and colours."""
+"""What a learner holds in memory, with words and colours: :data:`edgecl.ledger.RAM`, and the frozen weights."""
 
 PHASES = {
     "encode": ("trunk", GREY),
@@ -107,7 +107,7 @@ def accuracy_figure(result: Row) -> Figure:
         if spread is not None:
             ax.fill_between(samples, factor * (mean - spread), factor * (mean + spread), color=colour, alpha=0.18, linewidth=0)
         drawn += 1
-    ax.set_ylim(factor * max(lowest, LOWEST), factor)
+    ax.set_ylim(factor * max(1.08 * lowest, LOWEST), factor)
     ax.set_xlabel("samples learned, one at a time")
     ax.set_ylabel(f"test {shown.axis}")
     bare(ax, "y")
@@ -150,7 +150,7 @@ def matrix_figure(result: Row) -> Figure:
 
 
 def ledger_figure(result: Row) -> Figure:
-    """RAM by what it is for: a stacked bar a learner."""
+    """Memory by what it is for: a stacked bar a learner."""
     rows = [row for row in result["learners"] if row.get("ledger")]
     parts = [[row["ledger"][name] for row in rows] for name in LEDGER]
     figure = _stacked([row["label"] for row in rows], parts, list(LEDGER.values()), tables.size)

@@ -129,7 +129,7 @@ def _accuracy_words(result: dict[str, Any]) -> str:
 
 def _bytes_words(rows: list[dict[str, Any]]) -> str:
     sums = [f"{row['label']} {size(sum(row['ledger'][name] for name in charts.LEDGER))}" for row in rows]
-    return f"Stacked bars of RAM: {', '.join(sums)}; {TABLE}."
+    return f"Stacked bars of memory: {', '.join(sums)}; {TABLE}."
 
 
 def _phase_words(rows: list[dict[str, Any]]) -> str:

@@ -37,17 +37,17 @@ def columns(kind: str) -> tuple[Column, ...]:
     shown = KINDS[kind]
 
     def score(heading: str, key: str, meaning: str) -> Column:
-        return Column(heading, shown.unit, lambda row: shown.cell(row, named(key, kind == "class")), meaning)
+        return Column(heading, shown.unit, lambda row: shown.cell(row, key), meaning)
 
     whole = "on all test samples after the stream; every sample counts the same" if kind == "class" else shown.meaning
     before = "share of stream samples predicted right" if kind == "class" else f"{shown.word} of the predictions for the stream's samples"
     word = shown.word
     return (
-        score(word, "accuracy", whole if kind == "class" else f"of all test samples after the stream, {whole}"),
+        score(word, shown.key, whole if kind == "class" else f"of all test samples after the stream, {whole}"),
         *(score(figure.heading, figure.key, figure.meaning) for figure in shown.figures),
         score(
             "average incremental",
-            "average_incremental_accuracy",
+            named("average_incremental_accuracy", kind == "class"),
             f"mean over all tasks of the {word}, after each, on what was met so far; every task counts the same",
         ),
         score("forgetting", "forgetting", f"best earlier {word} on a task minus the last, mean over all tasks but the last"),
@@ -84,7 +84,7 @@ def summary(result: Row) -> list[str]:
         return [f"{result['what']}."]
     mean = "" if seeds == 1 else f", the mean of {seeds} seeds"
     reached = f"{shown.cell(best, shown.key)} {shown.unit}".strip()
-    right = f"is right on {reached} of" if shown.key == "accuracy" else f"reaches a {shown.word} of {reached} on"
+    right = f"is right on {reached} of" if shown.key == "accuracy" else f"reaches {shown.word} {reached} on"
     first = (
         f"{best['label']} {right} {span(counts['test'])} test samples after "
         f"learning {counts['stream']:,} samples, one at a time, on {ENGINES.get(result['engine'], result['engine'])}{mean}."

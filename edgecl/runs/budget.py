@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgecl.ledger import RAM, ram_bytes
 from edgecl.options import place
 from edgecl.prepare import Prepared, prepare
 from edgecl.profiling import Profile, profile, split_points
@@ -15,9 +16,6 @@ from edgecl.runs.model import with_label
 from edgecl.splitting import SplitError
 from edgecl.streams import Dataset
 from edgecl_device.errors import EdgeclError, InputError
-
-RAM = ("state", "state_second_buffers", "replay")
-"""Entries of the ledger that the RAM limit is about, as at export."""
 
 
 def prepared_of(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: Dataset, **changes: Any) -> Prepared:
@@ -42,7 +40,7 @@ def used(found: Profile) -> dict[str, int]:
     learn = next((step for step in found.steps if step.step == "learn"), None)
     return {
         "beyond_trunk": found.ledger["beyond_trunk"],
-        "ram": sum(found.ledger[name] for name in RAM),
+        "ram": ram_bytes(found.ledger),
         "update_macs": learn.canonical_macs if learn else 0,
     }
 

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
 import pytest
 
 from edgecl import cli
+from edgecl.planning.source import source_of
 from edgecl.runs import read_config, run
 from edgecl.streams import load_arrays
 from edgecl.tally import SumTally
@@ -136,7 +138,7 @@ def test_figures_are_those_of_a_plain_loop(finished, kind):
         assert {name: row[name] for name in ends} == pytest.approx(ends)
         assert row["prequential"] == pytest.approx(brute(kind, data.y[stream], told)["score"])
         scores = [[brute(kind, y, seen)["score"] for y, seen in zip(truth, found, strict=True)] for found in points.values()]
-        assert np.array(row["curve"]["tasks"]).T == pytest.approx(np.array(scores))
+        assert pytest.approx(np.array(scores)) == np.array(row["curve"]["tasks"]).T
         assert row["curve"]["samples"] == list(points)
         for n, met, found in zip(points, row["curve"]["met"], points.values(), strict=True):
             upto = 1 if n == 0 else 2 if n <= 20 else 3
@@ -152,8 +154,13 @@ def test_figures_are_those_of_a_plain_loop(finished, kind):
 
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_a_killed_run_ends_in_the_same_bits(finished, kind, small, tmp_path):
+    """The bundles are there; the second learner dies once while it learns and once while it is tested."""
     config, folder = finished(kind), tmp_path / "killed.run"
-    for owner, name, after in ((Learner, "learn", 13), (SumTally, "test", 4)):
+    shutil.copytree(config.with_suffix(".run"), folder)
+    label = result_of(config)["learners"][1]["label"]
+    for path in (folder / "run.json", *(folder / "seed0" / label / name for name in ("result.json", "trail.jsonl", "store.db"))):
+        path.unlink()
+    for owner, name, after in ((Learner, "learn", 13), (SumTally, "test", 2)):
         child = os.fork()
         if child == 0:
             call, count = getattr(owner, name), iter(range(1, 1 << 30))
@@ -186,3 +193,71 @@ def test_the_page_and_the_table_speak_of_the_score(finished, kind, word, other, 
     assert cli.main(["run", str(config)]) == 0
     table = capsys.readouterr().out
     assert "accuracy" not in table and word.lower() in table.lower()
+
+
+def changed(config, **values):
+    """The configuration with other tables, as read, beside a file of the same data."""
+    text = config.read_text()
+    for table, value in values.items():
+        text = re.sub(rf"^{table} = .*$", f"{table} = {value}", text, flags=re.MULTILINE)
+    config.write_text(text)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        ("vector", {"scenario": '{ name = "class-incremental", base_classes = [0], steps = [[1]] }'}, "scenario: class-incremental needs"),
+        ("map", {"scenario": '{ name = "task-incremental", base_classes = [0], steps = [[1]] }'}, "scenario: task-incremental needs one"),
+        ("multilabel", {"scenario": '{ name = "blurry" }'}, "scenario: blurry needs one class a sample, got targets of kind multi"),
+        ("vector", {"scenario": '{ name = "recurring", base_values = [0], visits = [[1]] }'}, "scenario: recurring by class needs one"),
+        ("map", {"learner": '{ method = "ridge", at = "1" }'}, r"learner\[0\]\.method: must be one of .*finetune.* kind map, got 'ridge'"),
+        ("vector", {"learner": '{ method = "joint", at = "2" }'}, r"learner\[0\]\.method: must be one of .*ridge.*, got 'joint'"),
+        ("vector", {"model": '{ name = "net.py:flat", classes = 5 }'}, "model.classes: is for one class a sample, got 5"),
+        ("vector", {"model": '{ name = "net.py:dense", pretrain = {} }'}, "Sizes|model|shape"),
+    ],
+)  # fmt: skip
+def test_what_does_not_suit_the_targets_is_refused_by_name(tmp_path, kind, values, said):
+    config = changed(write(tmp_path, kind), **values)
+    if "dense" in str(values):
+        config = changed(config, learner='{ method = "ridge", at = "1" }')
+    with pytest.raises(InputError, match=said):
+        run(read_config(config), config, tmp_path / "out.run")
+    assert not list((tmp_path / "out.run").glob("seed*/*/"))
+
+
+def test_a_task_whose_tests_define_no_score_is_refused_before_anything_runs(tmp_path):
+    config = write(tmp_path, "multilabel")
+    data = arrays("multilabel")
+    data["y"][data["group"] == "south"] = 0
+    np.savez(config.with_name("data.npz"), **data)
+    with pytest.raises(InputError, match=r"stream: the tests of every task must have a label that applies, got none in \[1\]; "):
+        run(read_config(config), config, tmp_path / "out.run")
+
+
+def test_runs_of_two_kinds_are_not_compared(finished, tmp_path, capsys):
+    runs = [str(finished(kind).with_suffix(".run")) for kind in ("vector", "map")]
+    assert cli.main(["report", *runs, "--out", str(tmp_path / "both.html")]) == 2
+    assert (
+        "RUN: must be runs of one kind of target, to be compared on one page, got vector, map; write a page each" in capsys.readouterr().err
+    )
+
+
+def test_a_plan_is_for_classes(finished):
+    with pytest.raises(InputError, match="data: must have one class a sample to plan with, got targets of kind vector; compare"):
+        source_of(read_config(finished("vector")), 40, lambda *_: None)
+
+
+def test_a_stream_in_the_order_of_time_and_of_one_task(tmp_path):
+    config = changed(write(tmp_path, "vector"), scenario='{ name = "time-ordered", base_share = 0.5, splits = 2 }', learner='{ at = "2" }')
+    found = run(read_config(config), config, tmp_path / "time.run")
+    assert [(task["name"], task["first_sample"], task["test_samples"]) for task in found["tasks_by_seed"][0]] == [
+        ("base", 0, 5), ("task 1", 0, 5), ("task 2", 20, 5)
+    ]  # fmt: skip
+    config = changed(config, scenario='{ name = "one-task", base_share = 0.5 }')
+    found = run(read_config(config), config, tmp_path / "one.run")
+    [row] = found["learners"]
+    assert (
+        row["forgetting"] is None and row["base_score"] is None and "backward_transfer" in row and "forgetting_first_minus_last" not in row
+    )
+    assert row["curve"]["met"] == row["curve"]["tasks"][0] and row["score"] == row["curve"]["met"][-1]
