@@ -274,7 +274,7 @@ def test_a_budget_is_refused_before_anything_runs_and_its_mend_fits(config, whol
     limit = ledger["replay"]["beyond_trunk"] - 500
     message = budgeted(config, beyond_trunk=limit)
     assert message.startswith(f"learner 'replay': budget.beyond_trunk: must be at least {limit + 500:,}, got {limit:,} (ledger: state ")
-    assert f"replay {ledger['replay']['replay']:,} bytes" in message
+    assert f"replay {ledger['replay']['replay']:,}, activations_peak " in message and "pending_features 10,240 bytes; " in message
     capacity = int(message.split("config.capacity_bytes = ")[1].split(",")[0])
     assert capacity < 2048
     config.write_text(config.read_text().replace("capacity_bytes = 2048", f"capacity_bytes = {capacity}"))
