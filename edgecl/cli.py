@@ -263,7 +263,11 @@ def export(
     config: Config = None,
     engine: Engine = "onnx",
     ram_budget: Annotated[
-        str, typer.Option(metavar="BYTES", help="Refuse if state, its second buffers and replay take more: 64MiB, 500KB or a number.")
+        str,
+        typer.Option(
+            metavar="BYTES",
+            help="Refuse if the learner takes more RAM, as edgecl plan counts it: 64MiB, 500KB or a number.",
+        ),
     ] = "128MiB",
     rows_in_file: Annotated[
         bool, typer.Option("--rows-in-file", help="Keep replay rows in a file on the device, not in its RAM (edgecl-device run --rows).")

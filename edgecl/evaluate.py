@@ -1,73 +1,19 @@
 """Run a device learner over a stream: predict, then learn, one sample at a time; test on one fixed set along the way."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgecl import metrics
-from edgecl.metrics import AccuracyMatrix, AccuracyTrace, Prequential
+from edgecl.scoring import Scoring
+from edgecl.stream_result import StreamResult, Tests
 from edgecl.streams import Stream
-from edgecl_device import Learner, Prediction
-from edgecl_device.checks import best_class
+from edgecl.tally import Course, tally_of
+from edgecl_device import Learner
 from edgecl_device.errors import InputError
 
-Tests = list[tuple[NDArray[Any], NDArray[np.int64]]]
-"""Test samples [M, ...] and labels [M] of every task."""
-
-
-@dataclass
-class StreamResult:
-    """What a run over a stream found; accuracies are fractions.
-
-    Attributes:
-        trace: Test accuracy on every task at every evaluation: before the stream, every so many samples, and after each task.
-        right: Whether each test sample was right at each evaluation, bool [evaluations, test samples], task by task.
-        samples: Stream samples learned before each evaluation.
-        prequential: Share of stream samples predicted right before they were learned.
-        prequential_windowed: The same over the last 100 samples.
-        last_label: The same over all samples for a baseline that repeats the previous label.
-        majority: The same for a baseline that repeats the most frequent of the last 100 labels.
-        update_seconds: Wall time of each update, the trunk included.
-        update_bytes: Bytes that each update wrote to the store; zeros without one.
-        sizes: Test samples of every task.
-        initial: Accuracy on every task of the learner at its initialisation, before its base set; None when not known.
-    """
-
-    trace: AccuracyTrace
-    right: NDArray[np.bool_]
-    samples: list[int]
-    prequential: float
-    prequential_windowed: float
-    last_label: float
-    majority: float
-    update_seconds: list[float]
-    update_bytes: list[int]
-    sizes: list[int]
-    initial: list[float] | None
-
-    @property
-    def matrix(self) -> AccuracyMatrix:
-        """Test accuracy R[i, j] on task j after task i."""
-        return self.trace.matrix
-
-    @property
-    def accuracy(self) -> float:
-        """Share of all test samples that are right at the end; samples count the same, not tasks."""
-        return float(self.right[-1].mean())
-
-    @property
-    def curve(self) -> dict[str, list[Any]]:
-        """Test accuracy along the stream: ``samples`` seen, ``tasks`` (one list of accuracies a task)."""
-        return {"samples": self.samples, "tasks": self.trace.values.T.tolist()}
-
-    @property
-    def seen_accuracy(self) -> list[float]:
-        """Share of the test samples of all tasks met so far that are right, after each task."""
-        ends, upto = self.matrix.values * self.sizes, np.cumsum(self.sizes)
-        return [float(row[: task + 1].sum() / upto[task]) for task, row in enumerate(ends)]
+__all__ = ["StreamResult", "Tests", "evaluation_set", "figures", "named", "run_stream"]
 
 
 def run_stream(
@@ -78,6 +24,7 @@ def run_stream(
     learns: bool = True,
     per_task: int | None = None,
     seed: int = 0,
+    scoring: Scoring | None = None,
     initial: Sequence[float] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> StreamResult:
@@ -93,6 +40,7 @@ def run_stream(
         learns: False for a method without a ``learn`` step, which only predicts.
         per_task: Test samples of each task, drawn once; None for all. A test costs one prediction for each.
         seed: Of that draw; tasks with the same test set get the same samples.
+        scoring: For other targets than one class a sample, their scoring (:func:`edgecl.streams.Dataset.scoring`).
         initial: Accuracy on every task of the learner before its base set [T], for forward transfer; measured here when there
             is no base set.
         progress: Called with the samples done.
@@ -104,76 +52,34 @@ def run_stream(
         raise InputError("stream: must have at least one sample, got none")
     if every < 1:
         raise InputError(f"every: must be at least 1 sample, got {every}; pass 50")
-    tests = evaluation_set(stream, per_task, seed)
-    samples: list[int] = []
-    current: list[int] = []
-    right: list[NDArray[np.bool_]] = []
+    tally = tally_of(stream, evaluation_set(stream, per_task, seed), scoring)
+    course = Course([], [], [], [], initial)
+    told: list[Any] = []
+    tested: list[Any] = []
 
     def test(done: int, task: int) -> None:
-        samples.append(done)
-        current.append(task)
-        right.append(right_of(learner, stream, tests))
+        course.samples.append(done)
+        course.current.append(task)
+        tested.append(tally.test(learner))
 
     task = next(iter(stream)).task - 1
     test(0, task)
-    prequential, seconds, written = Prequential(), [], []
     for done, sample in enumerate(stream, start=1):
-        if sample.task != task and samples[-1] != done - 1:
+        if sample.task != task and course.samples[-1] != done - 1:
             test(done - 1, task)
-        task, choices = sample.task, stream.choices(sample.task)
-        predicted = None if learns and choices is None else predict_among(learner, sample.x, choices)
+        task, chosen = sample.task, stream.choices(sample.task) is not None
+        outcome = tally.outcome(learner.predict(sample.x), sample) if chosen or not learns else None
         if learns:
             report = learner.learn(sample.x, sample.y)
-            predicted = report.predicted if choices is None else predicted
-            seconds.append(report.seconds)
-            written.append(report.bytes_written)
-        prequential.update(sample.y, predicted)
+            outcome = outcome if chosen else report.predicted
+            course.seconds.append(report.seconds)
+            course.written.append(report.bytes_written)
+        told.append(tally.told(outcome, sample))
         if done % every == 0 or done == len(stream):
             test(done, task)
         if progress is not None:
             progress(done)
-    return result_of(tests, samples, current, right, prequential, seconds, written, initial)
-
-
-def result_of(
-    tests: Tests,
-    samples: list[int],
-    current: list[int],
-    right: Sequence[NDArray[np.bool_]],
-    prequential: Prequential,
-    seconds: list[float],
-    written: list[int],
-    initial: Sequence[float] | None = None,
-) -> StreamResult:
-    """A run's result from what its evaluations and updates gave.
-
-    Args:
-        tests: The samples of every evaluation.
-        samples: Stream samples learned before each evaluation.
-        current: Task of the last of them; that before the stream's first at the start.
-        right: Whether each test sample was right at each evaluation, bool [test samples], task by task.
-        prequential: Of all samples.
-        seconds: Wall time of each update.
-        written: Bytes that each update wrote.
-        initial: As in :func:`run_stream`.
-    """
-    sizes = [len(y) for _, y in tests]
-    flags = np.stack(right)
-    values = np.stack([part.mean(1) for part in np.split(flags, np.cumsum(sizes)[:-1], axis=1)], axis=1)
-    start = values[0].tolist() if current[0] < 0 and initial is None else initial
-    return StreamResult(
-        trace=AccuracyTrace(values, current),
-        right=flags,
-        samples=samples,
-        prequential=prequential.accuracy,
-        prequential_windowed=prequential.windowed,
-        last_label=prequential.last_label,
-        majority=prequential.majority,
-        update_seconds=seconds,
-        update_bytes=written,
-        sizes=sizes,
-        initial=None if start is None else list(start),
-    )
+    return tally.result(told, tested, course)
 
 
 def evaluation_set(stream: Stream, per_task: int | None = None, seed: int = 0) -> Tests:
@@ -199,7 +105,8 @@ def figures(result: StreamResult, *, offline: Sequence[float] | None = None, win
 
     Left out is what the run does not define: figures of two tasks on one task, ``forward_transfer`` without initial accuracies,
     ``omega_all`` without ``offline`` or where one of its accuracies is 0, ``learning_curve_area`` when a task has fewer than ``beta``
-    evaluations.
+    evaluations. Of other targets than classes, figures are called by their score (:func:`named`), and those of their kind at the end
+    stand in front.
 
     Args:
         result: Of :func:`run_stream`.
@@ -211,7 +118,7 @@ def figures(result: StreamResult, *, offline: Sequence[float] | None = None, win
         InputError: when ``offline``, ``window`` or ``beta`` does not fit.
     """
     trace, matrix = result.trace, result.matrix
-    found = {
+    found: dict[str, float | None] = {
         "accuracy": result.accuracy,
         "prequential": result.prequential,
         "prequential_windowed": result.prequential_windowed,
@@ -220,12 +127,9 @@ def figures(result: StreamResult, *, offline: Sequence[float] | None = None, win
         "average_accuracy": metrics.average_accuracy(matrix),
         "average_incremental_accuracy": metrics.average_incremental_accuracy(matrix),
         "average_anytime_accuracy": metrics.average_anytime_accuracy(trace),
+        "average_anytime_accuracy_by_sample": float(np.mean(np.array(result.met)[trace.current >= 0])),
         f"windowed_forgetting_{window}": metrics.windowed_forgetting(trace, window),
         f"windowed_plasticity_{window}": metrics.windowed_plasticity(trace, window),
-        "negative_flips": metrics.negative_flips(result.right[0], result.right[-1]),
-        "negative_flips_between_evaluations": float(
-            np.mean([metrics.negative_flips(a, b) for a, b in zip(result.right[:-1], result.right[1:], strict=True)])
-        ),
     }
     if offline is not None and 0 not in offline:
         found["omega_all"] = metrics.omega_all(result.seen_accuracy, offline)
@@ -234,7 +138,21 @@ def figures(result: StreamResult, *, offline: Sequence[float] | None = None, win
             found[f"learning_curve_area_{beta}_{variant}"] = metrics.learning_curve_area(trace, beta, variant)
     if trace.tasks > 1:
         found |= _transfer(result)
-    return found
+    if result.right is not None:
+        pairs = zip(result.right[:-1], result.right[1:], strict=True)
+        found["negative_flips"] = metrics.negative_flips(result.right[0], result.right[-1])
+        found["negative_flips_between_evaluations"] = float(np.mean([metrics.negative_flips(a, b) for a, b in pairs]))
+    ends = {name: values[-1] for name, values in result.along.items()}
+    return ends | {named(name, result.right is not None): value for name, value in found.items() if value is not None}
+
+
+def named(name: str, classes: bool) -> str:
+    """What a figure is called: as it is for one class a sample, by its score for other targets.
+
+    >>> named("average_accuracy", True), named("average_accuracy", False)
+    ('average_accuracy', 'average_score')
+    """
+    return name if classes else name.replace("accuracy", "score").replace("last_label", "last_target")
 
 
 def _transfer(result: StreamResult) -> dict[str, float]:
@@ -251,27 +169,3 @@ def _transfer(result: StreamResult) -> dict[str, float]:
     if result.initial is not None:
         found["forward_transfer"] = metrics.forward_transfer(matrix, result.initial)
     return found
-
-
-def right_of(learner: Learner, stream: Stream, tests: Tests) -> NDArray[np.bool_]:
-    """Whether each test sample is right, bool [test samples], task by task."""
-    return np.array(
-        [
-            predict_among(learner, x, stream.choices(task)) == label
-            for task, (xs, ys) in enumerate(tests)
-            for x, label in zip(xs, ys, strict=True)
-        ]
-    )
-
-
-def predict_among(learner: Learner, x: NDArray[Any], choices: Sequence[int] | None) -> int | None:
-    """The class predicted, of those to choose from; None while none of them was learned."""
-    return among(learner.predict(x), choices)
-
-
-def among(seen: Prediction, choices: Sequence[int] | None) -> int | None:
-    """A prediction's class of those to choose from, all where that is None; None while none of them was learned."""
-    if choices is None:
-        return seen.label
-    best = best_class(seen.scores[list(choices)])
-    return None if best is None else choices[best]

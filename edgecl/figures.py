@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgecl.evaluate import StreamResult
+from edgecl.evaluate import StreamResult, named
 from edgecl.methods import METHODS
 from edgecl.metrics import average_incremental_accuracy, backward_transfer, forgetting
-from edgecl.streams import Dataset, Stream
+from edgecl.streams import Dataset, DomainIncremental, Stream
 from edgecl_device.manifest import Manifest
 
 FORGETTING = "max_before_last"
@@ -29,8 +29,9 @@ BASELINES = ("frozen", "finetune", "ncm")
 
 
 def figures(found: StreamResult) -> dict[str, Any]:
-    """What a run over a stream found, as plain values."""
-    return {
+    """What a run over a stream found, as plain values; of other targets than classes, figures are called by their score."""
+    classes = found.right is not None
+    plain = {
         "accuracy": found.accuracy,
         "base_accuracy": found.matrix.values[-1][0] if found.trace.current[0] == 0 else None,  # else the stream's first task is task 0
         "forgetting": forgetting(found.matrix, FORGETTING) if found.matrix.tasks > 1 else None,
@@ -43,6 +44,7 @@ def figures(found: StreamResult) -> dict[str, Any]:
         "matrix": [list(row) for row in found.matrix.values],
         "curve": found.curve,
     }
+    return {**{named(name, classes): value for name, value in plain.items()}, **({} if classes else {"parts": found.parts})}
 
 
 def costs(manifest: Manifest) -> dict[str, Any]:
@@ -72,19 +74,27 @@ def tasks_of(data: Dataset, stream: Stream) -> list[dict[str, Any]]:
     for done, sample in enumerate(stream):
         first.setdefault(sample.task, done)
     labels = [stream.test(task)[1] for task in first]
-    classes = [sorted(set(y.tolist())) for y in labels]
-    alike = len(classes) > 1 and all(some == classes[0] for some in classes)
+    classes = [sorted(set(y.tolist())) if data.kind == "class" else [] for y in labels]
+    alike = data.kind != "class" or (len(classes) > 1 and all(some == classes[0] for some in classes))
     tasks = []
     for (task, start), mine, y in zip(first.items(), classes, labels, strict=True):
         names = [data.class_names[c] for c in mine]
-        base = task == 0 and len(stream.base[1]) > 0
+        base = task == 0 and len(stream.base[1]) > 0 and len(first) > 1
         name = f"{len(names)} base classes" if base else f"{len(names)} classes"
         if alike:  # classes say nothing about a task
-            name = "base" if base else f"task {task}"
+            name = "base" if base else _domains(data, stream, task)
         elif len(names) <= (1 if base else 2):
             name = ", ".join(names)
         tasks.append({"name": name, "classes": names, "test_images": len(y), "first_sample": start})
     return tasks
+
+
+def _domains(data: Dataset, stream: Stream, task: int) -> str:
+    """The groups of a task of the stream, where few groups make a task, else its number."""
+    if not isinstance(stream, DomainIncremental):
+        return f"task {task}"
+    groups = stream.steps[task - (1 if len(stream.base_groups) else 0)]
+    return ", ".join(data.group_names[g] for g in groups) if len(groups) <= 2 else f"task {task}"
 
 
 def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +117,8 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
             row[key] = statistics.fmean(numbers)
             if len(numbers) > 1:
                 row[f"{key}_sd"] = statistics.stdev(numbers)
-    return {**row, "accuracy_by_seed": [one["accuracy"] for one in found]}
+    score = "accuracy" if "accuracy" in row else "score"
+    return {**row, f"{score}_by_seed": [one[score] for one in found]}
 
 
 def weight_hash(net: nn.Module) -> str:

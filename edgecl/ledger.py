@@ -9,6 +9,11 @@ from edgecl.graph.lowering import BuiltStep
 from edgecl.learner import State, dtype_name
 from edgecl_device.manifest import TensorSpec
 
+RAM = ("state", "state_second_buffers", "replay", "activations_peak", "inputs_outputs", "pending_features")
+"""Entries that are written on the device and so lie in RAM: what every limit on RAM is about, in export, runs and plans.
+
+Frozen weights are read only, and count as flash; a runtime may copy them into RAM."""
+
 NOT_COUNTED = (
     "runtime scratch, packed copies of frozen weights, the runtime's own code; the log's RAM without a store; "
     "copies of state and replay rows made by save, close, forget, relabel, rollback and a learn that finds the log full; "
@@ -67,6 +72,11 @@ def ledger(
         "beyond_trunk": sum(state_bytes.values()) + sum(replay_bytes) + codebook_bytes,
         "not_counted": NOT_COUNTED,
     }
+
+
+def ram_bytes(found: Mapping[str, Any]) -> int:
+    """RAM of a ledger: the sum over :data:`RAM`."""
+    return sum(found[name] for name in RAM)
 
 
 def state_specs(state: State) -> tuple[TensorSpec, ...]:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgecl.methods._features import check_types, require
+from edgecl.methods._losses import losses
 from edgecl_device.errors import InputError
+from edgecl_device.manifest import TargetSpec
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,26 @@ def train(
     recipe: Recipe,
     generator: torch.Generator,
     device: str = "cpu",
+    kind: str = "class",
+    ignore: int | None = None,
 ) -> None:
-    """Train a classifier in place and leave it in eval mode; outputs of classes without a sample are masked.
+    """Train a network in place and leave it in eval mode; outputs of classes without a sample, or without a pixel, are masked.
 
     Args:
-        net: Maps preprocessed samples to scores [N, K].
+        net: Maps preprocessed samples to scores [N, K], for maps [N, K, H, W].
         x: Raw samples [N, ...].
-        y: Classes int64 [N], in [0, K).
+        y: Classes int64 [N], in [0, K), or targets of another kind (:class:`edgecl.streams.Dataset`).
         preprocess: What the device will run before the network, or None.
         recipe: How.
         generator: Of the order of the samples, on the CPU.
         device: PyTorch's device to train on; the network comes back to the CPU.
+        kind: Of the targets; the loss is that of a trained suffix (:mod:`edgecl.methods._losses`).
+        ignore: Value of a map's pixels that count for nothing, or None.
 
     Raises:
-        InputError: when there is no such device.
+        InputError: when there is no such device, or the network's scores are of another shape than the targets.
     """
-    samples, labels = torch.tensor(x), torch.tensor(y)
+    samples, labels = torch.tensor(x), torch.tensor(y if kind == "class" else y.astype(np.int64 if kind == "map" else np.float32))
     if preprocess is not None:
         samples = preprocess(samples)
     try:
@@ -68,6 +74,7 @@ def train(
         labels.max().item()  # a device without values, as 'meta', cannot train
     except (RuntimeError, AssertionError) as error:  # torch raises either, by what it was built with
         raise InputError(f"device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got {device!r} ({error})") from error
+    spec = TargetSpec(kind, (1, *labels.shape[1:]), ignore=ignore)
     net.to(device).train()
     optimiser = torch.optim.AdamW(net.parameters(), recipe.lr / 4, weight_decay=recipe.weight_decay)
     batches = -(-len(x) // recipe.batch)
@@ -77,10 +84,24 @@ def train(
         for rows in torch.split(torch.randperm(len(x), generator=generator), min(recipe.batch, len(x))):
             scores = net(samples[rows])
             if known is None:
-                known = torch.bincount(labels, minlength=scores.shape[1]) > 0
-            loss = nn.functional.cross_entropy(torch.where(known, scores, -1e9), labels[rows])
+                known = _seen(labels, scores, kind, ignore)
+            if kind == "class":
+                loss = nn.functional.cross_entropy(torch.where(known, scores, -1e9), labels[rows])
+            else:
+                loss = losses(spec, scores, labels[rows], known).mean()
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
     net.to("cpu").eval()
+
+
+def _seen(labels: Tensor, scores: Tensor, kind: str, ignore: int | None) -> Tensor:
+    """Which outputs [K] some sample has as its class."""
+    wanted = {"class": scores.shape[1:2], "map": (scores.shape[1], *labels.shape[1:])}.get(kind, labels.shape[1:])
+    if scores.shape[1:] != wanted:
+        raise InputError(f"model: must return scores {['N', *wanted]} for these targets, got {list(scores.shape)}; give it such a head")
+    if kind not in ("class", "map"):
+        return torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+    counted = labels if ignore is None else labels[labels != ignore]
+    return torch.bincount(counted.reshape(-1), minlength=scores.shape[1]) > 0

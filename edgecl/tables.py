@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgecl.profiling import Profile, SplitPoint
+from edgecl.shown import KINDS, Shown
 
 Row = Mapping[str, Any]
 
@@ -60,9 +61,7 @@ def percent(fraction: float | None, deviation: float | None = None) -> str:
     >>> percent(0.876), percent(0.876, 0.0042), percent(-0.0001)
     ('87.6', '87.6±0.4', '0.0')
     """
-    if fraction is None:
-        return "-"
-    return f"{100 * fraction:z.1f}" + ("" if deviation is None else f"±{100 * deviation:.1f}")
+    return KINDS["class"].text(fraction, deviation)
 
 
 def span(counts: Sequence[int]) -> str:
@@ -136,23 +135,34 @@ class _Column:
     wide: bool = False
 
 
-_DEMO_COLUMNS = (
-    _Column(
-        "accuracy\n%",
-        lambda row: percent(row["accuracy"], row.get("accuracy_sd")),
-        "on all {test_samples} test samples after the stream; {seeds}",
-    ),
-    _Column("base\n%", lambda row: percent(row.get("base_accuracy")), "the same, on the test samples of the base set"),
-    _Column(
-        "forgot\n%",
-        lambda row: percent(row.get("forgetting")),
-        "forgetting: best earlier accuracy on a task minus the last, mean over all tasks but the last ({forgetting})",
-    ),
-    _Column(
-        "preq.\n%",
-        lambda row: percent(row.get("prequential")),
-        "prequential accuracy: each sample is predicted before it is learned; {order}repeating the last label would give {last_label}",
-    ),
+def _score_columns(shown: Shown) -> tuple[_Column, ...]:
+    """The columns of scores, for one kind of target."""
+    unit, word = f"\n{shown.unit}" if shown.unit else "", shown.word
+    accuracy = shown.key == "accuracy"
+    last = "label" if accuracy else "target"
+    return (
+        _Column(
+            f"{word}{unit}",
+            lambda row: shown.cell(row, shown.key),
+            ("" if accuracy else f"{shown.meaning}, ") + "on all {test_samples} test samples after the stream; {seeds}",
+        ),
+        *(_Column(f"{f.heading}{unit}", lambda row, key=f.key: shown.cell(row, key), f.meaning) for f in shown.figures),  # type: ignore[misc]
+        _Column(f"base{unit}", lambda row: shown.text(row.get(f"base_{shown.key}")), "the same, on the test samples of the base set"),
+        _Column(
+            f"forgot{unit}",
+            lambda row: shown.text(row.get("forgetting")),
+            f"forgetting: best earlier {word} on a task minus the last, mean over all tasks but the last ({{forgetting}})",
+        ),
+        _Column(
+            f"preq.{unit}",
+            lambda row: shown.text(row.get("prequential")),
+            f"prequential {word}: each sample is predicted before it is learned; "
+            f"{{order}}repeating the last {last} would give {{last_label}}",
+        ),
+    )
+
+
+_COST_COLUMNS = (
     _Column("update\nMACs", lambda row: si(row.get("update_macs")), "multiply-accumulates of one update, without the trunk"),
     _Column("trunk\nMACs", lambda row: si(row.get("encode_macs")), "the same of the frozen trunk, which runs once a sample", True),
     _Column("beyond\ntrunk", lambda row: size(row.get("bytes")), "memory: state once + replay rows"),
@@ -189,7 +199,7 @@ def demo_table(result: Row, width: int = WIDE) -> Table:
     """
     columns = [
         column
-        for column in _DEMO_COLUMNS
+        for column in (*_score_columns(_shown(result)), *_COST_COLUMNS)
         if (width >= WIDE or not column.wide) and any(column.cell(row) != percent(None) for row in result["rows"])
     ]
     table = grid(("method, features", *(f">{column.heading}" for column in columns)), title=result["what"])
@@ -205,20 +215,27 @@ def demo_table(result: Row, width: int = WIDE) -> Table:
 
 def demo_legend(result: Row, table: Table) -> Table:
     """What the columns of a :func:`demo_table` mean."""
-    seeds = result["seeds"]
+    seeds, shown = result["seeds"], _shown(result)
+    before = "last_label" if shown.key == "accuracy" else "last_target"
+    last_label = next((shown.text(row[before]) for row in result["rows"] if before in row), "-")
     values = {
         "test_samples": span(result["test_samples"]),
         "seeds": "one seed" if seeds == 1 else f"mean of {seeds} seeds ± standard deviation",
         "forgetting": result["forgetting"],
         "order": "classes come task by task, so that " if result["scenario"] in _CLASSES_APART else "",
-        "last_label": next((f"{percent(row['last_label'])} %" for row in result["rows"] if "last_label" in row), "-"),
+        "last_label": f"{last_label} {shown.unit}".strip(),
     }
-    shown = {column.header for column in table.columns}
-    columns = [column for column in _DEMO_COLUMNS if column.heading in shown]
+    headers = {column.header for column in table.columns}
+    columns = [column for column in (*_score_columns(shown), *_COST_COLUMNS) if column.heading in headers]
     entries = {column.heading.replace("\n", " ").removesuffix(" %"): column.meaning.format(**values) for column in columns}
     return legend(
         {**entries, "offline training": "on all samples at once, the stream's included, in many epochs; it does not run on the device"}
     )
+
+
+def _shown(result: Row) -> Shown:
+    """How a result is shown; one that says no kind of target is of classes."""
+    return KINDS[result.get("kind", "class")]
 
 
 def verdict(result: Row) -> list[str]:
@@ -226,31 +243,35 @@ def verdict(result: Row) -> list[str]:
 
     Differences are paired: taken within each seed, then averaged.
     """
-    rows = {row["label"]: row for row in result["rows"]}
+    rows, shown = {row["label"]: row for row in result["rows"]}, _shown(result)
+
+    def reached(row: Row) -> str:
+        return f"{shown.text(row[shown.key])} {shown.unit}".strip()
+
     learners = [row for row in rows.values() if row["role"] != "offline" and row["method"] not in ("frozen", "finetune")]
     if not learners:
         return []
-    best = max(learners, key=lambda row: row["accuracy"])
+    best = max(learners, key=lambda row: row[shown.key])
     lines = []
     if best["joint"] in rows:
         joint = rows[best["joint"]]
         lines.append(
-            f"Best: {best['label']}, {percent(best['accuracy'])} %: {_difference(best, joint)} {joint['label']} "
-            f"({percent(joint['accuracy'])} %), offline training on the same features."
+            f"Best: {best['label']}, {reached(best)}: {_difference(best, joint, shown)} {joint['label']} "
+            f"({reached(joint)}), offline training on the same features."
         )
-    naive = max((row for row in rows.values() if row["method"] == "finetune"), key=lambda row: row["accuracy"], default=None)
+    naive = max((row for row in rows.values() if row["method"] == "finetune"), key=lambda row: row[shown.key], default=None)
     if naive is not None:
-        lines.append(f"It is {_difference(best, naive)} naive fine-tuning ({naive['label']}, {percent(naive['accuracy'])} %).")
+        lines.append(f"It is {_difference(best, naive, shown)} naive fine-tuning ({naive['label']}, {reached(naive)}).")
     return lines
 
 
-def _difference(row: Row, other: Row) -> str:
-    pairs = [100 * (a - b) for a, b in zip(row["accuracy_by_seed"], other["accuracy_by_seed"], strict=True)]
+def _difference(row: Row, other: Row, shown: Shown) -> str:
+    pairs = [a - b for a, b in zip(row[f"{shown.key}_by_seed"], other[f"{shown.key}_by_seed"], strict=True)]
     mean = statistics.fmean(pairs)
-    spread = f" ± {statistics.stdev(pairs):.1f}" if len(pairs) > 1 else ""
-    if round(mean, 1) == 0:
-        return "level with" + (spread and f" (0.0{spread} points)")
-    return f"{abs(mean):.1f}{spread} points {'above' if mean > 0 else 'below'}"
+    spread = f" ± {shown.text(statistics.stdev(pairs))}" if len(pairs) > 1 else ""
+    if shown.text(mean) == shown.text(0.0):
+        return "level with" + (spread and f" ({shown.points(0.0, spread)})")
+    return f"{shown.points(abs(mean), spread)} {'above' if mean > 0 else 'below'}"
 
 
 def methods_table(methods: Sequence[Row]) -> Table:

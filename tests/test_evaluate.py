@@ -84,6 +84,7 @@ def test_every_figure_of_a_hand_worked_run():
             "windowed_plasticity_10": (0 + 1 + 1) / 3,
             "learning_curve_area_2_a-gem": 2 / 3,
             "learning_curve_area_2_first-evaluations": 1.0,
+            "average_anytime_accuracy_by_sample": (2 / 4 + 2 / 6 + 2 / 6 + 2 / 8 + 2 / 8) / 5,
             "negative_flips": 2 / 8,
             "negative_flips_between_evaluations": (2 / 8 + 0 + 2 / 8 + 0) / 4,
             "omega_all": (1 + (2 / 6) / 1.0 + 0.25) / 3,

@@ -320,9 +320,10 @@ def test_a_state_beyond_the_budget_is_refused(toy, tmp_path):
     for method, changes in (("ridge", {}), ("latent_replay", {}), ("frozen", {})):
         ready = toy.prepared(method, **changes)
         found = toy.bundle(method, **changes)[0].manifest.ledger
-        need = found["state"] + found["state_second_buffers"] + found["replay"]
+        parts = ("state", "state_second_buffers", "replay", "activations_peak", "inputs_outputs", "pending_features")
+        need = sum(found[name] for name in parts)
         with pytest.raises(
-            InputError, match=rf"^ram_budget_bytes .*at least {need:,}, .*replay {found['replay']:,}, got {need - 1:,}; cut"
+            InputError, match=rf"^ram_budget_bytes .*at least {need:,}, .*replay {found['replay']:,}, .*got {need - 1:,}; cut"
         ):
             export(ready, tmp_path / "bundle", ram_budget_bytes=need - 1)
         assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,9 @@ from edgecl_device.errors import InputError
 Config = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG]", help="A run's TOML file: data, scenario, model; by default that of edgecl run --init.")
 ]
-Ram = Annotated[str | None, typer.Option(metavar="BYTES", help="Most RAM: state and its second buffers, replay, activations, inputs.")]
+Ram = Annotated[
+    str | None, typer.Option(metavar="BYTES", help="Most RAM: state, second buffers, replay, activations, inputs, waiting features.")
+]
 Flash = Annotated[str | None, typer.Option(metavar="BYTES", help="Most flash: frozen weights, graphs, state.")]
 Macs = Annotated[str | None, typer.Option(metavar="COUNT", help="Most multiply-accumulates to encode and learn one sample, as 5M.")]
 

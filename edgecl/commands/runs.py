@@ -85,6 +85,7 @@ def _show(result: dict[str, Any], folder: Path) -> None:
     view = {
         "what": result["title"] or result["what"],
         "rows": result["learners"],
+        "kind": result["data"]["kind"],
         "seeds": len(result["seeds"]),
         "test_samples": result["samples"]["test"],
         "scenario": result["config"]["scenario"]["name"],

@@ -22,6 +22,7 @@ class AccuracyMatrix:
 
     Attributes:
         values: Accuracies from 0 to 1, float64 [T, T]; NaN above the diagonal where a task was not evaluated.
+        least: Of other scores than accuracies the least that there can be: minus infinity for R^2.
 
     Raises:
         InputError: when it is not square, or an entry is out of range or missing.
@@ -32,13 +33,16 @@ class AccuracyMatrix:
     """
 
     values: Values
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float64)
         if values.ndim != 2 or values.shape[0] != values.shape[1] or not values.size:
             raise InputError(f"values: must be square [tasks, tasks], got {list(values.shape)}; evaluate every task after each one")
-        if ((values < 0) | (values > 1)).any() or np.isinf(values).any():
-            raise InputError(f"values: accuracies must be from 0 to 1, got {np.nanmin(values)} to {np.nanmax(values)}; divide percents")
+        if ((values < self.least) | (values > 1)).any() or np.isinf(values).any():
+            raise InputError(
+                f"values: accuracies must be from {self.least:g} to 1, got {np.nanmin(values)} to {np.nanmax(values)}; divide percents"
+            )
         if np.isnan(values[np.tril_indices_from(values)]).any():
             raise InputError("values: entries on and below the diagonal must be numbers, got NaN; evaluate all tasks met so far")
         values.setflags(write=False)

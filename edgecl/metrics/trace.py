@@ -20,6 +20,7 @@ class AccuracyTrace:
     Attributes:
         values: Accuracy from 0 to 1 on every task at every evaluation, in order, float64 [E, T].
         current: Task of the last sample learned before each evaluation, int [E]; -1 where there was none.
+        least: As of :class:`AccuracyMatrix`.
 
     Raises:
         InputError: when shapes do not fit, a value is no accuracy, or the tasks do not follow each other from 0 to T-1.
@@ -31,21 +32,25 @@ class AccuracyTrace:
 
     values: Values
     current: NDArray[np.int64]
+    least: float
 
-    def __init__(self, values: Sequence[Sequence[float]] | Values, current: Sequence[int] | NDArray[np.int64]) -> None:
+    def __init__(self, values: Sequence[Sequence[float]] | Values, current: Sequence[int] | NDArray[np.int64], least: float = 0.0) -> None:
         checked, tasks = np.array(values, np.float64), np.array(current, np.int64)
         if checked.ndim != 2 or not checked.size or tasks.shape != checked.shape[:1]:
             raise InputError(
                 f"values, current: must be [evaluations, tasks] and [evaluations], got {list(checked.shape)} and {list(tasks.shape)}"
             )
-        if not ((checked >= 0) & (checked <= 1)).all():
-            raise InputError("values: must be accuracies from 0 to 1, got others or NaN; evaluate every task each time, divide percents")
+        if not ((checked >= least) & (checked <= 1) & np.isfinite(checked)).all():
+            raise InputError(
+                f"values: must be accuracies from {least:g} to 1, got others or NaN; evaluate every task each time, divide percents"
+            )
         steps = np.diff(tasks)
         if not (-1 <= tasks[0] <= 0 and ((steps == 0) | (steps == 1)).all() and tasks[-1] == checked.shape[1] - 1):
             raise InputError(
                 f"current: must begin at -1 or 0 and go on by at most 1 to {checked.shape[1] - 1}, got {tasks.tolist()}; evaluate at the"
                 " end of every task"
             )
+        object.__setattr__(self, "least", least)
         for name, array in (("values", checked), ("current", tasks)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -58,7 +63,7 @@ class AccuracyTrace:
     @property
     def matrix(self) -> AccuracyMatrix:
         """Accuracies at the last evaluation of every task."""
-        return AccuracyMatrix(self.values[[np.flatnonzero(self.current == task)[-1] for task in range(self.tasks)]])
+        return AccuracyMatrix(self.values[[np.flatnonzero(self.current == task)[-1] for task in range(self.tasks)]], self.least)
 
     def start(self, task: int) -> int:
         """Index of the last evaluation before the task's first sample; 0 when it was learned before the first evaluation."""

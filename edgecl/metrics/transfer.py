@@ -24,8 +24,10 @@ def forward_transfer(matrix: AccuracyMatrix, initial: Sequence[float]) -> float:
     0.5
     """
     b = np.asarray(initial, np.float64)
-    if b.shape != (matrix.tasks,) or not ((b >= 0) & (b <= 1)).all():
-        raise InputError(f"initial: must be {matrix.tasks} accuracies from 0 to 1, one for each task, got {list(initial)}; measure them")
+    if b.shape != (matrix.tasks,) or not ((b >= matrix.least) & (b <= 1)).all():
+        raise InputError(
+            f"initial: must be {matrix.tasks} accuracies from {matrix.least:g} to 1, one for each task, got {list(initial)}; measure them"
+        )
     return float((_above(matrix).diagonal() - b[1:]).mean())
 
 

@@ -2,7 +2,7 @@
 
 from edgecl.planning.candidates import Candidate, default_configs
 from edgecl.planning.data import validation_split
-from edgecl.planning.limits import FLASH, RAM, Costs, Limits
+from edgecl.planning.limits import FLASH, Costs, Limits
 from edgecl.planning.planner import plan
 from edgecl.planning.refusal import InfeasibleError
 from edgecl.planning.result import Planned, Settings
@@ -11,7 +11,6 @@ from edgecl.planning.space import Network
 
 __all__ = [
     "FLASH",
-    "RAM",
     "Candidate",
     "Costs",
     "InfeasibleError",

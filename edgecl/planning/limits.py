@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-RAM = ("state", "state_second_buffers", "replay", "activations_peak", "inputs_outputs", "pending_features")
-"""Entries of the ledger that ``--ram`` limits."""
+from edgecl.ledger import ram_bytes
 
 FLASH = ("frozen_weights", "graphs", "state")
 """Entries of the ledger that ``--flash`` limits."""
@@ -18,7 +17,7 @@ class Limits:
     """What a plan may cost; None is no limit.
 
     Attributes:
-        ram: Most bytes of :data:`RAM`.
+        ram: Most bytes of :data:`edgecl.ledger.RAM`.
         flash: Most bytes of :data:`FLASH`.
         macs: Most multiply-accumulates of one sample: the trunk once, and one update.
     """
@@ -55,7 +54,7 @@ class Costs:
     def totals(self) -> dict[str, int]:
         """What the limits are about."""
         return {
-            "ram": sum(self.ledger[name] for name in RAM),
+            "ram": ram_bytes(self.ledger),
             "flash": sum(self.ledger[name] for name in FLASH),
             "macs": self.macs_by_step["encode"] + self.macs_by_step["learn"],
         }

@@ -79,7 +79,8 @@ Measure = Callable[[Candidate, float, int], float]
 def front(options: Sequence[Option], score: Callable[[Option], float]) -> list[Option]:
     """Options that no other one beats: at least as accurate and as cheap in everything, and better in something.
 
-    >>> from edgecl.planning.limits import FLASH, RAM
+    >>> from edgecl.ledger import RAM
+    >>> from edgecl.planning.limits import FLASH
     >>> def option(at, ram, right):
     ...     ledger = {**dict.fromkeys(RAM + FLASH, 0), "replay": ram}
     ...     return Option(Candidate(at, "ncm", None), Costs(ledger, {"encode": 0, "learn": 0}), [right])

@@ -12,6 +12,7 @@ from edgecl.runs.methods import method_config
 from edgecl.runs.model import check_preprocess, check_pretraining, trained
 from edgecl.runs.registry import load, make_stream
 from edgecl.streams import Dataset, Stream
+from edgecl_device.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,12 @@ def source_of(config: RunConfig, samples: int, progress: Callable[[str, int, int
         return make_stream(config.scenario.name, options, data, seed + order)
 
     progress("loading the data", 0, 1)
-    data = validation_split(load(config.data.name, config.dataset_options()), samples, seed)
+    loaded = load(config.data.name, config.dataset_options())
+    if loaded.kind != "class":
+        raise InputError(
+            f"data: must have one class a sample to plan with, got targets of kind {loaded.kind}; compare learners by edgecl run"
+        )
+    data = validation_split(loaded, samples, seed)
     stream = scenario(data, 0)
     check_preprocess(config, data)
     check_pretraining(config, stream)

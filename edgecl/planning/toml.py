@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgecl.ledger import ram_bytes
 from edgecl.methods import METHODS
 from edgecl.planning.result import Settings
 from edgecl.planning.search import Option
 from edgecl.planning.space import place_text
-from edgecl.runs.budget import RAM
 from edgecl.runs.config import RunConfig
 from edgecl.tables import percent
 
@@ -43,7 +43,7 @@ def run_config(config: RunConfig, option: Option, settings: Settings, validation
     values["learner"] = {"method": candidate.method, "at": place_text(candidate.at), "config": chosen}
     values["budget"] = {
         "beyond_trunk": ledger["beyond_trunk"],
-        "ram": sum(ledger[name] for name in RAM),
+        "ram": ram_bytes(ledger),
         "update_macs": option.costs.macs_by_step["learn"],
     }
     head = f"# Planned: {candidate.words()}. Accuracy {percent(option.mean)} % on {validation} held-out training samples.\n"

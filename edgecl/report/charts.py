@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from edgecl import tables
 from edgecl.plots import BLUE, GREEN, GREY, GROUP_COLOURS, GROUP_MARKERS, ORANGE, PURPLE, SKY, VERMILION
 from edgecl.report.svg import FAINT, INK, bare
+from edgecl.shown import shown_of
 
 Row = Mapping[str, Any]
 Unit = Callable[[float | None], str]
@@ -24,7 +25,7 @@ LEDGER = {
     "inputs_outputs": ("inputs and outputs", PURPLE),
     "pending_features": ("features that wait for a label, at most", VERMILION),
 }
-"""Entries of the ledger that are RAM, with their words and colours."""
+"""What a learner holds in memory, with words and colours: :data:`edgecl.ledger.RAM`, and the frozen weights."""
 
 PHASES = {
     "encode": ("trunk", GREY),
@@ -40,6 +41,8 @@ MOST_LAYERS = 24
 """Layers that a chart names; the rest, those with the fewest MACs, are one bar."""
 
 _ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#f4f1ea", "#9fc6dd", "#0072B2", "#00304d"])
+LOWEST = -1.0
+"""Score below which nothing is drawn: R^2 knows no least."""
 _PANEL_TASKS = 16
 """Tasks up to which a matrix has its numbers written in."""
 
@@ -51,10 +54,12 @@ def shared_tasks(result: Row) -> Sequence[Row]:
 
 
 def met(tasks: Sequence[Row], curve: Row) -> Any:
-    """Accuracy on the test samples of the tasks met so far, at each point of a curve of the seed that has them.
+    """Score on the test samples of the tasks met so far, at each point of a curve of the seed that has them.
 
-    The base set counts from the start.
+    The base set counts from the start. An accuracy is the mean of the tasks' weighed by their samples; other scores are in the curve.
     """
+    if "met" in curve:
+        return np.array(curve["met"])
     samples, values = np.array(curve["samples"]), np.array(curve["tasks"])
     sizes = np.array([task["test_samples"] for task in tasks])
     first = np.array([-1 if i == 0 else task["first_sample"] for i, task in enumerate(tasks)])
@@ -74,15 +79,16 @@ def mean_curve(result: Row, row: Row) -> tuple[list[int], Any, Any]:
 
 
 def mean_matrix(result: Row, row: Row) -> Any:
-    """Mean over seeds of the accuracy matrix, [tasks, tasks]; that of the first seed alone where their tasks differ."""
+    """Mean over seeds of the matrix of scores, [tasks, tasks]; that of the first seed alone where their tasks differ."""
     return np.nanmean(np.array(row["matrices"] if shared_tasks(result) else row["matrices"][:1], float), 0)
 
 
 def accuracy_figure(result: Row) -> Figure:
-    """Accuracy on what was met so far along the stream: a line a learner, its spread over seeds, and where the tasks of all seeds begin."""
+    """Score on what was met so far along the stream: a line a learner, its spread over seeds, and where the tasks of all seeds begin."""
     figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     ax = figure.subplots()
-    tasks = shared_tasks(result)
+    tasks, shown = shared_tasks(result), shown_of(result)
+    factor, lowest = shown.factor, 0.0
     for task in tasks:
         if task["first_sample"] > 0:
             ax.axvline(task["first_sample"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0, alpha=0.6)
@@ -92,39 +98,45 @@ def accuracy_figure(result: Row) -> Figure:
     drawn = 0
     for row in result["learners"]:
         if not row.get("curves"):
-            ax.axhline(100 * row["accuracy"], color=INK, linestyle="--", linewidth=1.2, label=f"{row['label']} (offline, at the end)")
+            ax.axhline(factor * row[shown.key], color=INK, linestyle="--", linewidth=1.2, label=f"{row['label']} (offline, at the end)")
             continue
         samples, mean, spread = mean_curve(result, row)
         colour, marker = GROUP_COLOURS[drawn % 6], GROUP_MARKERS[drawn % 6]
-        ax.plot(samples, 100 * mean, color=colour, marker=marker, markersize=4, linewidth=1.6, label=row["label"])
+        lowest = min(lowest, float(mean.min()))
+        ax.plot(samples, factor * mean, color=colour, marker=marker, markersize=4, linewidth=1.6, label=row["label"])
         if spread is not None:
-            ax.fill_between(samples, 100 * (mean - spread), 100 * (mean + spread), color=colour, alpha=0.18, linewidth=0)
+            ax.fill_between(samples, factor * (mean - spread), factor * (mean + spread), color=colour, alpha=0.18, linewidth=0)
         drawn += 1
-    ax.set_ylim(0, 100)
+    ax.set_ylim(factor * max(1.08 * lowest, LOWEST), factor)
     ax.set_xlabel("samples learned, one at a time")
-    ax.set_ylabel("test accuracy, %")
+    ax.set_ylabel(f"test {shown.axis}")
     bare(ax, "y")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
 def matrix_figure(result: Row) -> Figure:
-    """Accuracy on each task after each task, by :func:`mean_matrix`: one panel a learner."""
+    """Score on each task after each task, by :func:`mean_matrix`: one panel a learner."""
     rows = [row for row in result["learners"] if row.get("matrices")]
     names = [task["name"] for task in result["tasks_by_seed"][0]]
+    shown = shown_of(result)
     size, columns = len(names), len(rows) if len(rows) <= 4 else 3
     lines = -(-len(rows) // columns)
     side = max(1.9, 0.34 * size)
     figure = Figure(figsize=(1.3 + columns * (side + 0.35), 0.9 + lines * (side + 0.45)), layout="constrained")
+
+    def cell(value: float) -> str:
+        return f"{100 * value:.0f}" if shown.shares else f"{value:.2f}"
+
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(rows) :]:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, rows, strict=False):
-        values = 100 * mean_matrix(result, row)
-        ax.pcolormesh(values, cmap=_ACCURACY, vmin=0, vmax=100, edgecolors="white", linewidth=0.6)
+        values = mean_matrix(result, row)
+        ax.pcolormesh(values, cmap=_ACCURACY, vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
         for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True) if size <= _PANEL_TASKS else ():
-            colour = "white" if values[i, j] > 45 else "#222222"
-            ax.text(j + 0.5, i + 0.5, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+            colour = "white" if values[i, j] > 0.45 else "#222222"
+            ax.text(j + 0.5, i + 0.5, cell(values[i, j]), ha="center", va="center", fontsize=8, color=colour)
         ax.set_xlim(0, size)
         ax.set_ylim(size, 0)
         ax.set_title(row["label"])
@@ -132,13 +144,13 @@ def matrix_figure(result: Row) -> Figure:
         ax.tick_params(length=0)
         ax.set_xticks(np.arange(size) + 0.5, [_cut(name) for name in names], rotation=90, fontsize=8)
         ax.set_yticks(np.arange(size) + 0.5, [_cut(name) for name in names], fontsize=8)
-    figure.supxlabel("accuracy on, %", fontsize=10)
+    figure.supxlabel(f"{shown.word} on" + (", %" if shown.unit else ""), fontsize=10)
     figure.supylabel("after learning", fontsize=10)
     return figure
 
 
 def ledger_figure(result: Row) -> Figure:
-    """RAM by what it is for: a stacked bar a learner."""
+    """Memory by what it is for: a stacked bar a learner."""
     rows = [row for row in result["learners"] if row.get("ledger")]
     parts = [[row["ledger"][name] for row in rows] for name in LEDGER]
     figure = _stacked([row["label"] for row in rows], parts, list(LEDGER.values()), tables.size)

@@ -12,7 +12,8 @@ from markupsafe import Markup
 from edgecl.report import charts, views
 from edgecl.report.svg import inline, style
 from edgecl.runs.files import read_json, write_bytes
-from edgecl.tables import percent, si, size
+from edgecl.shown import KINDS, shown_of
+from edgecl.tables import si, size
 from edgecl_device.errors import InputError
 
 RESULT = "run.json"
@@ -53,9 +54,14 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     environment = Environment(
         loader=PackageLoader("edgecl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    kinds = list(dict.fromkeys(run["data"].get("kind", "class") for run in runs))
+    if len(kinds) > 1:
+        raise InputError(f"RUN: must be runs of one kind of target, to be compared on one page, got {', '.join(kinds)}; write a page each")
     shown = [_run(run, f"r{i}") for i, run in enumerate(runs)]
     title = shown[0]["title"] if len(shown) == 1 else "Comparison of " + ", ".join(run["title"] for run in shown)
-    return NO_TEXT.sub("\ufffd", environment.get_template("page.html.j2").render(title=title, runs=shown, columns=views.COLUMNS))
+    template = environment.get_template("page.html.j2")
+    found = template.render(title=title, runs=shown, columns=views.columns(kinds[0]), shown=KINDS[kinds[0]])
+    return NO_TEXT.sub("\ufffd", found)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -84,7 +90,9 @@ def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
             "phases": "",
         }
         if device:
-            drawn["matrix"] = inline(charts.matrix_figure(result), f"{key}m", f"Heat maps of accuracy matrices; {TABLE}.")
+            drawn["matrix"] = inline(
+                charts.matrix_figure(result), f"{key}m", f"Heat maps of the {shown_of(result).word} on each task; {TABLE}."
+            )
             drawn["ledger"] = inline(charts.ledger_figure(result), f"{key}l", _bytes_words(device))
             drawn["phases"] = inline(charts.phase_figure(result), f"{key}p", _phase_words(device))
         bars = [
@@ -104,6 +112,9 @@ def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
         "alone": None if charts.shared_tasks(result) else f"seed {result['seeds'][0]} alone, as tasks differ between the seeds",
         "metrics": views.metrics(result),
         "curves": views.curves(result),
+        "parts": views.parts(result),
+        "each": views.EACH.get(result["data"].get("kind", "class"), ""),
+        "below": any(min(curve.get("met", [0])) < charts.LOWEST for row in result["learners"] for curve in row.get("curves", ())),
         "matrices": views.matrices(result),
         "ledgers": views.ledgers(result),
         "layers": [
@@ -117,13 +128,14 @@ def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _accuracy_words(result: dict[str, Any]) -> str:
-    ends = [f"{row['label']} ends at {percent(row['accuracy'])} %" for row in result["learners"]]
-    return f"Line chart of test accuracy along the stream: {', '.join(ends)}."
+    shown = shown_of(result)
+    ends = [f"{row['label']} ends at {shown.text(row[shown.key])} {shown.unit}".strip() for row in result["learners"]]
+    return f"Line chart of test {shown.word} along the stream: {', '.join(ends)}."
 
 
 def _bytes_words(rows: list[dict[str, Any]]) -> str:
     sums = [f"{row['label']} {size(sum(row['ledger'][name] for name in charts.LEDGER))}" for row in rows]
-    return f"Stacked bars of RAM: {', '.join(sums)}; {TABLE}."
+    return f"Stacked bars of memory: {', '.join(sums)}; {TABLE}."
 
 
 def _phase_words(rows: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgecl.ledger import RAM, ram_bytes
 from edgecl.options import place
 from edgecl.prepare import Prepared, prepare
 from edgecl.profiling import Profile, profile, split_points
@@ -16,23 +17,21 @@ from edgecl.splitting import SplitError
 from edgecl.streams import Dataset
 from edgecl_device.errors import EdgeclError, InputError
 
-RAM = ("state", "state_second_buffers", "replay")
-"""Entries of the ledger that the RAM limit is about, as at export."""
-
 
 def prepared_of(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: Dataset, **changes: Any) -> Prepared:
     """A learner of the configuration, before it has seen a sample; ``changes`` replace hyperparameters, or ``at``."""
     at = place(changes.pop("at", entry.at))
     values = method_config(f"learner.{entry.method}.config", entry.method, entry.config)
+    named: dict[str, Any] = {"classes": config.model.classes or len(data.class_names), "class_names": data.class_names}
     return prepare(
         net,
         at=at,
         example=data.x[:1],
         method=entry.method,
-        classes=config.model.classes or len(data.class_names),
+        target=data.target,
         config=dataclasses.replace(values, **changes),
         preprocess=config.preprocess(),
-        class_names=data.class_names,
+        **(named if data.kind == "class" else {}),
     )
 
 
@@ -41,7 +40,7 @@ def used(found: Profile) -> dict[str, int]:
     learn = next((step for step in found.steps if step.step == "learn"), None)
     return {
         "beyond_trunk": found.ledger["beyond_trunk"],
-        "ram": sum(found.ledger[name] for name in RAM),
+        "ram": ram_bytes(found.ledger),
         "update_macs": learn.canonical_macs if learn else 0,
     }
 

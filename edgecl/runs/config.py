@@ -124,7 +124,10 @@ class Budget(Section):
     """``[budget]``: what every learner must keep to; checked on the graphs before anything runs."""
 
     beyond_trunk: Bytes | None = Field(default=None, description="the most bytes of state and replay rows, in bytes or as '64KiB'")
-    ram: Bytes = Field(default=128 << 20, description="the most bytes of state, its second buffers and replay rows together")
+    ram: Bytes = Field(
+        default=128 << 20,
+        description="the most bytes of RAM, as edgecl plan --ram counts it",
+    )
     update_macs: int | None = Field(default=None, ge=0, description="the most multiply-accumulates of one update, without the trunk")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edgecl.evaluate import StreamResult, Tests, among, result_of, right_of
-from edgecl.metrics import Prequential
-from edgecl.runs.trail import LEARNED, PREDICTED, SAMPLE, TESTED, Trail, pack, unpack
+from edgecl.runs.trail import FOUND, LEARNED, PREDICTED, SAMPLE, TESTED, Trail
+from edgecl.stream_result import StreamResult
 from edgecl.streams import Stream
+from edgecl.tally import Course, Tally
 from edgecl_device import Learner
 from edgecl_device.errors import BundleError, InputError, StoreError, StoreFullError, UpdateRefusedError
 from edgecl_device.manifest import read_manifest
@@ -39,15 +39,12 @@ class Plan:
         return cls(points, [tasks[done - 1] if done else tasks[0] - 1 for done in points])
 
 
-def device_run(
-    folder: Path, stream: Stream, tests: Tests, *, every: int, store: bool, progress: Callable[[int, int], None]
-) -> tuple[StreamResult, int]:
+def device_run(folder: Path, tally: Tally, *, every: int, store: bool, progress: Callable[[int, int], None]) -> tuple[StreamResult, int]:
     """Predict, then learn, one sample at a time, from where the folder's store and trail stopped.
 
     Args:
         folder: Holds the bundle; store and trail are kept there.
-        stream: The scenario.
-        tests: As :func:`edgecl.evaluate.evaluation_set` gives them.
+        tally: Of the scenario's stream and its tests.
         every: Samples between two tests.
         store: Whether the learner has a store; without one it starts again.
         progress: Called with samples done and in all.
@@ -56,16 +53,16 @@ def device_run(
         What was found, and how many updates were refused. All but times and bytes written is that of a run without a break, to
         the bit.
     """
+    stream = tally.stream
     plan = Plan.of(stream, every)
-    flags = sum(len(y) for _, y in tests)
-    if not store or not _resumable(folder, flags, plan):
+    if not store or not _resumable(folder, tally, plan):
         _start_again(folder)
-    with Trail(folder / TRAIL, flags) as trail, _load(folder, store) as learner:
+    with Trail(folder / TRAIL, tally) as trail, _load(folder, store) as learner:
         learns = "learn" in read_manifest(folder / BUNDLE).steps
 
         def test(done: int) -> None:
             if done in plan.points and done not in trail.tests:
-                trail.add({TESTED: done, "right": pack(right_of(learner, stream, tests))})
+                trail.add({TESTED: done, FOUND: tally.test(learner)})
 
         for done, sample in enumerate(stream):
             if done < len(trail.predicted):
@@ -74,17 +71,22 @@ def device_run(
             progress(done, len(stream))
             start = perf_counter()
             seen = learner.predict(sample.x)
-            trail.add({SAMPLE: done, PREDICTED: among(seen, stream.choices(sample.task)), "before": learner.report()["learned"]})
+            told = tally.told(tally.outcome(seen, sample), sample)
+            trail.add({SAMPLE: done, PREDICTED: told, "before": learner.report()["learned"]})
             trail.add({LEARNED: done, **_update(learner, seen.sample_id, sample.y, learns, start)})
         test(len(stream))
-    return _result(trail, plan, stream, tests), _refused(trail) if learns else 0
+    updates = [entry for entry in trail.learned.values() if entry["kept"]]
+    seconds, written = [entry["seconds"] for entry in updates], [entry["bytes"] for entry in updates]
+    course = Course(plan.points, plan.current, seconds, written)
+    found = tally.result(trail.predicted, [trail.tests[done] for done in plan.points], course)
+    return found, _refused(trail) if learns else 0
 
 
-def _resumable(folder: Path, flags: int, plan: Plan) -> bool:
-    """Fit the trail, of tests of so many flags, to the store; False when there is nothing to go on with."""
+def _resumable(folder: Path, tally: Tally, plan: Plan) -> bool:
+    """Fit the trail to the store; False when there is nothing to go on with."""
     if not (folder / STORE).exists() or not (folder / TRAIL).exists():
         return False
-    with _load(folder, store=True) as learner, Trail(folder / TRAIL, flags) as trail:
+    with _load(folder, store=True) as learner, Trail(folder / TRAIL, tally) as trail:
         return trail.fit(learner.report()["learned"], plan.points)
 
 
@@ -108,11 +110,11 @@ def _start_again(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _update(learner: Learner, sample_id: int, label: int, learns: bool, start: float) -> dict[str, Any]:
+def _update(learner: Learner, sample_id: int, target: Any, learns: bool, start: float) -> dict[str, Any]:
     if not learns:
         return {"kept": False}
     try:
-        report = learner.learn(sample_id, label)
+        report = learner.learn(sample_id, target)
     except UpdateRefusedError:
         return {"kept": False}
     return {"kept": True, "seconds": perf_counter() - start, "bytes": report.bytes_written}
@@ -120,13 +122,3 @@ def _update(learner: Learner, sample_id: int, label: int, learns: bool, start: f
 
 def _refused(trail: Trail) -> int:
     return sum(not entry["kept"] for entry in trail.learned.values())
-
-
-def _result(trail: Trail, plan: Plan, stream: Stream, tests: Tests) -> StreamResult:
-    prequential = Prequential()
-    for sample, predicted in zip(stream, trail.predicted, strict=True):
-        prequential.update(sample.y, predicted)
-    updates = [entry for entry in trail.learned.values() if entry["kept"]]
-    right = [unpack(trail.tests[done], trail.flags) for done in plan.points]
-    seconds, written = [entry["seconds"] for entry in updates], [entry["bytes"] for entry in updates]
-    return result_of(tests, plan.points, plan.current, right, prequential, seconds, written)

@@ -110,8 +110,9 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_data(data: Dataset) -> str:
-    """SHA-256 over the arrays of a data set, their types and shapes, and its names."""
-    digest = hashlib.sha256(json.dumps([data.class_names, data.group_names]).encode())
+    """SHA-256 over the arrays of a data set, their types and shapes, its names, and the kind of its targets."""
+    said = [] if data.kind == "class" else [data.kind, data.ignore, data.threshold]
+    digest = hashlib.sha256(json.dumps([data.class_names, data.group_names, *said]).encode())
     arrays = (data.x, data.y, data.x_test, data.y_test, data.group, data.group_test)
     for array in (array for array in arrays if array is not None):
         digest.update(f"{array.dtype} {array.shape}".encode())

@@ -12,6 +12,7 @@ from torch import nn
 
 from edgecl.backbones import BACKBONES, WeightsError, load_weights
 from edgecl.figures import threads, weight_hash
+from edgecl.methods import METHODS
 from edgecl.options import load_model
 from edgecl.pretraining import train
 from edgecl.runs.config import RunConfig
@@ -63,6 +64,25 @@ def build(config: RunConfig, data: Dataset, generator: torch.Generator) -> nn.Mo
             raise InputError(text) from error
 
 
+def check_kind(config: RunConfig, data: Dataset) -> None:
+    """Whether every method learns the data set's kind of targets, before anything runs; and whether it wants no more classes.
+
+    Raises:
+        InputError: when that is not so.
+    """
+    for i, entry in enumerate(config.learner):
+        if data.kind not in METHODS[entry.method].targets:
+            others = ", ".join(name for name, method in METHODS.items() if data.kind in method.targets)
+            raise InputError(
+                f"learner[{i}].method: must be one of {others} for targets of kind {data.kind}, got {entry.method!r}; take one of them"
+            )
+    if data.kind != "class" and config.model.classes is not None:
+        raise InputError(
+            f"model.classes: is for one class a sample, got {config.model.classes} with targets of kind {data.kind}; leave it out, and "
+            "name later labels or classes in the data set's class_names"
+        )
+
+
 def check_preprocess(config: RunConfig, data: Dataset) -> None:
     """Whether the normalisation suits the samples, before it is a part of any learner."""
     preprocess = config.preprocess()
@@ -90,7 +110,17 @@ def trained(config: RunConfig, data: Dataset, stream: Stream, seed: int) -> nn.M
     if how is not None:
         x, y = stream.base
         with threads(how.threads), _named("model.pretrain."):
-            train(net, x, y, preprocess=config.preprocess(), recipe=how.recipe(), generator=generator, device=how.device)
+            train(
+                net,
+                x,
+                y,
+                preprocess=config.preprocess(),
+                recipe=how.recipe(),
+                generator=generator,
+                device=how.device,
+                kind=data.kind,
+                ignore=data.ignore,
+            )
     return net
 
 

@@ -15,11 +15,14 @@ from edgecl.streams import (
     ClassIncremental,
     Dataset,
     DomainIncremental,
+    OneTask,
     Recurring,
     Stream,
     TaskIncremental,
+    TimeOrdered,
     fashion_mnist_subset,
     fetch,
+    load_arrays,
     load_cifar10,
     load_cifar100,
     load_idx,
@@ -51,6 +54,7 @@ DATASETS: dict[str, Source] = {
     "fsdd": Source(load_wavs, "fsdd"),
     "wavs": Source(load_wavs),
     "windows": Source(load_windows),
+    "arrays": Source(load_arrays),
 }
 """Data sets by name."""
 
@@ -60,6 +64,8 @@ SCENARIOS: dict[str, Callable[..., Stream]] = {
     "domain-incremental": DomainIncremental,
     "blurry": Blurry,
     "recurring": Recurring,
+    "time-ordered": TimeOrdered,
+    "one-task": OneTask,
 }
 """Scenarios by name; the data set and the seed are given by the run."""
 

@@ -24,10 +24,11 @@ from edgecl.runs.config import LearnerConfig, RunConfig
 from edgecl.runs.device import BUNDLE, device_run
 from edgecl.runs.files import LOCK, locked, read_json, sha256_data, sha256_file, stage, write_bytes, write_json
 from edgecl.runs.methods import method_config
-from edgecl.runs.model import build, check_preprocess, check_pretraining, load, ready, with_label
+from edgecl.runs.model import build, check_kind, check_preprocess, check_pretraining, load, ready, with_label
 from edgecl.runs.registry import load as load_data
 from edgecl.runs.registry import make_stream
 from edgecl.streams import Dataset, Stream
+from edgecl.tally import Tally, tally_of
 from edgecl_device.checks import as_path
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import read_manifest
@@ -159,6 +160,7 @@ class _Run:
     def all(self) -> None:
         """Every stage that has no result yet, then ``run.json``."""
         start = time.perf_counter()
+        check_kind(self.config, self.data)
         check_preprocess(self.config, self.data)
         streams = {seed: self.stream(seed) for seed in self.config.device.seeds}
         tasks = [self._tasks(stream) for stream in streams.values()]  # first of all: what no seed may lack is missed before any learns
@@ -192,8 +194,12 @@ class _Run:
 
     def _tasks(self, stream: Stream) -> list[dict[str, Any]]:
         """The tasks of a seed, with the number of test samples that the run uses of each."""
-        tests = evaluation_set(stream, self.config.device.test_samples)
+        tests = self.tally(stream).tests
         return [{**task, "test_samples": len(y)} for task, (_, y) in zip(tasks_of(self.data, stream), tests, strict=True)]
+
+    def tally(self, stream: Stream) -> Tally:
+        """What keeps predictions and tests of a stream."""
+        return tally_of(stream, evaluation_set(stream, self.config.device.test_samples), self.data.scoring())
 
     def _check_base(self, stream: Stream) -> None:
         """Whether there is a base set for what needs one."""
@@ -246,6 +252,7 @@ class _Run:
                     "metrics": list(dict.fromkeys(name for row in rows for name in row.get("metrics", ()))),
                     "matrices": [row["matrix"] for row in rows if "matrix" in row],
                     "curves": [row["curve"] for row in rows if "curve" in row],
+                    **({"parts": [row["parts"] for row in rows]} if "parts" in rows[0] else {}),
                     "profile": profiles.get(label),
                 }
             )
@@ -260,7 +267,7 @@ class _Run:
             "learners": learners,
             "networks": networks,
             "config": start["config"],
-            "data": {"name": config.data.name, **start["data"], "classes": list(self.data.class_names)},
+            "data": {"name": config.data.name, **start["data"], "kind": self.data.kind, "classes": list(self.data.class_names)},
             "files": start["files"],
             "versions": start["versions"],
             "machine": start["machine"],
@@ -290,11 +297,9 @@ class _OnDevice:
         config = self.whole.config
         folder = self.place / self.label
         gates = stage(folder / "bundle.json", lambda: self._bundle(folder))
-        tests = evaluation_set(self.stream, config.device.test_samples)
         found, refused = device_run(
             folder,
-            self.stream,
-            tests,
+            self.whole.tally(self.stream),
             every=config.device.every,
             store=config.device.store,
             progress=lambda done, total: self.whole.progress(f"{self.title}: learning the stream", done, total),

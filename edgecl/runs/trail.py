@@ -12,42 +12,23 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Protocol, Self
 
 from edgecl.runs.files import write_bytes, writing
 
-SAMPLE, PREDICTED, LEARNED, TESTED = "sample", "predicted", "learned", "tested"
+SAMPLE, PREDICTED, LEARNED, TESTED, FOUND = "sample", "predicted", "learned", "tested", "found"
 CHECK = "crc32"
 """Key of a line: CRC-32 of the JSON of its entry."""
 
-Flags = NDArray[np.bool_]
 
+class Form(Protocol):
+    """What a run keeps of predictions and tests: an :class:`edgecl.tally.Tally`."""
 
-def pack(flags: Flags) -> str:
-    """Flags as text, four to a digit.
+    def check_told(self, value: Any) -> None:
+        """Raise ValueError for what is kept of no prediction."""
 
-    >>> pack(np.array([True, False, True]))
-    'a0'
-    """
-    return np.packbits(flags).tobytes().hex()
-
-
-def unpack(text: str, count: int) -> Flags:
-    """The ``count`` flags that :func:`pack` made a text of.
-
-    Raises:
-        ValueError: when the text is not of so many flags.
-
-    >>> unpack("a0", 3).tolist()
-    [True, False, True]
-    """
-    flags = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
-    if pack(flags) != text:  # unpackbits fills up or cuts
-        raise ValueError(f"{text!r} is not of {count} flags")
-    return flags
+    def check_test(self, value: Any) -> None:
+        """Raise ValueError for what is kept of no test."""
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -75,22 +56,22 @@ class Trail:
 
     Args:
         path: The file, made when there is none.
-        flags: Test samples of every test.
+        form: What predictions and tests are kept as.
 
     Attributes:
-        predicted: Class predicted for each sample before it was learned, None when there was none.
+        predicted: What is kept of the prediction for each sample before it was learned.
         before: Samples that the learner had learned before each prediction.
         learned: By number of the sample: whether its update was ``kept``, wall time, bytes written; a sample whose update the end
             of a process fell on has no entry.
-        tests: By samples done: which test samples were right, packed (:func:`pack`).
+        tests: By samples done: what is kept of the test.
     """
 
-    def __init__(self, path: Path, flags: int) -> None:
-        self.path, self.flags = path, flags
-        self.predicted: list[int | None] = []
+    def __init__(self, path: Path, form: Form) -> None:
+        self.path, self.form = path, form
+        self.predicted: list[Any] = []
         self.before: list[int] = []
         self.learned: dict[int, dict[str, Any]] = {}
-        self.tests: dict[int, str] = {}
+        self.tests: dict[int, Any] = {}
         with writing(path):
             self._whole = self._read()
             self._file = path.open("a", encoding="utf-8")
@@ -115,16 +96,17 @@ class Trail:
         """
         done = len(self.predicted)
         match entry:
-            case {"sample": number, "predicted": int() | None as label, "before": before} if (number, before) == (done, self._after(done)):
-                self.predicted.append(label)
+            case {"sample": number, "predicted": told, "before": before} if (number, before) == (done, self._after(done)):
+                self.form.check_told(told)
+                self.predicted.append(told)
                 self.before.append(before)
             case {"learned": number, "kept": False} | {"learned": number, "kept": True, "seconds": float(), "bytes": int()} if (
                 number == done - 1 and number not in self.learned
             ):
                 self.learned[number] = {key: value for key, value in entry.items() if key != LEARNED}
-            case {"tested": int(number), "right": str(right)}:
-                unpack(right, self.flags)
-                self.tests[number] = right
+            case {"tested": int(number), "found": found}:
+                self.form.check_test(found)
+                self.tests[number] = found
             case _:
                 raise ValueError(f"{entry!r} does not follow")
 
@@ -179,7 +161,7 @@ class Trail:
             entries.append({SAMPLE: n, PREDICTED: predicted, "before": before})
             if n in self.learned:
                 entries.append({LEARNED: n, **self.learned[n]})
-        entries += [{TESTED: n, "right": row} for n, row in self.tests.items()]
+        entries += [{TESTED: n, FOUND: row} for n, row in self.tests.items()]
         self._file.close()
         write_bytes(self.path, "".join(map(_line, entries)).encode())
         self._file = self.path.open("a", encoding="utf-8")

@@ -6,7 +6,8 @@ from edgecl.streams.dataset import Dataset
 from edgecl.streams.domain_incremental import DomainIncremental
 from edgecl.streams.downloads import DownloadError, fetch
 from edgecl.streams.fashion_mnist import fashion_mnist_subset
-from edgecl.streams.loaders import load_cifar10, load_cifar100, load_idx, load_wavs, load_windows
+from edgecl.streams.in_time import OneTask, TimeOrdered
+from edgecl.streams.loaders import load_arrays, load_cifar10, load_cifar100, load_idx, load_wavs, load_windows
 from edgecl.streams.recurring import Recurring
 from edgecl.streams.stream import Sample, Stream
 
@@ -16,12 +17,15 @@ __all__ = [
     "Dataset",
     "DomainIncremental",
     "DownloadError",
+    "OneTask",
     "Recurring",
     "Sample",
     "Stream",
     "TaskIncremental",
+    "TimeOrdered",
     "fashion_mnist_subset",
     "fetch",
+    "load_arrays",
     "load_cifar10",
     "load_cifar100",
     "load_idx",

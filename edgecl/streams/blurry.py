@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgecl.streams.dataset import Dataset
-from edgecl.streams.stream import Indices, Plan, PlannedStream, check_present, where
+from edgecl.streams.stream import Indices, Plan, PlannedStream, check_classes, check_present, where
 from edgecl_device.errors import InputError
 
 
@@ -35,8 +35,8 @@ class Blurry(PlannedStream):
         disjoint_classes: The disjoint classes.
 
     Raises:
-        InputError: when a share is out of range, there are more splits than classes, a base class has no training sample, or a
-            task is left without a sample.
+        InputError: when samples have no class of their own, a share is out of range, there are more splits than classes, a base
+            class has no training sample, or a task is left without a sample.
 
     Source: Moon, Park, Kim, Park, Online Class Incremental Learning on Stochastic Blurry Task Boundary via Mask and Visual
     Prompt Tuning, ICCV 2023 (N = 50 %, M = 10 %).
@@ -58,6 +58,7 @@ class Blurry(PlannedStream):
     _plan: Plan = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_classes("blurry", self.dataset)
         for name, share in (("disjoint", self.disjoint), ("blurred", self.blurred)):
             if not 0 <= share <= 1:
                 raise InputError(f"{name}: must be a share from 0 to 1, got {share}; divide percents")

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
 from edgecl.streams.dataset import Dataset
-from edgecl.streams.stream import Plan, PlannedStream, check_parts, where
+from edgecl.streams.stream import Plan, PlannedStream, check_classes, check_parts, where
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class ClassIncremental(PlannedStream):
         seed: Of the order of the samples, base set included.
 
     Raises:
-        InputError: when a class has no training sample or is listed twice, or a group is empty.
+        InputError: when samples have no class of their own, a class has no training sample or is listed twice, or a group is empty.
 
     Source: van de Ven & Tolias, Three scenarios for continual learning, 2019.
 
@@ -40,8 +41,10 @@ class ClassIncremental(PlannedStream):
     steps: Sequence[Sequence[int]]
     seed: int = 0
     _plan: Plan = field(init=False, repr=False)
+    scenario: ClassVar[str] = "class-incremental"
 
     def __post_init__(self) -> None:
+        check_classes(self.scenario, self.dataset)
         base, steps = list(self.base_classes), [list(step) for step in self.steps]
         check_parts("base_classes, steps", "class", base, steps, self.dataset.y)
         generator = np.random.default_rng(self.seed)
@@ -68,6 +71,8 @@ class TaskIncremental(ClassIncremental):
     >>> TaskIncremental(fashion_mnist_subset(), base_classes=[], steps=[[0, 1], [2, 3]]).choices(1)
     [2, 3]
     """
+
+    scenario: ClassVar[str] = "task-incremental"
 
     def choices(self, task: int) -> Sequence[int]:
         """The task's classes.

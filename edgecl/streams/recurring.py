@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 
 from edgecl.streams.dataset import Dataset
-from edgecl.streams.stream import Indices, Plan, PlannedStream, check_present, where
+from edgecl.streams.stream import Indices, Plan, PlannedStream, check_classes, check_present, where
 from edgecl_device.errors import InputError
 
 
@@ -74,6 +74,7 @@ class Recurring(PlannedStream):
         if self.by not in {"class", "group"}:
             raise InputError(f"by: must be 'class' or 'group', got {self.by!r}; pass one of them")
         if self.by == "class":
+            check_classes("recurring by class", self.dataset)
             return self.dataset.y, self.dataset.y_test
         if self.dataset.group is None or self.dataset.group_test is None:
             raise InputError("dataset: must have groups for a stream over groups, got none; give group, group_test and group_names")

@@ -1,8 +1,8 @@
 """Streams: the order in which a learner meets a data set's samples.
 
 A scenario gives a base set to prepare the learner on, then samples one at a time. Tasks are numbered from 0: the base set is
-task 0 where there is one, else the stream's first task is. The learner sees no task boundary: ``Sample.task`` is for
-metrics and plots only.
+task 0 where there is one, else the stream's first task is; in a stream of one task alone the base set belongs to it. The learner
+sees no task boundary: ``Sample.task`` is for metrics and plots only.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,12 +25,12 @@ class Sample:
 
     Attributes:
         x: The sample, as in the data set.
-        y: Its class index.
+        y: Its target: the class index, or an array as the data set has it.
         task: The task that it belongs to; the stream's first is 1, or 0 when there is no base set.
     """
 
     x: NDArray[Any]
-    y: int
+    y: Any
     task: int
 
 
@@ -42,11 +42,11 @@ class Stream(Protocol):
         """Number of tasks, the base set included."""
 
     @property
-    def base(self) -> tuple[NDArray[Any], Indices]:
-        """Samples and labels of the base set, in random order; none when there is no base set."""
+    def base(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Samples and targets of the base set, in random order; none when there is no base set."""
 
-    def test(self, task: int) -> tuple[NDArray[Any], Indices]:
-        """The test samples and labels of one task."""
+    def test(self, task: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The test samples and targets of one task."""
 
     def choices(self, task: int) -> Sequence[int] | None:
         """Classes among which a prediction for a sample of this task is made; None when the task is not known then."""
@@ -85,12 +85,12 @@ class PlannedStream:
         return len(self._plan.tests)
 
     @property
-    def base(self) -> tuple[NDArray[Any], Indices]:
-        """Samples [N, ...] and labels int64 [N] of the base set, in random order; N is 0 when there is none."""
+    def base(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Samples [N, ...] and targets [N, ...] of the base set, in random order; N is 0 when there is none."""
         return self.dataset.x[self._plan.base], self.dataset.y[self._plan.base]
 
-    def test(self, task: int) -> tuple[NDArray[Any], Indices]:
-        """Test samples [M, ...] and labels int64 [M] of one task.
+    def test(self, task: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Test samples [M, ...] and targets [M, ...] of one task.
 
         Raises:
             InputError: when there is no such task.
@@ -113,12 +113,22 @@ class PlannedStream:
     def __iter__(self) -> Iterator[Sample]:
         for task, order in enumerate(self._plan.tasks, start=self.tasks - len(self._plan.tasks)):
             for i in order:
-                yield Sample(self.dataset.x[i], int(self.dataset.y[i]), task)
+                y = self.dataset.y[i]
+                yield Sample(self.dataset.x[i], int(y) if self.dataset.kind == "class" else y, task)
 
     def _checked(self, task: int) -> int:
         if not 0 <= task < self.tasks:
             raise InputError(f"task: must be in 0..{self.tasks - 1}, got {task}")
         return task
+
+
+def check_classes(scenario: str, dataset: Dataset) -> None:
+    """Refuse a data set whose samples have no class of their own, which the scenario sorts them by."""
+    if dataset.kind != "class":
+        raise InputError(
+            f"scenario: {scenario} needs one class a sample, got targets of kind {dataset.kind}; take domain-incremental (by group), "
+            "recurring by group, time-ordered or one-task"
+        )
 
 
 def check_parts(names: str, what: str, base: Sequence[int], steps: Sequence[Sequence[int]], present: Indices) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.numpy import save
 
 from edgecl.graph.lowering import BuiltStep, build
-from edgecl.ledger import ledger, state_specs, table_bytes
+from edgecl.ledger import RAM, ledger, state_specs, table_bytes
 from edgecl.prepare import Prepared
 from edgecl_device.checks import as_int, as_path, short
 from edgecl_device.errors import BundleError, InputError
@@ -79,12 +79,12 @@ def export(
         overwrite: Replace an existing bundle; a folder that holds anything else is refused.
         log_capacity_bytes: Cap of the device's sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that may wait for a delayed label.
-        ram_budget_bytes: What state, its second buffers and the replay memory (``ledger`` in the manifest) may take on the device.
+        ram_budget_bytes: What the learner may take of the device's RAM: the sum over :data:`edgecl.ledger.RAM` of the manifest's ledger.
         rows_in_file: Keep the replay rows in a file beside the store (``Learner.load(..., rows=)``): for memories beyond the device's RAM.
 
     Raises:
-        InputError: when an argument does not fit, the folder exists or cannot be written, the method is for the host only, or state
-            and replay exceed the budget.
+        InputError: when an argument does not fit, the folder exists or cannot be written, the method is for the host only, or the
+            budget is exceeded.
         GraphError: when a step cannot be captured or has no translation, with its place in the model.
         ExportError: when a gate fails; nothing is written.
     """
@@ -154,12 +154,13 @@ def _at_least(name: str, value: Any, least: int) -> int:
 
 
 def _check_budget(found: Mapping[str, Any], budget: int) -> None:
-    parts = {name: found[name] for name in ("state", "state_second_buffers", "replay")}
+    parts = {name: found[name] for name in RAM}
     if sum(parts.values()) > budget:
         raise InputError(
             f"ram_budget_bytes (--ram-budget): must be at least {sum(parts.values()):,}, the sum of "
             f"{', '.join(f'{name} {size:,}' for name, size in parts.items())}, got {budget:,}; cut where the features are smaller, "
-            "take a smaller replay memory or keep its rows in a file (rows_in_file), or raise the budget"
+            "take a smaller replay memory or keep its rows in a file (rows_in_file), fewer pending predictions (pending_capacity), or "
+            "raise the budget"
         )
 
 

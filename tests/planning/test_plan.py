@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgecl import METHODS, prepare
+from edgecl.ledger import RAM
 from edgecl.methods import NearestMean
-from edgecl.planning import FLASH, RAM, Candidate, Costs, InfeasibleError, Limits, Option, plan
+from edgecl.planning import FLASH, Candidate, Costs, InfeasibleError, Limits, Option, plan
 from edgecl.planning.search import front
 from edgecl_device import Learner
 from edgecl_device.errors import InputError

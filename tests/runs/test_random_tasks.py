@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from edgecl import cli
-from edgecl.evaluate import evaluation_set, right_of
+from edgecl.evaluate import evaluation_set
 from edgecl.report import charts
 from edgecl.report.views import curves, metrics
 from edgecl.streams import Blurry, load_windows
+from edgecl.tally import right_of
 from edgecl_device import Learner
 
 SEEDS = (5, 1)

@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch._dynamo  # once, and not in every child
 
-import edgecl.runs.device as device
 import edgecl.runs.model as model
 import edgecl.runs.stages as runs
 import edgecl_export.bundle as bundle
 from edgecl.runs.config import read_config
 from edgecl.runs.trail import Trail
+from edgecl.tally import ClassTally
 from edgecl_device import Learner
 
 config, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -63,8 +63,8 @@ POINTS = [  # the first learner has 40 samples to learn
     (Learner, "learn", 7, die, None),
     (Learner, "learn", 5, None, die),
     (Trail, "add", 4, tear, None),
-    (device, "right_of", 1, die, None),
-    (device, "result_of", 1, die, None),
+    (ClassTally, "test", 1, die, None),
+    (ClassTally, "result", 1, die, None),
     (Learner, "learn", 15, None, die),
     (runs, "summarise", 1, die, None),
 ]
@@ -324,7 +324,7 @@ def test_a_budget_is_refused_before_anything_runs_and_its_mend_fits(config, whol
     limit = ledger["replay"]["beyond_trunk"] - 500
     message = budgeted(config, beyond_trunk=limit)
     assert message.startswith(f"learner 'replay': budget.beyond_trunk: must be at least {limit + 500:,}, got {limit:,} (ledger: state ")
-    assert f"replay {ledger['replay']['replay']:,} bytes" in message
+    assert f"replay {ledger['replay']['replay']:,}, activations_peak " in message and "pending_features 10,240 bytes; " in message
     capacity = int(message.split("config.capacity_bytes = ")[1].split(",")[0])
     assert capacity < 2048
     config.write_text(config.read_text().replace("capacity_bytes = 2048", f"capacity_bytes = {capacity}"))
@@ -386,7 +386,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(config, whole, capsys, monkeypatch, sm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgecl.runs.device.right_of", stop)
+        patch.setattr("edgecl.tally.ClassTally.test", stop)
         assert cli.main(["run", str(config)]) == 130
     assert f"Go on with: edgecl run {config}" in capsys.readouterr().err
     assert cli.main(["run", str(config), "--json"]) == 0

@@ -11,28 +11,30 @@ import torch
 
 from edgecl.runs.files import save_network
 from edgecl.runs.trail import Trail
+from edgecl.tally import ClassTally
 from edgecl_device.errors import InputError
 
-POINTS, FLAGS = [0, 3, 6], 11
+POINTS = [0, 3, 6]
 """Tests of a stream of 6 samples, of 11 test samples each."""
+FORM = ClassTally(None, [(None, range(7)), (None, range(4))])
 
 
 def written(path):
     """The lines of a whole trail: 6 samples, the update of the third one refused."""
-    with Trail(path, FLAGS) as trail:
+    with Trail(path, FORM) as trail:
         learned = 0
         for n in range(6):
             if n in POINTS:
-                trail.add({"tested": n, "right": "a560"})
+                trail.add({"tested": n, "found": "a560"})
             trail.add({"sample": n, "predicted": None if n == 0 else n % 3, "before": learned})
             trail.add({"learned": n, "kept": False} if n == 2 else {"learned": n, "kept": True, "seconds": 0.5, "bytes": 7})
             learned += n != 2
-        trail.add({"tested": 6, "right": "a560"})
+        trail.add({"tested": 6, "found": "a560"})
     return path.read_text().splitlines()
 
 
 def fits(path, learned):
-    with Trail(path, FLAGS) as trail:
+    with Trail(path, FORM) as trail:
         return trail.fit(learned, POINTS)
 
 
@@ -42,7 +44,7 @@ def test_what_the_store_lacks_is_dropped(tmp_path, learned, left):
     written(path)
     path.write_text(path.read_text() + '{"tes')  # torn
     assert fits(path, learned)
-    with Trail(path, FLAGS) as trail:
+    with Trail(path, FORM) as trail:
         assert len(trail.predicted) == left and sorted(trail.tests) == [n for n in POINTS if n <= left]
     assert not fits(path, learned + 1)
 
@@ -68,9 +70,9 @@ def test_no_line_may_be_missing_doubled_or_out_of_its_place(tmp_path):
     "line",
     [
         b"\0" * 40, b"[]", b"{}", b"3", b"\xff\xfe", b"[" * 100_000, b"9" * 5000,
-        b'{"tested": 3, "right": "a5"}', b'{"tested": 3, "right": "a56000"}', b'{"tested": 3, "right": "a5 60"}',
-        b'{"tested": 3, "right": "zz60"}', b'{"tested": 3, "right": "a57f"}', b'{"tested": 3, "right": ""}',
-        b'{"tested": "3", "right": "a560"}',
+        b'{"tested": 3, "found": "a5"}', b'{"tested": 3, "found": "a56000"}', b'{"tested": 3, "found": "a5 60"}',
+        b'{"tested": 3, "found": "zz60"}', b'{"tested": 3, "found": "a57f"}', b'{"tested": 3, "found": ""}',
+        b'{"tested": "3", "found": "a560"}',
         b'{"predicted": 1, "before": 2}', b'{"sample": 3, "predicted": "1", "before": 2}', b'{"sample": 3, "predicted": 1, "before": 3}',
         b'{"learned": 2, "kept": 0}', b'{"learned": 2, "kept": true}', b'{"learned": 0, "kept": false}',
     ],
@@ -116,7 +118,7 @@ def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path):
     with small_disk(), pytest.raises(InputError, match=said):
         written(tmp_path / "trail.jsonl")
     assert (tmp_path / "network.pth").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
-    with Trail(tmp_path / "trail.jsonl", FLAGS) as trail:
+    with Trail(tmp_path / "trail.jsonl", FORM) as trail:
         assert 0 < len(trail.predicted) < 6
 
 

@@ -3,9 +3,10 @@
 ``docs/streams.md`` describes every layout byte by byte and column by column.
 """
 
+from edgecl.streams.loaders.arrays import load_arrays
 from edgecl.streams.loaders.cifar import load_cifar10, load_cifar100
 from edgecl.streams.loaders.idx import load_idx
 from edgecl.streams.loaders.wavs import load_wavs
 from edgecl.streams.loaders.windows import load_windows
 
-__all__ = ["load_cifar10", "load_cifar100", "load_idx", "load_wavs", "load_windows"]
+__all__ = ["load_arrays", "load_cifar10", "load_cifar100", "load_idx", "load_wavs", "load_windows"]

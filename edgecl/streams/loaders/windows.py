@@ -1,24 +1,19 @@
 """Windows of sensor channels, from an npz archive or a csv table."""
 
 import csv
-import lzma
 import math
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgecl.streams.dataset import Dataset
 from edgecl.streams.loaders._files import DAMAGED, index
+from edgecl.streams.loaders._npz import names_of, read_npz
 from edgecl_device.checks import as_path
 from edgecl_device.errors import InputError
-
-Arrays = dict[str, NDArray[Any]]
 
 REQUIRED = ("x", "y", "x_test", "y_test")
 OPTIONAL = ("class_names", "group", "group_test", "group_names")
@@ -26,8 +21,6 @@ KEYS = ("window", "label", "split")
 """Columns that a table must have; ``group`` may be there, all others are channels."""
 SPLITS = ("train", "test")
 LARGEST = float(np.finfo(np.float32).max)
-MOST_NAMES = 1 << 20
-"""Names that are made from numbers."""
 
 
 def load_windows(path: str | Path) -> Dataset:
@@ -66,22 +59,7 @@ def load_windows(path: str | Path) -> Dataset:
 
 
 def _from_npz(path: Path) -> Dataset:
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            stored: dict[str, Any] = dict(file.items())
-        if raw := [name for name, value in stored.items() if not isinstance(value, np.ndarray)]:  # bytes without the mark of an array
-            raise ValueError(f"no array in {', '.join(raw)}")
-    except (OSError, EOFError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        # RuntimeError: damaged flags call a member encrypted, or packed by a method that there is not
-        raise InputError(f"{path}: must be an npz archive of plain arrays, got {error}; save it with np.savez, without objects") from error
-    arrays: Arrays = stored
-    missing = [name for name in REQUIRED if name not in arrays]
-    unknown = [name for name in arrays if name not in REQUIRED + OPTIONAL]
-    if missing or unknown:
-        raise InputError(
-            f"{path}: must hold the arrays {', '.join(REQUIRED)} and, if wanted, {', '.join(OPTIONAL)}; it lacks {missing} and has"
-            f" {unknown} beside; rename them"
-        )
+    arrays = read_npz(path, REQUIRED, OPTIONAL)
     for name in ("x", "x_test"):
         x = arrays[name]
         if x.dtype != np.float32 or x.ndim != 3 or 0 in x.shape[1:]:
@@ -92,27 +70,17 @@ def _from_npz(path: Path) -> Dataset:
     groups = [arrays[name] for name in ("group", "group_test") if name in arrays]
     try:
         return Dataset(
-            **{name: arrays[name] for name in REQUIRED},
-            class_names=_names(arrays, "class_names", [arrays["y"], arrays["y_test"]]),
+            arrays["x"],
+            arrays["y"],
+            arrays["x_test"],
+            arrays["y_test"],
+            class_names=names_of(arrays, "class_names", [arrays["y"], arrays["y_test"]]),
             group=arrays.get("group"),
             group_test=arrays.get("group_test"),
-            group_names=_names(arrays, "group_names", groups),
+            group_names=names_of(arrays, "group_names", groups),
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _names(arrays: Arrays, name: str, indices: Sequence[NDArray[Any]]) -> tuple[str, ...]:
-    """Names from the archive, or the numbers that the indices use; what is no index the data set refuses."""
-    if name in arrays:
-        texts = arrays[name]
-        if texts.dtype.kind != "U" or texts.ndim != 1:
-            raise InputError(f"{name}: must be text [K], got {texts.dtype} {list(texts.shape)}; convert it")
-        return tuple(str(text) for text in texts)
-    largest = max((int(values.max()) for values in indices if values.size and values.dtype == np.int64), default=-1)
-    if largest >= MOST_NAMES:
-        raise InputError(f"{name}: must be given where an index is above {MOST_NAMES - 1:,}, got {largest:,}; number them from 0")
-    return tuple(map(str, range(largest + 1)))
 
 
 @dataclass
