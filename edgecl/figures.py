@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from edgecl.evaluate import StreamResult, named
+from edgecl.learner import update_macs
 from edgecl.methods import METHODS
 from edgecl.metrics import average_incremental_accuracy, backward_transfer, forgetting
 from edgecl.streams import Dataset, DomainIncremental, Stream
@@ -49,13 +50,13 @@ def figures(found: StreamResult) -> dict[str, Any]:
 
 def costs(manifest: Manifest) -> dict[str, Any]:
     """What a bundle's learner costs, from its manifest: MACs of one update and of the trunk, bytes by the ledger."""
-    learn = manifest.steps.get("learn")
-    encode = manifest.steps["encode"].canonical_macs
+    canonical = {name: step.canonical_macs for name, step in manifest.steps.items()}
+    executed = {name: step.executed_macs for name, step in manifest.steps.items()}
     return {
         "learns": METHODS[manifest.method].summary,
-        "update_macs": None if learn is None else learn.canonical_macs,
-        "update_executed_macs": None if learn is None else learn.executed_macs,
-        "encode_macs": encode,
+        "update_macs": None if "learn" not in canonical else update_macs(canonical, manifest.refresh_every),
+        "update_executed_macs": None if "learn" not in executed else update_macs(executed, manifest.refresh_every),
+        "encode_macs": canonical["encode"],
         "bytes": manifest.ledger["beyond_trunk"],
         "second_buffer_bytes": manifest.ledger["state_second_buffers"],
         "replay_bytes": manifest.ledger["replay"],

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from edgecl.trees import flatten_tree
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import UNSEEN_SCORE, ReplaySpec, TargetSpec, TensorSpec
+from edgecl_device.manifest import AGE, UNSEEN_SCORE, ReplaySpec, TargetSpec, TensorSpec
 
 State = dict[str, Tensor]
 StepResult = tuple[dict[str, Tensor], State]
 Nested = Mapping[str, Any]
 """A tensor spec, or a mapping of names to such (any depth); flattened with dots."""
 
-STEPS = ("predict", "learn", "forget", "relabel")
+STEPS = ("predict", "learn", "forget", "relabel", "refresh")
 """Names a method may give its steps, in the order in which they are listed."""
 
 
@@ -139,9 +139,14 @@ class Learner(ABC):
         return float(getattr(self.config, "lr", 0.0))
 
     @property
+    def refresh_every(self) -> int:
+        """Updates after which the step ``refresh`` runs, as counted by the state ``age``, float32 []; 0 without such a step."""
+        return 0
+
+    @property
     def steps(self) -> dict[str, Callable[..., StepResult]]:
         """The steps that this method has, by name."""
-        return {name: getattr(self, name) for name in STEPS if hasattr(self, name)}
+        return {name: getattr(self, name) for name in STEPS if hasattr(self, name) and (name != "refresh" or self.refresh_every)}
 
     def inputs_of(self, step: str) -> dict[str, Nested | TensorSpec]:
         """Specs of one step's inputs by parameter name, in the order of its signature."""
@@ -168,6 +173,22 @@ def call_step(learner: Learner, step: str, state: State, inputs: Mapping[str, An
     """Run one step as every engine does: with the output ``finite``, bool [], when it writes state."""
     outputs, new_state = learner.steps[step](dict(state), **inputs)
     return ({**outputs, "finite": all_finite(new_state)} if new_state else outputs), new_state
+
+
+def update_macs(macs: Mapping[str, int], refresh_every: int) -> int:
+    """MACs of one update by those of the steps, 0 without ``learn``; a share of ``refresh``, which serves several, is rounded up.
+
+    >>> update_macs({"learn": 100, "refresh": 30}, 4)
+    108
+    """
+    return macs.get("learn", 0) + (-(-macs["refresh"] // refresh_every) if refresh_every else 0)
+
+
+def refreshed(learner: Learner, state: State) -> State:
+    """The state behind an update: ``refresh`` has run where it is due."""
+    if not learner.refresh_every or state[AGE] < learner.refresh_every:
+        return state
+    return {**state, **call_step(learner, "refresh", state, {})[1]}
 
 
 def call_encode(trunk: Any, x: Any, stream: State) -> StepResult:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from edgecl.engine import to_arrays
 from edgecl.fidelity import check_gradients, check_values
 from edgecl.given import NAMES, Samples, check_independent, check_like, check_names, plain_samples, sample_weights
-from edgecl.learner import Learner, Problem, State, dtype_name
+from edgecl.learner import Learner, Problem, State, dtype_name, refreshed
 from edgecl.methods import METHODS
 from edgecl.methods._dropout import check_functions
 from edgecl.methods._suffix import SuffixLearner
@@ -152,7 +152,7 @@ class Prepared:
         for i, (z, target, one) in enumerate(zip(latents, targets, weights, strict=True)):
             with torch.no_grad():
                 outputs, new = self.learner.prime(state, z, torch.tensor(target), one)
-            state = {**state, **new}
+            state = refreshed(self.learner, {**state, **new})
             if not bool(outputs.get("guard", True)) or not _finite(new.values()):
                 raise InputError(f"x: sample {i} must leave a finite state within the method's guard, it does not; scale the features")
             rows.append(to_arrays(row_of(outputs)))

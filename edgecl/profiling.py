@@ -66,6 +66,7 @@ class Profile:
         ledger: Memory in bytes by name, as in the manifest. ``frozen_weights`` is the sum of the distinct frozen tensors:
             the bundle's weight file adds padding. Sizes of graph files are not in it.
         reconstruction: Squared error of the first base samples' latents as replay rows hold them, over their square; None before ``fit``.
+        refresh_every: Updates that share one run of the step ``refresh``; 0 without one.
     """
 
     method: str
@@ -74,6 +75,7 @@ class Profile:
     steps: tuple[StepProfile, ...]
     ledger: dict[str, Any]
     reconstruction: float | None = None
+    refresh_every: int = 0
 
 
 def profile(prepared: Prepared, engine: str = "onnx", pending: int = DEFAULT_PENDING) -> Profile:
@@ -122,6 +124,7 @@ def profile(prepared: Prepared, engine: str = "onnx", pending: int = DEFAULT_PEN
         ),
         found,
         prepared.reconstruction if prepared.examples else None,
+        learner.refresh_every,
     )
 
 

@@ -59,6 +59,7 @@ WRONG = {
     "projection_seed": ("a", 0.5, -1, 2**64),
     "unit_norm": ("no", 1, None),
     "reflect": ("no", 1, None),
+    "delay": (-1, 257, 2.5, True),
     "priors": ("x",),
     "drift": (0.0, 1.5, float("nan")),
     "trace_cap": (0.0, 5.0),

@@ -37,6 +37,8 @@ CASES = [
     ("ridge", {"gamma": 1.0, "dtype": "float64"}),
     ("ridge", {"projection": 150}),
     ("ridge", {"drift": 0.99}),
+    ("ridge", {"gamma": 1.0, "delay": 5}),
+    ("slda", {"delay": 5}),
 ]
 
 ANALYTIC = ("ncm", "slda", "ridge")
@@ -78,8 +80,8 @@ class Witness:
     def load(self, state):
         self.inner.load(state)
 
-    def state(self):
-        return self.inner.state()
+    def state(self, names=None):
+        return self.inner.state(names)
 
     def close(self):
         self.inner.close()

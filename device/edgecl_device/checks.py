@@ -12,10 +12,11 @@ from safetensors.numpy import load_file
 
 from edgecl_device.errors import BundleError, InputError, PredictionError
 from edgecl_device.generator import WORD
-from edgecl_device.manifest import DTYPES, UNSEEN_SCORE, Array, Manifest, TargetSpec, TensorSpec
+from edgecl_device.manifest import AGE, DTYPES, UNSEEN_SCORE, Array, Manifest, TargetSpec, TensorSpec
 
 TARGET = "target"
 REVISIONS = ("forget", "relabel")
+REFRESH = "refresh"
 MOST_ELEMENTS = 1 << 40
 MOST_THREADS = 64
 MOST_DRAWS = 1 << 20
@@ -113,6 +114,7 @@ def check_steps(manifest: Manifest) -> None:
             raise BundleError(
                 f"step {name!r}: must leave the stream's state to encode, got {short(sorted(heard))}; export the bundle again"
             )
+    _check_refresh(manifest)
     classes, names = manifest.max_classes, list(manifest.class_names)
     known = {
         spec.name: spec
@@ -135,7 +137,7 @@ def check_steps(manifest: Manifest) -> None:
         "encode": [TensorSpec("finite", (), "bool")] if stream else [],
         "predict": [manifest.target.scores(classes)],
         "learn": [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
-        **{name: [TensorSpec("finite", (), "bool")] for name in REVISIONS},
+        **{name: [TensorSpec("finite", (), "bool")] for name in (*REVISIONS, REFRESH)},
     }
     if replay is not None:
         stored = manifest.target.stored(classes)
@@ -158,6 +160,17 @@ def check_steps(manifest: Manifest) -> None:
                 raise BundleError(f"step {name!r}: output {spec} is missing, got {list(step.outputs)}; export the bundle again")
     if len(names) > classes or len(set(names)) < len(names) or "" in names:
         raise BundleError(f"class_names: must be at most {classes} different names, got {names}; export the bundle again")
+
+
+def _check_refresh(manifest: Manifest) -> None:
+    """The step that the loop runs by itself is told when, takes nothing but state, and resets its age."""
+    step, every = manifest.steps.get(REFRESH), manifest.refresh_every
+    if (step is None) != (every == 0) or every < 0:
+        got = f"{every} and {'such' if step else 'no such'} step"
+        raise BundleError(f"refresh_every: must be at least 1 with a step {REFRESH!r}, else 0, got {got}; export the bundle again")
+    if step is not None and (TensorSpec(AGE, (), "float32") not in manifest.state or step.inputs or AGE not in step.state_out):
+        got = short([*(spec.name for spec in step.inputs), *step.state_out])
+        raise BundleError(f"step {REFRESH!r}: must take state alone and write {AGE!r}, float32 [], got {got}; export the bundle again")
 
 
 def check_state(manifest: Manifest, state: Mapping[str, Array]) -> None:

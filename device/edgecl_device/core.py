@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import check_state, short
+from edgecl_device.checks import REFRESH, check_state, short
 from edgecl_device.engines import Engine
 from edgecl_device.errors import RESTORE, BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
-from edgecl_device.manifest import Array, Manifest, ReplaySpec
+from edgecl_device.manifest import AGE, Array, Manifest, ReplaySpec
 from edgecl_device.memory import ReplayMemory, memory_layout, row_of
 from edgecl_device.record import Sample
 from edgecl_device.rows import RowFile
@@ -27,6 +27,7 @@ class Core:
         totals: ``learned``, ``forgotten`` and ``relabelled`` over the learner's life.
         health: The method's figures after the last update.
         refused: Updates refused in this session.
+        refreshes: Runs of the step ``refresh`` in this session.
         memory: The replay memory, if the method has one.
         stream_start: What :attr:`stream` was before the first frame.
     """
@@ -70,6 +71,7 @@ class Core:
         self.totals = {"learned": 0, "forgotten": 0, "relabelled": 0}
         self.health: dict[str, float] = {}
         self.refused = 0
+        self.refreshes = 0
         engine.load(state)
 
     @property
@@ -145,6 +147,7 @@ class Core:
     def keep(self, sample: Sample, outputs: Mapping[str, Array]) -> None:
         """Make what :meth:`propose` found the present."""
         self._engine.commit()
+        self._refresh()
         if self.memory is not None:
             self.memory.offer(row_of(outputs), sample.target[0], sample.id)
         self.counts[self._target.classes_of(sample.target)] += 1
@@ -156,6 +159,7 @@ class Core:
         values = sample.inputs() if target is None else {**sample.inputs(), "new_target": target}
         outputs = self._run(step, values, what)
         self._engine.commit()
+        self._refresh()
         self.health = _health(outputs)
         self.counts[self._target.classes_of(sample.target)] -= 1
         if target is None:
@@ -214,8 +218,22 @@ class Core:
             self.restore(before)
             raise
 
+    @property
+    def _due(self) -> bool:
+        every = self._manifest.refresh_every
+        return every > 0 and float(self._engine.state([AGE])[AGE]) >= every
+
+    def _refresh(self) -> None:
+        """Run ``refresh`` behind an update if it is due. A result that must not be kept stays undone, and the next update says why."""
+        if self._due and self._engine.run(REFRESH, {})["finite"]:
+            self._engine.commit()
+            self.refreshes += 1
+
     def _run(self, step: str, values: Mapping[str, Array], what: str) -> dict[str, Array]:
         """Run a step that writes state and refuse a result that must not be kept."""
+        if self._due and step != REFRESH:
+            self._run(REFRESH, {}, what)
+            self._engine.commit()
         outputs = self._engine.run(step, values)
         loss = float(outputs.get("loss", np.float32(0)))
         cause = None

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from edgecl_device.checks import (
+    REFRESH,
     as_float32,
     as_inputs,
     as_int,
@@ -219,7 +220,10 @@ class Learner(OneAtATime):
             z = self._pending.get(sample_id)
             macs = self._macs("learn")
         self._store.fold()
+        refreshes = self._core.refreshes
         outputs = self._journal.learn(Sample(sample_id, z, target, weight, lr))
+        if self._core.refreshes > refreshes:
+            macs += self._macs(REFRESH)
         self._session["learned"] += 1
         self._session["macs"] += macs
         before, told, written = self._target.read(outputs["scores"]), self._target.told(target), self._written - written

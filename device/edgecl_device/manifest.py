@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgecl_device.errors import BundleError, InputError, SchemaError
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the manifest that is written. Version 1, in which ``target`` is the word ``class``, is read as well."""
 
 MANIFEST = "manifest.json"
@@ -31,6 +31,8 @@ DTYPES = ("float32", "float64", "int16", "int32", "int64", "uint8", "bool")
 """Types that a tensor of a bundle may have, by NumPy's names."""
 STREAM = "encode."
 """Start of the names of state that ``encode`` carries from frame to frame, and that no other step reads or writes."""
+AGE = "age"
+"""State float32 []: updates since the last ``refresh``, for methods that have such a step."""
 UNSEEN_SCORE = -1e30
 """Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
 
@@ -230,6 +232,7 @@ class Manifest:
         files: Size and hash of every other file.
         versions: Versions of what wrote the bundle.
         engine: ``onnx`` or ``executorch``: which runtime the graphs are for.
+        refresh_every: Updates after which the loop runs the step ``refresh``; 0 without one.
     """
 
     method: str
@@ -251,6 +254,7 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = "onnx"
+    refresh_every: int = 0
     schema: int = SCHEMA
 
     @property

@@ -67,6 +67,19 @@ def dtype_of(name: str) -> torch.dtype:
     return known[name]
 
 
+MOST_DELAY = 256
+"""Most updates that may wait; 16 are enough to make the refresh a small part of an update."""
+
+
+def check_delay(delay: int) -> None:
+    """Check a config's ``delay``.
+
+    Raises:
+        InputError: when it is not within 0 and :data:`MOST_DELAY`.
+    """
+    require(0 <= delay <= MOST_DELAY, "delay", f"be within 0 and {MOST_DELAY} updates", delay, "use 0 for none, or 16")
+
+
 def check_types(config: Any) -> None:
     """Check the plain types of a config's values; NumPy's numbers become Python's.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.engine import to_arrays
-from edgecl.learner import State, call_step
+from edgecl.learner import State, call_step, refreshed
 from edgecl.planning.candidates import Candidate
 from edgecl.planning.latents import Unpacked
 from edgecl.planning.space import Depth
@@ -112,7 +112,7 @@ def _learned(ready: Prepared, state: State, z: Any, label: int) -> State:
         return state
     if memory is not None:
         memory.offer(to_arrays(row_of(outputs)), label, -1)
-    return {**state, **new}
+    return refreshed(learner, {**state, **new})
 
 
 def _keeps(outputs: Mapping[str, Tensor]) -> bool:

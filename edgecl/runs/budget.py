@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgecl.learner import update_macs
 from edgecl.ledger import RAM, ram_bytes
 from edgecl.options import place
 from edgecl.prepare import Prepared, prepare
@@ -37,11 +38,10 @@ def prepared_of(config: RunConfig, entry: LearnerConfig, net: nn.Module, data: D
 
 def used(found: Profile) -> dict[str, int]:
     """What the limits of the budget are about."""
-    learn = next((step for step in found.steps if step.step == "learn"), None)
     return {
         "beyond_trunk": found.ledger["beyond_trunk"],
         "ram": ram_bytes(found.ledger),
-        "update_macs": learn.canonical_macs if learn else 0,
+        "update_macs": update_macs({step.step: step.canonical_macs for step in found.steps}, found.refresh_every),
     }
 
 

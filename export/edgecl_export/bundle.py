@@ -232,6 +232,7 @@ def _write(
         ledger=memory_ledger,
         files=contents,
         engine=engine,
+        refresh_every=learner.refresh_every,
         versions={name: version(name) for name in ("edgecl", "torch", *target.packages)},
     )
     (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")

@@ -15,10 +15,10 @@ from edgecl.graph.lowering import BuiltStep
 from edgecl.prepare import Prepared
 from edgecl.targets import drawn_target
 from edgecl.trees import flatten_tree
-from edgecl_device.checks import REVISIONS
+from edgecl_device.checks import REFRESH, REVISIONS
 from edgecl_device.engines import Engine
 from edgecl_device.errors import EdgeclError
-from edgecl_device.manifest import Array, Manifest, TensorSpec, check_files, read_manifest
+from edgecl_device.manifest import AGE, Array, Manifest, TensorSpec, check_files, read_manifest
 from edgecl_device.targets import example_target
 from edgecl_device.trial import tried
 from edgecl_export.errors import refuse
@@ -184,6 +184,11 @@ def _learned(case: _Case, eager: EagerEngine, state: Mapping[str, Array], inputs
     outputs = eager.run("learn", inputs)
     if not (bool(outputs["finite"]) and bool(outputs.get("guard", True))):
         return state
+    eager.commit()
+    learned, every = eager.state(), case.manifest.refresh_every
+    if not every or learned[AGE] < every:
+        return learned
+    eager.run(REFRESH, {})
     eager.commit()
     return eager.state()
 

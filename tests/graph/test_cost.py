@@ -121,6 +121,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),  # a new method is in it without another line
     ("ridge", {"projection": 7}),
     ("ridge", {"drift": 0.9}),
+    ("ridge", {"delay": 3}),
+    ("slda", {"delay": 3}),
     ("finetune", {"optimizer": "adam"}),
     ("finetune", {"trainable": ("5.*",)}),
     ("finetune", {"trainable": ("1.*", "5.*")}),
