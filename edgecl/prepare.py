@@ -127,7 +127,7 @@ class Prepared:
     ) -> "Prepared":
         """Take in base samples: what the model already knows becomes part of the state and of the replay memory.
 
-        May be called again with more samples. The first call calibrates the replay codec.
+        May be called again with more samples. The first call calibrates what is frozen: the replay codec, ridge's reflection.
 
         Args:
             x: Raw samples [N, ...]; of a model of several inputs a mapping of them.

@@ -30,6 +30,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
 """Each with narrow layers: shape of a sample, cut before the last two blocks, and a weight that must learn."""
 
 
+class LstmClassifier(nn.Module):
+    """Windows [N, 3, T] through two LSTMs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(3, 6, batch_first=True), nn.LSTM(6, 6, batch_first=True)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.fc(self.second(self.first(x.transpose(1, 2))[0])[0].mean(1))
+        return scores
+
+
+MODELS["lstm"] = (LstmClassifier, (3, 9), "first", "second.weight_hh_l0")
+
+
 @pytest.mark.parametrize(("name", "engine"), [*((name, "onnx") for name in MODELS), ("gru", "executorch")])
 def test_a_network_learns_on_the_device(name: str, engine: str, tmp_path: Any) -> None:
     make, shape, at, trained = MODELS[name]

@@ -27,6 +27,7 @@ from edgecl.graph.canonical.norms import running_statistics
 from edgecl.graph.phases import module_paths, phase
 from edgecl.graph.step import GraphError, Kind, Port, StepGraph, unsupported, where_in_model
 from edgecl.learner import Learner, State, call_encode, call_step, dtype_name
+from edgecl.onednn import without_onednn
 from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import DTYPES, TensorSpec
@@ -190,16 +191,13 @@ def _update_statistics(step: str, x: Tensor, mean: Tensor, variance: Tensor, mom
 @contextlib.contextmanager
 def _plain_operators() -> Iterator[None]:
     """Attention and recurrent layers as operators that every runtime has, not fused into one of this machine's libraries."""
-    mkldnn: Any = torch.backends.mkldnn
-    fast, library = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    mkldnn.enabled = False
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with without_onednn(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        mkldnn.enabled = library
 
 
 class _FixedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]

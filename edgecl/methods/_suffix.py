@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from edgecl.learner import Learner, Problem, State, StepResult, mask_unseen, one_hot
 from edgecl.methods._features import check_types, require
+from edgecl.onednn import without_onednn
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import TargetSpec
 
@@ -47,6 +49,7 @@ class SuffixLearner(Learner):
         if masks is not None and not isinstance(masks, Mapping):
             raise InputError(f"masks: must be a mapping of parameter names to bool tensors, got {type(masks).__name__}; pass a dict")
         self.masks = dict(masks or {})
+        self._lstm = any(isinstance(part, nn.LSTM) for part in self.suffix.modules())
         scores = self.suffix(_zeros(problem.features))
         wanted = problem.target.scores(problem.max_classes).shape
         if tuple(scores.shape) != wanted:
@@ -113,7 +116,15 @@ class SuffixLearner(Learner):
 
     def scores(self, parameters: dict[str, Tensor], z: Any) -> Tensor:
         """The suffix with these parameters: float32 [N, K, ...]."""
-        scores: Tensor = torch.func.functional_call(self.suffix, parameters, (z,))
+        return self.called(self.suffix, parameters, z)
+
+    def called(self, module: nn.Module, parameters: dict[str, Tensor], *inputs: Any) -> Tensor:
+        """A module, of which the suffix is all or a part, with these parameters.
+
+        An LSTM runs without oneDNN, whose own keeps nothing for a gradient where the caller has switched autograd off.
+        """
+        with without_onednn() if self._lstm else nullcontext():
+            scores: Tensor = torch.func.functional_call(module, parameters, inputs)
         return scores
 
 

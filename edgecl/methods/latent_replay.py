@@ -306,8 +306,7 @@ class LatentReplay(Finetune):
 
     def _dropped(self, parameters: dict[str, Tensor], batch: Any, masks: dict[str, Tensor]) -> Tensor:
         """Scores [1 + r, K, ...] of the suffix with these masks where it drops."""
-        scores: Tensor = torch.func.functional_call(self._dropping, parameters, (batch, masks))
-        return scores
+        return self.called(self._dropping, parameters, batch, masks)
 
     def _filled(self, rows: Any, code: Any, real: Tensor) -> Any:
         """Rows with this sample's code in place of filler: of zeros a suffix may make NaN, which no weight of zero takes away."""

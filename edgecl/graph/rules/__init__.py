@@ -24,7 +24,7 @@ from edgecl.graph.rules.elementwise import (
     threshold_backward,
 )
 from edgecl.graph.rules.pooling import avg_pool2d, avg_pool2d_backward, max_pool2d_with_indices_backward
-from edgecl.graph.rules.reductions import sum_of, sum_of_all
+from edgecl.graph.rules.reductions import mean_of, sum_of, sum_of_all
 
 aten = torch.ops.aten
 
@@ -68,6 +68,7 @@ EXECUTORCH = Rules(
         aten.constant_pad_nd.default: padding.constant_pad_nd,
         aten.sum.dim_IntList: sum_of,
         aten.sum.default: sum_of_all,
+        aten.mean.dim: mean_of,
         aten.unsqueeze.default: views.unsqueeze,
         aten.squeeze.dim: views.squeeze,
         aten.squeeze.dims: views.squeeze,

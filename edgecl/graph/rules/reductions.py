@@ -1,7 +1,7 @@
 """Sums in forms that keep their digits on ExecuTorch.
 
 The portable ``sum`` of executorch 1.5.1 adds one term after the other in float32, whatever the type: ten thousand equal terms lose three
-of seven digits. Its ``mean`` adds in the type given.
+of seven digits. Its ``mean`` adds in the type given, in the same way.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtyp
     """In float64 the mean times the number of terms; in float32 long sums in parts; another sum stays."""
     axes = [dim % x.dim() for dim in dims or range(x.dim())]
     count = prod(x.shape[axis] for axis in axes)
-    if dtype not in (None, x.dtype):
+    if dtype not in (None, x.dtype) or count == 0 or not x.dim():
         return NotImplemented
     if x.dtype == torch.float64:
         return x.mean(axes, keepdim) * float(count)
@@ -33,6 +33,14 @@ def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtyp
             total = total.reshape([*before, size // parts[axis], parts[axis], *after]).sum([axis + 1])
         total = total.sum([axis], keepdim=True)
     return total if keepdim else total.reshape([size for axis, size in enumerate(total.shape) if axis not in axes])
+
+
+def mean_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    """In float32 a long mean is the sum over its count: the portable ``mean`` adds one term after the other, too."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    total = sum_of(x, dims, keepdim, dtype=dtype)
+    return total if total is NotImplemented else total / float(prod(x.shape[dim] for dim in dims or range(x.dim())))
 
 
 def sum_of_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
