@@ -1,16 +1,20 @@
 """What ExecuTorch's delegate XNNPACK takes of a program; needs the package."""
 
+import warnings
 from collections import defaultdict
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from edgecl_export.targets.partition import parts_of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what the package deprecates in others
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 
 LEAST_ELEMENTS = 512
 """A part of a graph whose tensors are all smaller stays with the portable kernels, convolutions apart: a delegate's call takes some
