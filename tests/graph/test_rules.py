@@ -419,20 +419,33 @@ def test_cropped_gradients_of_convolutions_have_no_negative_padding_on_executorc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 1, 3, 5), (3, 300, 1, 7), (1, 2, 257, 12)])
-def test_sums_for_executorch_equal_the_operator(dtype: torch.dtype, shape: tuple[int, ...], bench: Any, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("name", ["sum", "mean"])
+def test_sums_for_executorch_equal_the_operator(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], bench: Any, generator: torch.Generator
+) -> None:
     x = torch.randn(shape, generator=generator, dtype=dtype)
+    operator = {"sum": aten.sum.dim_IntList, "mean": aten.mean.dim}[name]
     for dims, keepdim in itertools.product(([], [0], [1], [-1, 0], [0, 2, 3], [1, 2], [3, 2, 1, 0]), (False, True)):
-        want = x.double().sum(dims, keepdim).to(dtype)
-        graph = lower(canonicalise(bench.trace(lambda t, d=dims, k=keepdim: aten.sum.dim_IntList(t, d, k), x)), "executorch")
+        want = getattr(x.double(), name)(dims, keepdim).to(dtype)
+        graph = lower(canonicalise(bench.trace(lambda t, d=dims, k=keepdim: operator(t, d, k), x)), "executorch")
         close(graph.run(x)[0], want, 1e-6 if dtype == torch.float32 else 1e-14, (dims, keepdim))
+
+
+@pytest.mark.parametrize("engine", ["onnx", "executorch"])
+def test_sums_of_a_number_over_its_axes_are_the_number(engine: str, bench: Any) -> None:
+    x = torch.tensor(3.5)
+    graph = lower(canonicalise(bench.trace(lambda t: (t.sum(0), t.mean(0, keepdim=True), t.sum(())), x)), engine)
+    assert [value.item() for value in graph.run(x)] == [3.5] * 3
+    assert not any(n.target in (aten.sum.dim_IntList, aten.mean.dim) for n in graph.operators)
 
 
 def test_no_sum_for_executorch_has_many_terms(bench: Any) -> None:
     x = torch.ones(1, 65, 192)
-    for function in (lambda t: t.sum(), lambda t: t.reshape(1, -1).sum(1), lambda t: t.sum((1, 2), keepdim=True)):
+    for function in (lambda t: t.sum(), lambda t: t.reshape(1, -1).sum(1), lambda t: t.sum((1, 2), keepdim=True), lambda t: t.mean((1, 2))):
         graph = lower(canonicalise(bench.trace(function, x)), "executorch")
         sums = [n for n in graph.operators if n.target is aten.sum.dim_IntList]
         assert len(sums) > 1
+        assert not any(n.target is aten.mean.dim for n in graph.operators)
         assert all(n.args[0].meta["val"].numel() <= 256 * n.meta["val"].numel() for n in sums)
 
 

@@ -24,7 +24,7 @@ from edgecl.graph.rules.elementwise import (
     threshold_backward,
 )
 from edgecl.graph.rules.pooling import avg_pool2d, avg_pool2d_backward, max_pool2d_with_indices_backward
-from edgecl.graph.rules.reductions import mean_of, sum_of, sum_of_all
+from edgecl.graph.rules.reductions import mean_of, of_number, sum_of, sum_of_all
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 }
 """For runtimes without gradients of their own."""
 
-ONNX = Rules(_PLAIN)
+ONNX = Rules({**_PLAIN, aten.sum.dim_IntList: of_number, aten.mean.dim: of_number})
 """Rules for stock ONNX Runtime."""
 
 EXECUTORCH = Rules(

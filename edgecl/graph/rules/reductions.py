@@ -17,9 +17,11 @@ LONG = 256
 
 def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     """In float64 the mean times the number of terms; in float32 long sums in parts; another sum stays."""
+    if not x.dim():
+        return of_number(x, dims, keepdim, dtype=dtype)
     axes = [dim % x.dim() for dim in dims or range(x.dim())]
     count = prod(x.shape[axis] for axis in axes)
-    if dtype not in (None, x.dtype) or count == 0 or not x.dim():
+    if dtype not in (None, x.dtype) or count == 0:
         return NotImplemented
     if x.dtype == torch.float64:
         return x.mean(axes, keepdim) * float(count)
@@ -35,8 +37,15 @@ def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtyp
     return total if keepdim else total.reshape([size for axis, size in enumerate(total.shape) if axis not in axes])
 
 
+def of_number(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    """Sum or mean of one number over axes that it does not have, which runtimes refuse and PyTorch does not."""
+    return NotImplemented if x.dim() or dtype not in (None, x.dtype) else x.reshape(())
+
+
 def mean_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     """In float32 a long mean is the sum over its count: the portable ``mean`` adds one term after the other, too."""
+    if not x.dim():
+        return of_number(x, dims, keepdim, dtype=dtype)
     if x.dtype != torch.float32:
         return NotImplemented
     total = sum_of(x, dims, keepdim, dtype=dtype)
