@@ -2,11 +2,12 @@
 
     python benchmarks/learn_latency.py [--repeats 400] [--out FILE]
 
-Cases: ``ridge`` and ``slda`` at d=512 or 1280, K=100, and ``latent_replay`` with r=8 on the demo's network. The step alone is
-timed (latent in, new state out, buffers bound); then PyTorch on tensors that lie ready: for the first two the eager step
-function, for latent replay the update as one would write it by hand (autograd, ``torch.optim.SGD``), which is faster than the
-step function there. A copy of the whole state in NumPy is timed beside them: a step that changes all of it can take no less, and
-says how fast the machine's memory was.
+Cases: ``ridge`` and ``slda`` at d=512 or 1280, K=100, without a delay and with 16 updates between two runs of ``refresh``, and
+``latent_replay`` with r=8 on the demo's network. The step alone is timed (latent in, new state out, buffers bound), with its share
+of ``refresh``: of both the median, the latter over the updates that it serves. Then PyTorch on tensors that lie ready: for the
+first two the eager step function without a delay, for latent replay the update as one would write it by hand (autograd,
+``torch.optim.SGD``), which is faster than the step function there. A copy of the whole state in NumPy is timed beside them: a step
+that changes all of it can take no less, and it says how fast the machine's memory was.
 Engine and step function are compared first. Writes ``benchmarks/results/learn_latency.json``.
 """
 
@@ -31,7 +32,7 @@ from torch import nn
 from edgecl.engine import EagerEngine, to_tensor
 from edgecl.figures import machine
 from edgecl.learner import call_step
-from edgecl.methods import LatentReplay
+from edgecl.methods import METHODS, LatentReplay
 from edgecl.prepare import Prepared, prepare
 from edgecl.streams import fashion_mnist_subset
 from edgecl.trees import unflatten_like
@@ -43,12 +44,13 @@ from edgecl_export.verify import compare_step
 OUT = Path(__file__).parent / "results" / "learn_latency.json"
 
 
-def matrix_case(method: str, d: int) -> Prepared:
+def matrix_case(method: str, d: int, delay: int = 0) -> Prepared:
     """A method on d-dimensional features with room for 100 classes, 400 random samples learned."""
     generator = np.random.default_rng(0)
     model = nn.Sequential(nn.Identity(), nn.Linear(d, 100))
     x = generator.standard_normal((400, d)).astype(np.float32)
-    return prepare(model, at="0", example=x[:1], method=method, classes=100).fit(x, generator.integers(0, 100, 400))
+    config = METHODS[method].Config(delay=delay)
+    return prepare(model, at="0", example=x[:1], method=method, classes=100, config=config).fit(x, generator.integers(0, 100, 400))
 
 
 def replay_case() -> Prepared:
@@ -69,6 +71,9 @@ CASES: dict[str, tuple[Callable[[], Prepared], str]] = {
     "ridge d=512 K=100": (lambda: matrix_case("ridge", 512), "0.15 ms"),
     "ridge d=1280 K=100": (lambda: matrix_case("ridge", 1280), "0.3 ms"),
     "slda d=1280 K=100": (lambda: matrix_case("slda", 1280), "0.45 ms"),
+    "ridge d=512 K=100, delay 16": (lambda: matrix_case("ridge", 512, 16), "0.15 ms"),
+    "ridge d=1280 K=100, delay 16": (lambda: matrix_case("ridge", 1280, 16), "0.3 ms"),
+    "slda d=1280 K=100, delay 16": (lambda: matrix_case("slda", 1280, 16), "0.45 ms"),
     "latent_replay r=8": (replay_case, "ratio 1"),
 }
 """Every case and its target."""
@@ -103,7 +108,14 @@ def time_case(name: str, prepared: Prepared, repeats: int) -> dict[str, Any]:
 
         def on_eager() -> None:
             with torch.no_grad():
-                call_step(prepared.learner, "learn", prepared.state, tensors)
+                call_step(eager.learner, "learn", eager.state, tensors)
+
+        eager = _without_delay(prepared)
+        every = prepared.learner.refresh_every
+
+        def refresh() -> None:
+            if every:
+                target.run("refresh", {})
 
         spare = copy.deepcopy(state)
 
@@ -112,9 +124,12 @@ def time_case(name: str, prepared: Prepared, repeats: int) -> dict[str, Any]:
                 np.copyto(spare[key], value)
 
         by_hand = plain_update(prepared.learner, tensors) if isinstance(prepared.learner, LatentReplay) else on_eager
-        rounds = [(_time(on_onnx), _time(by_hand), _time(copied)) for _ in track(range(repeats), name)][repeats // 10 :]
+        calls = (on_onnx, by_hand, copied, refresh)
+        rounds = [[_time(call) * 1e3 for call in calls] for _ in track(range(repeats), name)][repeats // 10 :]
         target.close()
-    onnx_ms, eager_ms, copy_ms = ([times[i] * 1e3 for times in rounds] for i in range(3))
+    learn_ms, eager_ms, copy_ms, refresh_ms = map(list, zip(*rounds, strict=True))
+    share_ms = statistics.median(refresh_ms) / every if every else 0.0
+    onnx_ms = [ms + share_ms for ms in learn_ms]
     quartiles = statistics.quantiles(onnx_ms, n=4)
     return {
         "case": name,
@@ -122,8 +137,17 @@ def time_case(name: str, prepared: Prepared, repeats: int) -> dict[str, Any]:
         "onnx_ms_quartiles": [quartiles[0], quartiles[2]],
         "eager_ms": statistics.median(eager_ms),
         "copy_ms": statistics.median(copy_ms),
+        "refresh_share_ms": share_ms,
         "ratio": statistics.median(a / b for a, b in zip(onnx_ms, eager_ms, strict=True)),
     }
+
+
+def _without_delay(prepared: Prepared) -> Prepared:
+    """The learner that keeps no change waiting."""
+    learner = prepared.learner
+    if not learner.refresh_every:
+        return prepared
+    return matrix_case(learner.name, learner.problem.feature_size)
 
 
 def plain_update(learner: LatentReplay, inputs: Mapping[str, Any]) -> Callable[[], None]:
