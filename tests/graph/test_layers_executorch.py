@@ -1,9 +1,10 @@
-"""The same layers on ExecuTorch: output, and gradients of input and parameters, of every row that claims it, against PyTorch's autograd.
+"""The same layers on ExecuTorch: output, and gradients of input and parameters, of every form that claims it, against PyTorch's autograd.
 
-Lowering takes seconds a graph, so all layers are one graph of one program.
+Lowering takes seconds a graph, so many layers are one graph of one program.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,15 +27,17 @@ assert _spec is not None and _spec.loader is not None
 table = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(table)
 COTANGENT = torch.randn(4096, generator=torch.Generator().manual_seed(2))
-ROWS = [name for name, (executorch, _) in table.LAYERS.items() if executorch == table.YES]
+FORMS = [(name, i) for name, (executorch, made) in table.LAYERS.items() if executorch == table.YES for i in range(len(made))]
+AT_ONCE = 60
+"""Layers of one program."""
 
 
-def layers() -> dict[str, nn.Module]:
-    """One layer a row, with weights of its own."""
+def layers(forms: Sequence[tuple[str, int]]) -> dict[str, nn.Module]:
+    """These layers, with weights of their own."""
     generator, made = torch.Generator().manual_seed(0), {}
-    for i, name in enumerate(ROWS):
-        made[f"layer{i}"] = table.LAYERS[name][1][0]().eval()
-        table.fill(made[f"layer{i}"], generator)
+    for number, (name, i) in enumerate(forms):
+        made[f"layer{number}"] = table.LAYERS[name][1][i]().eval()
+        table.fill(made[f"layer{number}"], generator)
     return made
 
 
@@ -54,10 +57,11 @@ def run(made: dict[str, nn.Module], state: dict[str, Tensor], x: Tensor) -> dict
     return found
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory: Any) -> tuple[Any, StepGraph, dict[str, Tensor], dict[str, Tensor]]:
-    """The program's file read back, its graph, its inputs and what autograd gives."""
-    made = layers()
+@pytest.fixture(scope="module", params=range(0, len(FORMS), AT_ONCE))
+def everything(request: Any, tmp_path_factory: Any) -> tuple[Any, StepGraph, dict[str, Tensor], dict[str, Tensor], list[tuple[str, int]]]:
+    """The program's file read back, its graph, its inputs, what autograd gives, and the forms."""
+    forms = FORMS[request.param : request.param + AT_ONCE]
+    made = layers(forms)
     state = {f"{key}.{name}": value.detach().clone() for key, layer in made.items() for name, value in layer.named_parameters()}
     x = torch.randn(table.SHAPE, generator=torch.Generator().manual_seed(1))
     captured = trace(
@@ -67,7 +71,7 @@ def everything(tmp_path_factory: Any) -> tuple[Any, StepGraph, dict[str, Tensor]
     folder = tmp_path_factory.mktemp("layers")
     ExecutorchTarget().write({"all": SimpleNamespace(graph=graph)}, folder)  # type: ignore[dict-item]
     files = ExecutorchFiles(folder, SimpleNamespace(steps={}))  # type: ignore[arg-type]
-    return files, graph, {**state, "x": x}, run(made, state, x)
+    return files, graph, {**state, "x": x}, run(made, state, x), forms
 
 
 def test_every_kernel_is_there(everything: Any) -> None:
@@ -75,14 +79,14 @@ def test_every_kernel_is_there(everything: Any) -> None:
 
 
 def test_outputs_and_gradients_equal_autograds(everything: Any) -> None:
-    files, graph, values, wanted = everything
+    files, graph, values, wanted, forms = everything
     program = _executorch()[1].load_program((files.folder / PROGRAM_FILE).read_bytes())
     found = program.load_method("all").execute([values[port.name].contiguous() for port in graph.inputs])
-    assert len(found) == len(wanted) > 2 * len(ROWS)
+    assert len(found) == len(wanted) >= 2 * len(forms)
     wrong = []
     for port, got in zip(graph.outputs, found, strict=True):
         want = wanted[port.name].detach()
         worst = (got - want).abs().max().item()
         if got.shape != want.shape or not worst <= 1e-4 * max(want.abs().max().item(), 1e-3):
-            wrong.append((ROWS[int(port.name.split(".")[0][5:])], port.name, worst))
+            wrong.append((forms[int(port.name.split(".")[0][5:])], port.name, worst))
     assert wrong == []

@@ -431,6 +431,17 @@ def test_sums_for_executorch_equal_the_operator(
         close(graph.run(x)[0], want, 1e-6 if dtype == torch.float32 else 1e-14, (dims, keepdim))
 
 
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (0.5, -2), (0, 3)])
+def test_a_product_with_an_addend_is_two_operators_on_executorch(beta: float, alpha: float, bench: Any, generator: torch.Generator) -> None:
+    added, left, right = (torch.randn(*shape, generator=generator) for shape in ((4, 1), (2, 4, 3), (2, 3, 5)))
+    graph = lower(
+        canonicalise(bench.trace(lambda c, a, b: torch.baddbmm(c, a, b, beta=beta, alpha=alpha), added, left, right)), "executorch"
+    )
+    assert not any(n.target is aten.baddbmm.default for n in graph.operators)
+    used = [value for value in (added, left, right) if beta or value is not added]
+    close(graph.run(*used)[0], beta * added + alpha * (left @ right), 1e-6, (beta, alpha))
+
+
 @pytest.mark.parametrize("engine", ["onnx", "executorch"])
 def test_sums_of_a_number_over_its_axes_are_the_number(engine: str, bench: Any) -> None:
     x = torch.tensor(3.5)

@@ -69,6 +69,7 @@ EXECUTORCH = Rules(
         aten.sum.dim_IntList: sum_of,
         aten.sum.default: sum_of_all,
         aten.mean.dim: mean_of,
+        aten.baddbmm.default: matrices.baddbmm,
         aten.unsqueeze.default: views.unsqueeze,
         aten.squeeze.dim: views.squeeze,
         aten.squeeze.dims: views.squeeze,

@@ -22,3 +22,11 @@ def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     if left.shape[1] == 1:
         return added + left * right
     return added + torch.bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)
+
+
+def baddbmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``bmm`` and what is added: the runtime has no kernel for both at once."""
+    product = torch.bmm(left, right)
+    if alpha != 1:
+        product = product * alpha
+    return product if beta == 0 else product + (added if beta == 1 else added * beta)
