@@ -205,3 +205,31 @@ def test_a_manifest_whose_refresh_cannot_run_alone_is_refused(toy: Any) -> None:
     ):
         with pytest.raises(BundleError, match=r"^step 'refresh': must take state alone and write 'age', float32 .*got .*inverse"):
             check_steps(dataclasses.replace(manifest, steps={**manifest.steps, "refresh": changed}))
+
+
+@pytest.mark.parametrize("step", ["before the refresh", "behind it"])
+def test_what_was_forgotten_does_not_wait(toy: Any, tmp_path: Any, step: str) -> None:
+    """A change that waits is the sample's features times R: with R, its direction could be read from it."""
+    x, y = toy.helpers.samples(8, seed=1)
+    with DeviceLearner.load(toy.bundle("ridge", delay=16)[0].path, store=tmp_path / "l.db") as learner:
+        ids = [learner.learn(a, int(b)).sample_id for a, b in zip(x, y, strict=True)]
+        if step == "behind it":
+            while float(learner.state()[AGE]):
+                learner.learn(x[0], int(y[0]))
+        learner.save("eight")
+        learner.forget(ids[3])
+        for _ in range(2):
+            state = learner.state()
+            assert state[AGE] == 0
+            assert state["waiting"].tobytes() == bytes(state["waiting"].nbytes)  # no sign of a zero is left, either
+            learner.rollback("eight")
+
+
+@pytest.mark.parametrize("engine", ["onnx", "executorch"])
+def test_a_delay_of_one_is_exported(toy: Any, engine: str) -> None:
+    """Taking out what was just learned is the very change that was taken in before it; its row must not be there any more."""
+    x, y = toy.helpers.samples(6, seed=1)
+    with toy.device("ridge", engine, delay=1) as learner:
+        ids = [learner.learn(a, int(b)).sample_id for a, b in zip(x, y, strict=True)]
+        learner.forget(ids[2])
+        assert float(learner.state()[AGE]) == 0

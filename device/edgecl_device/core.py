@@ -159,6 +159,9 @@ class Core:
         values = sample.inputs() if target is None else {**sample.inputs(), "new_target": target}
         outputs = self._run(step, values, what)
         self._engine.commit()
+        if target is None and REFRESH in self._manifest.steps:  # changes that wait hold the sample's features
+            self._run(REFRESH, {}, what)
+            self._engine.commit()
         self._refresh()
         self.health = _health(outputs)
         self.counts[self._target.classes_of(sample.target)] -= 1

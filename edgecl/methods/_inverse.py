@@ -72,10 +72,15 @@ class Inverse:
         }
 
     def refreshed(self, state: State) -> State:
-        """What changes when all that waits goes into R."""
+        """What changes when all that waits goes into R.
+
+        The rows become zero, as nothing of a sample may stay behind that ``forget`` takes out. The square of a row has no sign that
+        a product with zero would keep, and is in R already: it is as finite.
+        """
         waiting = state["waiting"]
         return {
             self._name: torch.addmm(state[self._name], (waiting * (state["sign"] * -1.0).unsqueeze(1)).t(), waiting),
+            "waiting": waiting * waiting * 0.0,
             "sign": state["sign"] * 0.0,
             AGE: state[AGE] * 0.0,
         }
