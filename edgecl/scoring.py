@@ -130,10 +130,15 @@ class MapScoring(Overlap):
         return 2 * self.outputs
 
     def sums(self, outcome: Any, target: NDArray[Any]) -> Sums:
-        """From the classes predicted and those that are there, [H, W]; pixels that are ignored do not count."""
+        """From the classes predicted and those that are there, [H, W]; pixels that are ignored do not count.
+
+        What is no class, as where a target that is repeated ignores a pixel, predicts none.
+        """
         if outcome is None:
             return np.zeros(self.width, np.int64)
         found, truth = self._counted(np.asarray(outcome), target), self._counted(target, target)
+        known = (found >= 0) & (found < self.outputs)
+        found, truth = found[known], truth[known]
         hits = np.bincount(truth[found == truth], minlength=self.outputs)
         return np.concatenate([hits, np.bincount(found, minlength=self.outputs)])
 

@@ -54,6 +54,15 @@ def test_maps_by_hand():
     assert totals("map", [None], np.full((1, 2, 2), 9, np.uint8), ignore=9)[0] is None
 
 
+@pytest.mark.parametrize("ignore", [255, -1, 0])
+def test_a_repeated_map_predicts_nothing_where_it_was_ignored(ignore):
+    """Ignored pixels lie elsewhere in every map, as they do in practice; of the three that count one is unknown, one right, one wrong."""
+    before = np.array([[ignore, 1], [2, 1]], np.int16)
+    sums = SCORINGS["map"](3, ignore).sums(before, np.array([[2, 1], [1, ignore]], np.int16))
+    hits, predicted = sums[:3], sums[3:]
+    assert hits.tolist() == [0, 1, 0] and predicted.tolist()[1:] == [1, 1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=12))
 def test_average_precision_is_the_sum_over_thresholds(samples):
