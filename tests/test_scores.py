@@ -122,6 +122,16 @@ def test_shape_and_type_say_what_a_target_is(tmp_path, y, options, kind, names):
         ({"y": np.zeros(10), "x": X.astype(np.float64)}, {}, r"x: must be float32 or uint8 \[N, \.\.\.\], got float64"),
         ({"y": np.zeros(10), "x_test": X}, {}, r"x_test, y_test: must be given together, it lacks \['y_test'\]"),
         ({"y": np.zeros(10)}, {"test_share": 0.0}, "test_share: must be a share above 0"),
+        ({"y": np.zeros(10)}, {"test_share": 1e-320, "threshold": 0.3}, "data.threshold: is for targets of kind multilabel, got 0.3 for v"),
+        (
+            {"y": np.zeros(10), "x_test": X, "y_test": np.zeros(10)},
+            {"test_share": 0.3},
+            "data.test_share: is for a file without a test set",
+        ),
+        ({"y": np.array(5.0)}, {}, r"y: must have one entry for each sample, got float64 \[\]; reshape it"),
+        ({"y": np.zeros(10), "x_test": X, "y_test": np.array(0.0)}, {}, r"y_test: must have one entry for each sample, got float64 \[\]"),
+        ({"y": np.zeros(10), "group": np.array("a")}, {}, r"group: must have one entry for each sample, got <U1 \[\]"),
+        ({"y": np.zeros(10), "group": np.array([["a", "b"]] * 10)}, {}, r"group: must have one entry for each sample, got <U1 \[10, 2\]"),
         ({"y": np.zeros((10, 2)) + 0.5, "class_names": np.array(["only"])}, {}, r"y: must be float32 \[8, 1\] for targets of kind vector"),
     ],
 )
@@ -129,6 +139,16 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, changes, options, words):
     np.savez(tmp_path / "a.npz", **{"x": X, **changes})
     with pytest.raises(InputError, match=f"a.npz: {words}"):
         load_arrays(tmp_path / "a.npz", **options)
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.2, 20), (0.3, 30), (0.35, 35), (0.4, 40), (0.5, 50), (0.01, 1), (1e-320, 0)])
+def test_the_share_that_is_asked_for_is_held_out(tmp_path, share, held):
+    x = np.arange(100, dtype=np.float32)[:, None]
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(100) / 4)
+    data = load_arrays(tmp_path / "a.npz", test_share=share)
+    assert len(data.x_test) == held and sorted([*data.x[:, 0], *data.x_test[:, 0]]) == list(range(100))
+    gaps = np.diff(data.x_test[:, 0])
+    assert held < 2 or gaps.max() - gaps.min() <= 1  # evenly spaced
 
 
 def test_shares_and_splits_are_checked():

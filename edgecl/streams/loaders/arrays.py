@@ -15,11 +15,16 @@ from edgecl_device.errors import InputError
 REQUIRED = ("x", "y")
 OPTIONAL = ("x_test", "y_test", "class_names", "group", "group_test", "group_names")
 
+TEST_SHARE, THRESHOLD = 0.2, 0.5
+
+EXACT = 1e-9
+"""Far below one sample, far above the rounding of a product of a share and a number of samples: a fifth of five is one."""
+
 Kind = Literal["class", "multilabel", "vector", "map"]
 
 
 def load_arrays(
-    path: str | Path, target: Kind | None = None, ignore: int | None = None, threshold: float = 0.5, test_share: float = 0.2
+    path: str | Path, target: Kind | None = None, ignore: int | None = None, threshold: float | None = None, test_share: float | None = None
 ) -> Dataset:
     """Load samples with one class, several labels, real values or a map of classes each.
 
@@ -30,9 +35,9 @@ def load_arrays(
         target: What ``y`` holds; by default what its shape says: integers [N] a class, floats [N] or [N, D] values, integers or bool
             [N, K] zeros and ones, integers [N, H, W] a map.
         ignore: Of maps, the value of pixels that count for nothing.
-        threshold: Of labels, the probability above which one is predicted.
-        test_share: Share of the samples that are held out where there is no test set: evenly spaced in the file's order, within each
-            group, so that the test set has every group and every time.
+        threshold: Of labels, the probability above which one is predicted; 0.5 by default.
+        test_share: Share of the samples that are held out where there is no test set, 0.2 by default: evenly spaced in the file's order,
+            within each group, so that the test set has every time, and every group of at least 1 / ``test_share`` samples.
 
     Raises:
         InputError: when the file is missing or damaged, lacks an array, or targets do not fit or may be of two kinds.
@@ -54,8 +59,12 @@ def load_arrays(
         raise error if str(error).startswith(str(place)) else InputError(f"{place}: {error}") from error
 
 
-def _split(arrays: Arrays, test_share: float) -> Arrays:
+def _split(arrays: Arrays, test_share: float | None) -> Arrays:
     """The arrays with a test set."""
+    for name in ("y", "y_test", "group", "group_test"):
+        found = arrays.get(name)
+        if found is not None and (found.ndim == 0 or (name.startswith("group") and found.ndim != 1)):
+            raise InputError(f"{name}: must have one entry for each sample, got {found.dtype} {list(found.shape)}; reshape it")
     for name in ("x", "x_test"):
         x = arrays.get(name)
         if x is not None and (x.dtype not in (np.float32, np.uint8) or x.ndim < 2 or 0 in x.shape[1:]):
@@ -65,19 +74,23 @@ def _split(arrays: Arrays, test_share: float) -> Arrays:
     if "x_test" in arrays or "y_test" in arrays:
         if missing := [name for name in ("x_test", "y_test") if name not in arrays]:
             raise InputError(f"x_test, y_test: must be given together, it lacks {missing}; give both, or neither to hold samples out")
+        if test_share is not None:
+            raise InputError(f"data.test_share: is for a file without a test set, got {test_share} beside x_test; leave it out")
         return _indexed(arrays)
-    if not 0 < test_share <= 0.5:
-        raise InputError(f"test_share: must be a share above 0 and up to 0.5, got {test_share}; 0.2 is usual")
+    share = TEST_SHARE if test_share is None else test_share
+    if not 0 < share <= 0.5:
+        raise InputError(f"test_share: must be a share above 0 and up to 0.5, got {share}; 0.2 is usual")
     if "group_test" in arrays:
         raise InputError("group_test: is for a test set, got it without x_test; leave it out")
     count, columns = len(arrays["x"]), [name for name in ("x", "y", "group") if name in arrays]
     if wrong := [name for name in columns if len(arrays[name]) != count]:
         raise InputError(f"{', '.join(wrong)}: must have one entry for each of the {count} samples of x; cut the longer")
     groups = arrays.get("group", np.zeros(count, np.int64))
-    every = round(1 / test_share)
     test = np.zeros(count, bool)
     for value in np.unique(groups):
-        test[np.flatnonzero(groups == value)[every - 1 :: every]] = True
+        mine = np.flatnonzero(groups == value)
+        held = (np.arange(len(mine) + 1) * share + EXACT).astype(np.int64)  # so many of the first so many samples
+        test[mine[np.diff(held) > 0]] = True
     parts = {name: arrays[name][~test] for name in columns} | {f"{name}_test": arrays[name][test] for name in columns}
     return _indexed({**{name: arrays[name] for name in ("class_names", "group_names") if name in arrays}, **parts})
 
@@ -92,8 +105,10 @@ def _indexed(arrays: Arrays) -> Arrays:
     return {**arrays, **dict(zip(sides, parts, strict=True)), "group_names": np.array(names)}
 
 
-def _data(arrays: Arrays, target: str | None, ignore: int | None, threshold: float) -> Dataset:
+def _data(arrays: Arrays, target: str | None, ignore: int | None, threshold: float | None) -> Dataset:
     kind = target or kind_of(arrays["y"])
+    if threshold is not None and kind != "multilabel":
+        raise InputError(f"data.threshold: is for targets of kind multilabel, got {threshold} for {kind}; leave it out")
     y, y_test = (_plain(arrays[name], kind) for name in ("y", "y_test"))
     groups = [arrays[name] for name in ("group", "group_test") if name in arrays]
     return Dataset(
@@ -107,7 +122,7 @@ def _data(arrays: Arrays, target: str | None, ignore: int | None, threshold: flo
         group_names=names_of(arrays, "group_names", groups),
         kind=kind,
         ignore=ignore,
-        threshold=threshold,
+        threshold=THRESHOLD if threshold is None else threshold,
     )
 
 
