@@ -91,6 +91,15 @@ def test_a_step_that_one_engine_refuses_is_refused():
         compare_step("learn", OLD, {}, Fixed([1.1, 2.1], guard=True), Fixed([1.1, 2.1], guard=False))
 
 
+@pytest.mark.parametrize("loss", [np.inf, np.nan])
+def test_a_loss_that_both_engines_overflow_is_refused_by_both(loss):
+    """The device's loop keeps no such update, so that there is nothing to compare; one engine's alone is a difference."""
+    over, right = Fixed([1.1, 2.1], loss=loss), Fixed([1.1, 2.1], loss=3.0)
+    assert not compare_step("learn", {"w": OLD["w"]}, {}, over, over)
+    with pytest.raises(ExportError, match="loss differs from eager"):
+        compare_step("learn", {"w": OLD["w"]}, {}, right, over)
+
+
 def test_an_output_near_zero_needs_an_allowance():
     tally = Tally()
     compare_step("learn", OLD, {}, Fixed([1.0, 2.0], loss=1e-5), Fixed([1.0, 2.0], loss=1.05e-5), tally)

@@ -38,7 +38,7 @@ exactly, so ``forget`` and ``relabel`` are not offered.
 float64 takes 8 (M^2 + M K) + 4 (K + 1) bytes. A projection from d features adds d M MACs to each, and 4 d M bytes of
 constants (8 d M in float64); ``reflect`` adds 4 M MACs to learn, forget and relabel, and 4 M bytes of constants (8 M). ``delay`` = B
 adds 4 (B M + B + 1) bytes of state; learn and forget then take M^2 + 2 M K + 2 B M + M MACs, relabel 2 B M more, and refresh B M^2, every
-B updates.
+B updates and behind every forget.
 """
 
 import math

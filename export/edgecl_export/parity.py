@@ -319,7 +319,9 @@ def _other_codewords(outputs: Mapping[str, Array], others: Mapping[str, Array]) 
 
 
 def _refuses(outputs: Mapping[str, Array]) -> bool:
-    return not (bool(outputs.get("guard", True)) and bool(outputs.get("finite", True)))
+    """Whether the loop keeps nothing of a step with these outputs: a guard, or a state or loss that is not finite."""
+    finite = bool(outputs.get("finite", True)) and bool(np.isfinite(outputs.get("loss", 0.0)))
+    return not (finite and bool(outputs.get("guard", True)))
 
 
 def _norm(values: Array) -> float:
