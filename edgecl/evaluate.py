@@ -93,7 +93,8 @@ def evaluation_set(stream: Stream, per_task: int | None = None, seed: int = 0) -
     tests = [stream.test(task) for task in range(stream.tasks)]
     empty = [task for task, (_, y) in enumerate(tests) if not len(y)]
     if empty:
-        raise InputError(f"stream: every task must have a test sample, got none in {empty}; leave those classes or groups out")
+        mend = "leave those classes or groups out, take fewer tasks, or hold more samples out"
+        raise InputError(f"stream: every task must have a test sample, got none in {empty}; {mend}")
     if per_task is None:
         return tests
     chosen = [np.sort(np.random.default_rng(seed).permutation(len(y))[:per_task]) for _, y in tests]
