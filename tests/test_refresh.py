@@ -233,3 +233,27 @@ def test_a_delay_of_one_is_exported(toy: Any, engine: str) -> None:
         ids = [learner.learn(a, int(b)).sample_id for a, b in zip(x, y, strict=True)]
         learner.forget(ids[2])
         assert float(learner.state()[AGE]) == 0
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_forget_whose_refresh_must_not_be_kept_changes_nothing(toy: Any, tmp_path: Any, good: int) -> None:
+    """It fails in the named snapshot, or only behind it in the present."""
+    x, y = toy.helpers.samples(6, seed=1)
+    with DeviceLearner.load(toy.bundle("ridge", **DELAYED)[0].path, store=tmp_path / "l.db") as learner:
+        ids = [learner.learn(a, int(b)).sample_id for a, b in zip(x, y, strict=True)]
+        learner.save("six")
+        before, snapshot, run, left = learner.state(), bytes(learner._store.snapshot("six")), learner._engine.run, [good]
+
+        def spoilt(step: str, inputs: Any) -> Any:
+            outputs = run(step, inputs)
+            left[0] -= step == "refresh"
+            return {**outputs, "finite": np.False_} if step == "refresh" and left[0] < 0 else outputs
+
+        learner._engine.run = spoilt
+        with pytest.raises(UpdateRefusedError, match=f"^refresh: refused for sample {ids[1]}"):
+            learner.forget(ids[1])
+        assert toy.helpers.same(learner.state(), before)
+        assert bytes(learner._store.snapshot("six")) == snapshot
+        learner._engine.run = run
+        assert learner.forget(ids[1])
+        assert learner.report()["forgotten"] == 1
