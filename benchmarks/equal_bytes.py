@@ -43,6 +43,7 @@ from edgecl.methods import Joint
 from edgecl.metrics import average_incremental_accuracy, forgetting
 from edgecl.streams import ClassIncremental, Dataset
 from edgecl_device import Learner
+from edgecl_device.manifest import sha256_file
 from edgecl_export import export
 
 KIB = 1024
@@ -265,6 +266,7 @@ def main() -> None:
             "rows": whole,
             "joint": joint(name, whole, args),
         }
+        result["weights_sha256"] = sha256_file(args.weights)
         result["machine"] = machine()
         result["versions"] = {package: version(package) for package in ("edgecl", "torch", "onnxruntime", "numpy")}
         out.write_text(json.dumps(result, indent=1) + "\n")
