@@ -15,6 +15,7 @@ from edgecl.graph.passes import (
     Clean,
     FoldConstants,
     FoldConvolutionAffine,
+    HoldRows,
     JoinSums,
     JoinVectors,
     MergeEqual,
@@ -60,7 +61,9 @@ def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     graph = replace(graph, module=fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph)))
     smaller = (MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean(), JoinSums(), Clean(), FoldConstants(), Clean())
     joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
-    for step in (*smaller, ApplyRules(RULES[engine]), Clean(), FoldConstants(), *joined, UpdateEarly()):
+    rules = RULES[engine]
+    held = (HoldRows(), Clean(), FoldConstants(), Clean()) if rules.rows else ()
+    for step in (*smaller, *held, ApplyRules(rules), Clean(), FoldConstants(), *joined, UpdateEarly()):
         graph = step(graph)
     return graph
 

@@ -6,6 +6,7 @@ from edgecl.graph.passes.clean import Clean
 from edgecl.graph.passes.fold import FoldConstants, FoldConvolutionAffine
 from edgecl.graph.passes.lower import ApplyRules
 from edgecl.graph.passes.merge import MergeEqual
+from edgecl.graph.passes.rows import HoldRows
 from edgecl.graph.passes.schedule import UpdateEarly
 from edgecl.graph.passes.sums import JoinSums
 from edgecl.graph.passes.vectors import JoinVectors
@@ -15,6 +16,7 @@ __all__ = [
     "Clean",
     "FoldConstants",
     "FoldConvolutionAffine",
+    "HoldRows",
     "JoinSums",
     "JoinVectors",
     "MergeEqual",

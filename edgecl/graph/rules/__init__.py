@@ -39,10 +39,14 @@ class Changing:
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules of a runtime by operator: those that always hold, and those for factors that change, which go first."""
+    """Rules of a runtime by operator: those that always hold, and those for factors that change, which go first.
+
+    With ``rows``, maps lie channels last where convolutions with a changing kernel are faster so (:mod:`edgecl.graph.rules.rows`).
+    """
 
     always: dict[Any, Callable[..., Any]]
     changing: dict[Any, Changing] = field(default_factory=dict)
+    rows: bool = False
 
 
 _PLAIN: dict[Any, Callable[..., Any]] = {
@@ -59,7 +63,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 }
 """For runtimes without gradients of their own."""
 
-ONNX = Rules({**_PLAIN, aten.sum.dim_IntList: of_number, aten.mean.dim: of_number})
+ONNX = Rules({**_PLAIN, aten.sum.dim_IntList: of_number, aten.mean.dim: of_number}, rows=True)
 """Rules for stock ONNX Runtime."""
 
 EXECUTORCH = Rules(

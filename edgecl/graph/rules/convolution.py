@@ -54,7 +54,7 @@ def convolution_backward(
         to_input = (
             _pointwise_input_gradient(gradient, x, weight)
             if pointwise and x.shape[0] == 1
-            else _input_gradient(gradient, x, weight, stride, padding, dilation, groups)
+            else input_gradient(gradient, x.shape, weight, stride, padding, dilation, groups)
         )
     if output_mask[1]:
         if pointwise:
@@ -132,14 +132,21 @@ def _channels_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-def _input_gradient(
-    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+def input_gradient(
+    gradient: Tensor,
+    shape: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
+    """Gradient of a convolution with respect to its input, of ``shape`` [N, C, *in]: a transposed convolution."""
     reach = [
         (out - 1) * s - 2 * p + d * (k - 1) + 1
         for out, s, p, d, k in zip(gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
     ]
-    rest = [size - r for size, r in zip(x.shape[2:], reach, strict=True)]
+    rest = [size - r for size, r in zip(shape[2:], reach, strict=True)]
     result: Tensor = torch.ops.aten.convolution.default(gradient, weight, None, stride, padding, dilation, True, rest, groups)
     return result
 
