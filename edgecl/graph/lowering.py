@@ -11,6 +11,7 @@ from edgecl.graph.capture import capture, capture_encode
 from edgecl.graph.cost import Cost
 from edgecl.graph.memory import Plan
 from edgecl.graph.passes import (
+    AddProducts,
     ApplyRules,
     Clean,
     FoldConstants,
@@ -19,8 +20,12 @@ from edgecl.graph.passes import (
     JoinSums,
     JoinVectors,
     MergeEqual,
+    Pass,
+    ProveFinite,
     ScaleKernels,
+    SinkExpand,
     UpdateEarly,
+    WidenLate,
 )
 from edgecl.graph.rules import RULES
 from edgecl.graph.step import StepGraph
@@ -28,6 +33,9 @@ from edgecl_device.checks import entry
 
 if TYPE_CHECKING:
     from edgecl.prepare import Prepared
+
+_OWN: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {"onnx": ((HoldRows(),), (AddProducts(),))}
+"""Passes that pay on one runtime only, by engine: before its rules are applied, and behind them."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,11 @@ def canonicalise(graph: StepGraph) -> StepGraph:
 def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     """Rewrite a canonical graph for a runtime; the argument stays usable."""
     graph = replace(graph, module=fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph)))
-    smaller = (MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean(), JoinSums(), Clean(), FoldConstants(), Clean())
+    first = (SinkExpand(), MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean(), JoinSums(), Clean(), ProveFinite())
     joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
-    rules = RULES[engine]
-    held = (HoldRows(), Clean(), FoldConstants(), Clean()) if rules.rows else ()
-    for step in (*smaller, *held, ApplyRules(rules), Clean(), FoldConstants(), *joined, UpdateEarly()):
+    before, after = _OWN.get(engine, ((), ()))
+    tidy = (Clean(), FoldConstants(), Clean())
+    for step in (*first, *tidy, *before, *tidy, ApplyRules(RULES[engine]), Clean(), FoldConstants(), *after, *joined, UpdateEarly(), WidenLate()):
         graph = step(graph)
     return graph
 

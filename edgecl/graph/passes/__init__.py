@@ -1,17 +1,21 @@
 """Passes over step graphs."""
 
+from edgecl.graph.passes.add import AddProducts
 from edgecl.graph.passes.affine import ScaleKernels
 from edgecl.graph.passes.base import Pass
 from edgecl.graph.passes.clean import Clean
+from edgecl.graph.passes.expand import SinkExpand
+from edgecl.graph.passes.finite import ProveFinite
 from edgecl.graph.passes.fold import FoldConstants, FoldConvolutionAffine
 from edgecl.graph.passes.lower import ApplyRules
 from edgecl.graph.passes.merge import MergeEqual
 from edgecl.graph.passes.rows import HoldRows
-from edgecl.graph.passes.schedule import UpdateEarly
+from edgecl.graph.passes.schedule import UpdateEarly, WidenLate
 from edgecl.graph.passes.sums import JoinSums
 from edgecl.graph.passes.vectors import JoinVectors
 
 __all__ = [
+    "AddProducts",
     "ApplyRules",
     "Clean",
     "FoldConstants",
@@ -21,6 +25,9 @@ __all__ = [
     "JoinVectors",
     "MergeEqual",
     "Pass",
+    "ProveFinite",
     "ScaleKernels",
+    "SinkExpand",
     "UpdateEarly",
+    "WidenLate",
 ]

@@ -1,6 +1,5 @@
 """Apply a runtime's rules: canonical operators become operators that the runtime has."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgecl.graph.passes.base import Pass, is_constant
-from edgecl.graph.rules import Changing, Rules
+from edgecl.graph.rules import Rules
 from edgecl.graph.step import StepGraph, UnsupportedOperatorError, unsupported
 
 
@@ -30,7 +29,7 @@ class ApplyRules(Pass):
         """See the class."""
         examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
         with traceback.preserve_node_meta():
-            module = make_fx(lambda *tensors: _Retrace(graph, self.rules.changing).run(*tensors), decomposition_table=self.rules.always)(
+            module = make_fx(lambda *tensors: _Retrace(graph, self.rules).run(*tensors), decomposition_table=self.rules.always)(
                 *examples
             )
         for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
@@ -41,9 +40,9 @@ class ApplyRules(Pass):
 class _Retrace(fx.Interpreter):
     """Runs a step's graph again; a rule's refusal names the step and its place in the model."""
 
-    def __init__(self, graph: StepGraph, changing: Mapping[Any, Changing]) -> None:
+    def __init__(self, graph: StepGraph, rules: Rules) -> None:
         super().__init__(graph.module)
-        self.changing = changing
+        self.rules = rules
         self.node: fx.Node
         self.step = graph.name
         self.extra_traceback = False  # no "While executing ..." behind an error's message
@@ -56,9 +55,10 @@ class _Retrace(fx.Interpreter):
             raise unsupported(self.step, n, str(error)) from error
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        special = self.changing.get(target)
-        if special is not None and not any(is_constant(self.node.args[i]) for i in special.factors):  # type: ignore[arg-type]
-            result = special.rule(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        for table, constant in ((self.rules.changing, False), (self.rules.frozen, True)):
+            special = table.get(target)
+            if special is not None and all(is_constant(self.node.args[i]) is constant for i in special.factors):  # type: ignore[arg-type]
+                result = special.rule(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
         return super().call_function(target, args, kwargs)

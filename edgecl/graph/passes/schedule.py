@@ -1,10 +1,13 @@
 """Order nodes for peak memory."""
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from edgecl.graph.memory import peak_bytes
 from edgecl.graph.passes.base import Pass
-from edgecl.graph.step import StepGraph
+from edgecl.graph.step import StepGraph, value_of
 
 
 class UpdateEarly(Pass):
@@ -66,3 +69,30 @@ def _arrange(graph: StepGraph, order: list[fx.Node]) -> None:
 
 def _is_update(node: fx.Node) -> bool:
     return (node.meta.get("custom") or {}).get("phase") == "update"
+
+
+class WidenLate(Pass):
+    """Copy a tensor into one of more bytes just before it is used: what waits is a mask's bits, not its floats.
+
+    Only the order changes, and only where that needs no more memory at its peak.
+    """
+
+    def rewrite(self, graph: StepGraph) -> StepGraph:
+        """See the class."""
+        before, peak = graph.nodes, peak_bytes(graph)
+        position = {node: i for i, node in enumerate(before)}
+        for node in reversed(before):
+            if node.target in _WIDENS and node.users and _bytes(node) > _bytes(node.args[0]):
+                min(node.users, key=position.__getitem__).prepend(node)
+        if peak_bytes(graph) > peak:
+            _arrange(graph, before)
+        graph.module.recompile()
+        return graph
+
+
+_WIDENS = {torch.ops.aten._to_copy.default, torch.ops.aten.expand.default}
+
+
+def _bytes(node: Any) -> int:
+    value = value_of(node)
+    return int(value.numel() * value.element_size())

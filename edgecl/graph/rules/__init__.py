@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from edgecl.graph.rules import matrices, padding, products, views
+from edgecl.graph.rules import frozen, matrices, padding, products, views
 from edgecl.graph.rules.convolution import convolution_backward
 from edgecl.graph.rules.elementwise import (
     hardtanh_backward,
+    hardtanh_backward_by_product,
     log_softmax_backward,
     sigmoid_backward,
     softmax_backward,
     tanh_backward,
     threshold_backward,
+    threshold_backward_by_product,
 )
 from edgecl.graph.rules.pooling import avg_pool2d, avg_pool2d_backward, max_pool2d_with_indices_backward
 from edgecl.graph.rules.reductions import mean_of, of_number, sum_of, sum_of_all
@@ -30,8 +32,8 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Changing:
-    """A rule that holds where the operands at ``factors`` (positions of arguments) are no constants."""
+class Of:
+    """A rule that holds where all operands at ``factors`` (positions of arguments) are constants, or where none is."""
 
     rule: Callable[..., Any]
     factors: tuple[int, ...]
@@ -39,14 +41,12 @@ class Changing:
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules of a runtime by operator: those that always hold, and those for factors that change, which go first.
-
-    With ``rows``, maps lie channels last where convolutions with a changing kernel are faster so (:mod:`edgecl.graph.rules.rows`).
+    """Rules of a runtime by operator: those that always hold, and those for factors that change or are frozen, which go first.
     """
 
     always: dict[Any, Callable[..., Any]]
-    changing: dict[Any, Changing] = field(default_factory=dict)
-    rows: bool = False
+    changing: dict[Any, Of] = field(default_factory=dict)
+    frozen: dict[Any, Of] = field(default_factory=dict)
 
 
 _PLAIN: dict[Any, Callable[..., Any]] = {
@@ -63,7 +63,16 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 }
 """For runtimes without gradients of their own."""
 
-ONNX = Rules({**_PLAIN, aten.sum.dim_IntList: of_number, aten.mean.dim: of_number}, rows=True)
+ONNX = Rules(
+    {
+        **_PLAIN,
+        aten.threshold_backward.default: threshold_backward_by_product,
+        aten.hardtanh_backward.default: hardtanh_backward_by_product,
+        aten.sum.dim_IntList: of_number,
+        aten.mean.dim: of_number,
+    },
+    frozen={aten.convolution_backward.default: Of(frozen.convolution_backward, (2,))},
+)
 """Rules for stock ONNX Runtime."""
 
 EXECUTORCH = Rules(
@@ -84,10 +93,10 @@ EXECUTORCH = Rules(
         aten.clamp_min.default: views.clamp_min,
     },
     {
-        aten.convolution.default: Changing(products.convolution, (1,)),
-        aten.convolution_backward.default: Changing(products.convolution_backward, (2,)),
-        aten.mm.default: Changing(matrices.mm, (0, 1)),
-        aten.addmm.default: Changing(matrices.addmm, (1, 2)),
+        aten.convolution.default: Of(products.convolution, (1,)),
+        aten.convolution_backward.default: Of(products.convolution_backward, (2,)),
+        aten.mm.default: Of(matrices.mm, (0, 1)),
+        aten.addmm.default: Of(matrices.addmm, (1, 2)),
     },
 )
 """Rules for stock ExecuTorch: its portable convolution is naive, XNNPACK's packs frozen kernels only, its padding cannot crop,

@@ -17,6 +17,17 @@ def hardtanh_backward(gradient: Tensor, x: Tensor, low: float, high: float) -> T
     return torch.where(x == inside, gradient, 0.0)
 
 
+def threshold_backward_by_product(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """:func:`threshold_backward` as a product, which ONNX Runtime computes in less time than a choice."""
+    return gradient * (x > threshold).to(gradient.dtype)
+
+
+def hardtanh_backward_by_product(gradient: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """:func:`hardtanh_backward` as a product, which ONNX Runtime computes in less time than a choice."""
+    inside = torch.clamp(x, _next(low, torch.inf), _next(high, -torch.inf))
+    return gradient * (x == inside).to(gradient.dtype)
+
+
 def _next(value: float, towards: float) -> float:
     """The next float32; from zero on the next normal one, as runtimes may take smaller ones for zero."""
     number = float(torch.nextafter(torch.tensor(value), torch.tensor(towards)))
