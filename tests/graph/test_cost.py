@@ -387,7 +387,9 @@ def test_executed_macs_equal_a_count_on_the_onnx_model(method: str, config: dict
         shifted = built.executed.elementwise - built.canonical.elementwise  # products that a rule writes as elementwise ones
         assert built.executed.total_macs + max(shifted, 0) >= built.canonical.total_macs
         assert set(built.executed.macs) == set(built.canonical.macs)
-        assert built.executed.macs.get("forward") == built.canonical.macs.get("forward")
+        # a depthwise convolution in rows is a product of elements and a sum: those of the forward pass are counted with all their taps
+        moved = built.canonical.macs.get("forward", 0) - built.executed.macs.get("forward", 0)
+        assert moved in (0, sum(macs["forward"] for path, macs in built.layers.items() if path.endswith("depthwise")))
 
 
 def test_layers_have_their_macs_by_phase() -> None:

@@ -29,9 +29,7 @@ class ApplyRules(Pass):
         """See the class."""
         examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
         with traceback.preserve_node_meta():
-            module = make_fx(lambda *tensors: _Retrace(graph, self.rules).run(*tensors), decomposition_table=self.rules.always)(
-                *examples
-            )
+            module = make_fx(lambda *tensors: _Retrace(graph, self.rules).run(*tensors), decomposition_table=self.rules.always)(*examples)
         for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
             node.meta.setdefault("val", value.to("meta"))
         return replace(graph, module=module)

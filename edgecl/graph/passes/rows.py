@@ -196,8 +196,8 @@ def _reduction(target: Any, x: _Map, dims: Any = None, keepdim: bool = False, **
     """A sum, mean or maximum over samples and positions, over positions, over channels, or over everything."""
     rank = len(x.shape)
     over = set(range(rank)) if not dims else {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
-    kept = tuple(1 if d in over else n for d, n in enumerate(x.shape)) if keepdim else tuple(
-        n for d, n in enumerate(x.shape) if d not in over
+    kept = (
+        tuple(1 if d in over else n for d, n in enumerate(x.shape)) if keepdim else tuple(n for d, n in enumerate(x.shape) if d not in over)
     )
     positions = set(range(2, rank))
     if over == positions and x.batch > 1:

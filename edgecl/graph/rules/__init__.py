@@ -41,8 +41,7 @@ class Of:
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules of a runtime by operator: those that always hold, and those for factors that change or are frozen, which go first.
-    """
+    """Rules of a runtime by operator: those that always hold, and those for factors that change or are frozen, which go first."""
 
     always: dict[Any, Callable[..., Any]]
     changing: dict[Any, Of] = field(default_factory=dict)

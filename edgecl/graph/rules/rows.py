@@ -59,9 +59,7 @@ class Window:
     ) -> "Window":
         """From the shapes of the input [N, C, *sizes] and the kernel [O, C / groups, *taps]."""
         sizes, taps = tuple(x[2:]), tuple(weight[2:])
-        out = tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(sizes, padding, dilation, taps, stride, strict=True)
-        )
+        out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(sizes, padding, dilation, taps, stride, strict=True))
         return cls(x[0], x[1], weight[0], sizes, out, taps, tuple(stride), tuple(padding), tuple(dilation), groups)
 
     @property
