@@ -71,19 +71,8 @@ def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
     before, after = _OWN.get(engine, ((), ()))
     tidy = (Clean(), FoldConstants(), Clean())
-    for step in (
-        *first,
-        *tidy,
-        *before,
-        *tidy,
-        ApplyRules(RULES[engine]),
-        Clean(),
-        FoldConstants(),
-        *after,
-        *joined,
-        UpdateEarly(),
-        WidenLate(),
-    ):
+    rules = (*before, *tidy, ApplyRules(RULES[engine]), Clean(), FoldConstants(), *after)
+    for step in (*first, *tidy, *rules, *joined, UpdateEarly(), WidenLate()):
         graph = step(graph)
     return graph
 

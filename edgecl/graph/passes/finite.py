@@ -1,5 +1,6 @@
 """Prove that a new weight is finite from what it is made of, instead of reading all of it."""
 
+import operator
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ LEAST_GAIN = 4
 class ProveFinite(Pass):
     """The sum of a new weight, which a step checks, becomes a bound of its change: no value of ``A B`` exceeds ``sum|A| sum|B|``.
 
-    The old weight is finite, as the loop keeps no other, so that the new one is where the bound is far from the largest float. A gradient of a
-    convolution's kernel is a sum of such products, too.
+    The old weight is finite, as the loop keeps no other, so that the new one is where the bound is far from the largest float. The gradient
+    of a convolution's kernel is a sum of such products, too.
     """
 
     breaks = frozenset({"no-dead-code"})
@@ -32,38 +33,34 @@ class ProveFinite(Pass):
         """See the class."""
         for node in graph.nodes:
             if node.target is aten.sum.default and not node.kwargs and len(node.args) == 1:
-                factors = _factors(node.args[0])
-                if factors is not None and LEAST_GAIN * sum(value_of(f).numel() for f in factors) <= value_of(node.args[0]).numel():
+                new: Any = node.args[0]
+                factors = _factors(new)
+                if factors and LEAST_GAIN * sum(value_of(f).numel() for f in factors) <= value_of(new).numel():
                     _replace(graph, node, factors)
         return graph
 
 
-def _factors(new: Any) -> list[Any] | None:
-    """Tensors the product of whose sums of sizes bounds the change of a state tensor; None where there are none."""
+def _factors(new: Any) -> list[Any]:
+    """Tensors the product of whose sums of sizes bounds the change of a state tensor; none where it is no sum of their products."""
     new = new.args[0] if new.target is aten.reshape.default else new
-    if new.target is aten.addmm.default:
-        old, *factors = new.args
-        known = set(new.kwargs) <= {"alpha", "beta"} and abs(new.kwargs.get("alpha", 1)) <= 1 and abs(new.kwargs.get("beta", 1)) <= 1
-        return factors if known and _is_state(old, new) else None
-    if new.target is not aten.sub.Tensor or new.kwargs or not all(isinstance(a, fx.Node) for a in new.args):
-        return None
-    old, change = new.args
-    if not _is_state(old, new):
-        return None
-    factors = []
-    while change.target in (aten.reshape.default, aten.mul.Tensor):
-        if change.target is aten.mul.Tensor:
-            if not isinstance(change.args[1], fx.Node):
-                return None
-            factors.append(change.args[1])
-        change = change.args[0]
+    if new.target is aten.addmm.default and _is_state(new.args[0], new):
+        return list(new.args[1:]) if all(abs(new.kwargs.get(name, 1)) <= 1 for name in ("alpha", "beta")) else []
+    if new.target is aten.sub.Tensor and not new.kwargs and isinstance(new.args[1], fx.Node) and _is_state(new.args[0], new):
+        return _factors_of_change(new.args[1])
+    return []
+
+
+def _factors_of_change(change: Any) -> list[Any]:
+    if change.target is aten.reshape.default:
+        return _factors_of_change(change.args[0])
+    if change.target is aten.mul.Tensor and isinstance(change.args[1], fx.Node):
+        rest = _factors_of_change(change.args[0])
+        return [*rest, change.args[1]] if rest else []
     if change.target is aten.mm.default:
-        return [*factors, *change.args]
-    if getattr(change.target, "__name__", "") == "getitem" and change.args[1] == 1:
-        backward = change.args[0]
-        if backward.target is aten.convolution_backward.default:
-            return [*factors, *backward.args[:2]]
-    return None
+        return list(change.args)
+    if change.target is operator.getitem and change.args[1] == 1 and change.args[0].target is aten.convolution_backward.default:
+        return list(change.args[0].args[:2])
+    return []
 
 
 def _is_state(old: Any, new: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """Hold maps channels last where convolutions with a changing kernel are faster so (:mod:`edgecl.graph.rules.rows`).
 
-A map [N, C, *sizes] is held as rows [N * positions, C] from a convolution that is better in rows to whatever needs the plain layout: elementwise
-operators, reductions and joins work on rows as they are, everything else meets the map transposed back. Which layout a map has follows
-from the operator that makes it, so that neither needs a plan.
+A map [N, C, *sizes] is held as rows [N * positions, C] from a convolution that is better in rows to whatever needs the plain layout:
+elementwise operators, reductions and joins work on rows as they are, everything else meets the map transposed back. Which layout a map has
+follows from the operator that makes it.
 """
 
 import operator
@@ -42,9 +42,13 @@ class HoldRows(Pass):
         return replace(graph, module=module)
 
 
+_CONVOLUTIONS: dict[Any, int] = {aten.convolution.default: 0, aten.convolution_backward.default: 1}
+"""Where an operator's input stands among its arguments; its kernel is next."""
+
+
 def _window(node: fx.Node) -> Window | None:
     """Shapes of a convolution or of its gradients; None for another operator and a transposed one."""
-    first = {aten.convolution.default: 0, aten.convolution_backward.default: 1}.get(node.target)
+    first = _CONVOLUTIONS.get(node.target)
     if first is None:
         return None
     x, weight = node.args[first : first + 2]
@@ -168,7 +172,7 @@ def _input_gradient(window: Window, gradient: Any, weight: Tensor) -> Any:
 
 def _elementwise(target: Any, *args: Any, **kwargs: Any) -> Any:
     """An operator on single elements; operands broadcast to the map, along its channels or sample by sample."""
-    shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, (Tensor, _Map))))
+    shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, (Tensor, _Map))))  # type: ignore[no-untyped-call]
     like = next((a for a in args if isinstance(a, _Map) and a.shape == shape), None)
     if like is None:
         return NotImplemented

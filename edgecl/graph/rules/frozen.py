@@ -1,8 +1,8 @@
 """Input gradient of a convolution whose kernel is frozen: a plain convolution, for a runtime that packs frozen kernels.
 
-At stride 1 the kernel is flipped and its channels change places, once, at export. A depthwise convolution with a stride meets the gradient with
-zeros between its values, which a product with a frozen matrix of ones puts there; a dense one stays a transposed convolution, as most of its
-products would be with those zeros. Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", section 4.
+At stride 1 the kernel is flipped and its channels change places, once, at export. A depthwise convolution with a stride meets the gradient
+with zeros between its values, which a product with a frozen matrix of ones puts there; a dense one stays a transposed convolution, as most
+of its products would be with those zeros. Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", section 4.
 """
 
 from collections.abc import Sequence

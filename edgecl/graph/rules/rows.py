@@ -1,9 +1,9 @@
-"""Convolution whose kernel changes, on maps that lie channels last: as rows [N * positions, C], a position's channels side by side.
+"""Convolution whose kernel changes, on maps that lie channels last: rows [N * positions, C], a position's channels side by side.
 
-A kernel that is state cannot be packed by a runtime beforehand, and its stock forms for that case are slow: a depthwise one is a product for
-each channel, and a weight gradient a convolution with a kernel as large as the map. In rows a 1x1 convolution is one matrix product without a
-transposition at any batch size, and a window is a few rows that are gathered, each one contiguous. Source of the windows as columns:
-Chellapilla, Puri, Simard 2006, "High Performance Convolutional Neural Networks for Document Processing".
+A kernel that is state cannot be packed by a runtime beforehand, and the stock forms for that case are slow: a depthwise convolution is a
+product for each channel, and a weight gradient a convolution with a kernel as large as the map. In rows a 1x1 convolution is one matrix
+product without a transposition at any batch size, and a window is a few rows that are gathered, each one contiguous. Source of the windows
+as columns: Chellapilla, Puri, Simard 2006, "High Performance Convolutional Neural Networks for Document Processing".
 """
 
 from collections.abc import Sequence
