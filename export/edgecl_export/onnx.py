@@ -15,7 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx
 
-from edgecl.graph.step import Port, StepGraph, unsupported, value_of
+from edgecl.graph.step import Port, StepGraph, shape_of, unsupported, value_of
 from edgecl.learner import dtype_name
 from edgecl_device.engines.onnx import STATE_IN, STATE_OUT
 from edgecl_device.manifest import DTYPES
@@ -135,14 +135,22 @@ class Emitter:
                 self._types[id(item)] = like.dtype
 
     def _output(self, port: Port, node: fx.Node, taken: set[int]) -> ir.Value:
-        """The graph's output for a port: the node's own value under the port's name, or a copy of it."""
+        """The graph's output for a port: the node's own value under the port's name, or a copy of it.
+
+        New state may keep the shape in which it is computed, as a reshape into an output copies all of it; the engine binds the same bytes.
+        """
+        while port.kind == "state" and node.target is aten.reshape.default:
+            source: Any = node.args[0]
+            if source.op != "call_function" or id(self.values[source]) in taken or source in self.graph.results:
+                break
+            node = source
         value = self.values[node]
         if value.producer() is None or id(value) in taken:
             self._node = node
             value = self.op("Identity", value)
         taken.add(id(value))
         like = _port_value(port, STATE_OUT + port.name if port.kind == "state" else port.name)
-        value.name, value.shape, value.type = like.name, like.shape, like.type
+        value.name, value.shape, value.type = like.name, ir.Shape(shape_of(node)), like.type
         return value  # type: ignore[no-any-return]
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:

@@ -1,11 +1,13 @@
 """The ONNX Runtime engine: one session a step, all tensors pre-allocated, state swapped between two buffers.
 
 A graph names its state inputs ``state.NAME`` and its new state ``next.NAME`` (an input and an output of one graph may not
-share a name); the other inputs and outputs carry the names of the manifest. Input and output never share a buffer:
-whether a reader would see the old or the new value then depends on the runtime's own node order.
+share a name); the other inputs and outputs carry the names of the manifest. A graph may declare a state tensor in another shape with as
+many values, and gets the same bytes so. Input and output never share a buffer: whether a reader would see the old or the new value then
+depends on the runtime's own node order.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,11 @@ class OnnxEngine:
         self._views.clear()
         self._values.clear()
 
+    def _value(self, name: str, index: int, shape: Sequence[int]) -> Any:
+        """One buffer of a state tensor, in the shape that a graph declares."""
+        view = self._views[name][index]
+        return self._values[name][index] if view.shape == tuple(shape) else self._ort.OrtValue.ortvalue_from_numpy(view.reshape(shape))
+
     def _index(self, name: str) -> int:
         return int(self._current & self._bits[name] != 0)
 
@@ -128,6 +135,7 @@ class _Step:
         outputs = [*((STATE_OUT, engine._specs[name]) for name in spec.state_out), *(("", s) for s in spec.outputs)]
         _match(path, "input", inputs, self._session.get_inputs())
         _match(path, "output", outputs, self._session.get_outputs())
+        self._shapes = {node.name: node.shape for node in [*self._session.get_inputs(), *self._session.get_outputs()]}
         self._engine = engine
         self._spec = spec
         self._in = {s.name: engine._allocate(s) for s in spec.inputs}
@@ -152,21 +160,30 @@ class _Step:
         for name, value in self._out.items():
             binding.bind_ortvalue_output(name, value)
         for name in self._spec.state_in:
-            binding.bind_ortvalue_input(STATE_IN + name, self._engine._values[name][self._engine._index(name)])
+            binding.bind_ortvalue_input(STATE_IN + name, self._state(STATE_IN + name, name, self._engine._index(name)))
         for name in self._spec.state_out:
-            binding.bind_ortvalue_output(STATE_OUT + name, self._engine._values[name][1 - self._engine._index(name)])
+            binding.bind_ortvalue_output(STATE_OUT + name, self._state(STATE_OUT + name, name, 1 - self._engine._index(name)))
         return binding
+
+    def _state(self, port: str, name: str, index: int) -> Any:
+        return self._engine._value(name, index, self._shapes[port])
 
 
 def _match(path: Path, what: str, expected: Sequence[tuple[str, TensorSpec]], found: Sequence[Any]) -> None:
     wanted = {prefix + spec.name: (list(spec.shape), _TYPES.get(spec.dtype, f"tensor({spec.dtype})")) for prefix, spec in expected}
     got = {node.name: (node.shape, node.type) for node in found}
+    states = {prefix + spec.name for prefix, spec in expected if prefix}
     for name in sorted(wanted.keys() | got.keys()):
-        if wanted.get(name) != got.get(name):
+        if wanted.get(name) != got.get(name) and not (name in states and name in got and _same_values(wanted[name], got[name])):
             raise BundleError(
                 f"{path}: {what} {name!r} must be {wanted.get(name, 'absent')} as the manifest says, "
                 f"got {got.get(name, 'none')}; export the bundle again"
             )
+
+
+def _same_values(wanted: tuple[Any, str], got: tuple[Any, str]) -> bool:
+    """Whether both are of one type and have equally many values; a graph may declare a dimension without a size."""
+    return wanted[1] == got[1] and all(isinstance(n, int) for n in got[0]) and prod(wanted[0]) == prod(got[0])
 
 
 def _onnxruntime() -> Any:

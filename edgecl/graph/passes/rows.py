@@ -92,14 +92,7 @@ class _Map:
         """Of [N, C, *sizes]; a map stays itself."""
         if isinstance(plain, _Map):
             return plain
-        batch, channels, *sizes = plain.shape
-        if prod(sizes) == 1:
-            rows = plain.reshape(batch, channels)
-        elif batch == 1:  # a matrix: products take it transposed for nothing
-            rows = plain.reshape(channels, -1).t()
-        else:
-            rows = plain.reshape(batch, channels, -1).transpose(1, 2).reshape(-1, channels)
-        return cls(rows, batch, tuple(sizes))
+        return cls(rules.rows_of(plain), plain.shape[0], tuple(plain.shape[2:]))
 
     def plain(self) -> Tensor:
         """[N, C, *sizes]."""

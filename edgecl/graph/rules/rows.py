@@ -119,6 +119,16 @@ def _of_batch(rows: Index, batch: int, positions: int) -> Index:
     return of_sample.reshape(-1, rows.shape[1]).astype(np.int32)
 
 
+def rows_of(plain: Tensor) -> Tensor:
+    """A map [N, C, *sizes] as rows [N * positions, C]."""
+    batch, channels, *sizes = plain.shape
+    if prod(sizes) == 1:
+        return plain.reshape(batch, channels)
+    if batch == 1:  # a matrix: products take it transposed for nothing
+        return plain.reshape(channels, -1).t()
+    return plain.reshape(batch, channels, -1).transpose(1, 2).reshape(-1, channels)
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """A convolution of rows.
 
