@@ -14,7 +14,7 @@ from onnxruntime.training.api import CheckpointState, Module, Optimizer
 
 def main(folder: Path, lr: float, listed: bool) -> None:
     """Answer ``ready``, a class (with the seconds of one update) and ``weights`` until the input ends."""
-    onnxruntime.set_default_logger_severity(3)  # its builds print a line for every pass over the graph
+    onnxruntime.set_default_logger_severity(3)
     trained = json.loads((folder / "trained.json").read_text())
     model = onnx.load(folder / "loss.onnx")
     frozen = [tensor.name for tensor in model.graph.initializer if tensor.name not in trained] if listed else None

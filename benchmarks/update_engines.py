@@ -207,7 +207,8 @@ class OnnxTraining:
         (folder / "trained.json").write_text(json.dumps([f"suffix.{name}" for name in names]))
         child = Path(__file__).with_name("ort_training.py")
         command = [python, child, folder, str(LR), "listed" if listed else "constant"]
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.errors = self.stack.enter_context((folder / "errors.txt").open("w+"))  # it prints a line for every pass over the graph
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
         self.folder = folder
         self._ask("ready")
 
@@ -216,7 +217,9 @@ class OnnxTraining:
         print(request, file=self.child.stdin, flush=True)
         answer = self.child.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.name}: its process ended with {self.child.wait()}")
+            self.child.wait()
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.name}: its process ended with {self.child.returncode}:\n{self.errors.read()[-2000:]}")
         return answer
 
     def update(self, label: int) -> float:
