@@ -74,7 +74,7 @@ def case(net: str, update: str) -> Case:
     generator = torch.Generator().manual_seed(0)
     make: Callable[..., nn.Module] = BACKBONES[net]
     model: nn.Module = nn.Sequential(OrderedDict(input=nn.Identity(), net=make(classes=CLASSES, generator=generator))).eval()
-    _settle(model, torch.randn((32, *SHAPES[net][1:]), generator=generator), generator)
+    _settle(model, generator)
     if update == "W7":
         layers = dict(model.named_modules())
         model = split_channels(model, {name: range(layers[name].weight.shape[0] // 4) for name in SLICED[net]})  # type: ignore[union-attr,misc]
@@ -94,17 +94,15 @@ def case(net: str, update: str) -> Case:
     return Case(net, update, model, cut, tuple(trained), x, 3, rows)
 
 
-def _settle(model: nn.Module, samples: Tensor, generator: torch.Generator) -> None:
-    """Affine parameters of norms that are neither zero nor one, and statistics of what they meet, as a trained network has them."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
-        nn.init.uniform_(norm.bias, -0.1, 0.1, generator=generator)
-        norm.momentum = None  # the mean over batches, of which there is one
-        norm.train()
-    with torch.no_grad():
-        model(samples)
-    model.eval()
+def _settle(model: nn.Module, generator: torch.Generator) -> None:
+    """Statistics and affine parameters of norms as a trained network has them: neither zero nor one."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.uniform_(module.bias, -0.1, 0.1, generator=generator)
 
 
 class Loss(nn.Module):
