@@ -46,12 +46,16 @@ def run_stream(
         progress: Called with the samples done.
 
     Raises:
-        InputError: when the stream is empty, a task has no test sample, ``every`` or ``per_task`` is below 1.
+        InputError: when the stream is empty, a task has no test sample, ``every`` or ``per_task`` is below 1, or other targets than one
+            class a sample come without ``scoring``.
     """
     if not len(stream):
         raise InputError("stream: must have at least one sample, got none")
     if every < 1:
         raise InputError(f"every: must be at least 1 sample, got {every}; pass 50")
+    target = next(iter(stream)).y
+    if scoring is None and np.ndim(target):
+        raise InputError(f"scoring: must be given for targets of shape {list(np.shape(target))}, got None; pass dataset.scoring()")
     tally = tally_of(stream, evaluation_set(stream, per_task, seed), scoring)
     course = Course([], [], [], [], initial)
     told: list[Any] = []

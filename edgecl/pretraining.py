@@ -104,4 +104,8 @@ def _seen(labels: Tensor, scores: Tensor, kind: str, ignore: int | None) -> Tens
     if kind not in ("class", "map"):
         return torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
     counted = labels if ignore is None else labels[labels != ignore]
+    if counted.numel() and int(counted.max()) >= scores.shape[1]:
+        raise InputError(
+            f"model: must return a score for each class, {int(counted.max()) + 1} of them, got {scores.shape[1]}; give it such a head"
+        )
     return torch.bincount(counted.reshape(-1), minlength=scores.shape[1]) > 0

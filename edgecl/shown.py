@@ -122,6 +122,11 @@ KINDS = {
 """Every kind of target."""
 
 
+def kind_of(result: Mapping[str, Any]) -> str:
+    """Kind of a run's targets."""
+    return str(result["data"].get("kind", "class"))
+
+
 def shown_of(result: Mapping[str, Any]) -> Shown:
     """How a ``run.json`` is shown; one that says no kind is of one class a sample, as all were before."""
-    return KINDS[result["data"].get("kind", "class")]
+    return KINDS[kind_of(result)]

@@ -19,6 +19,8 @@ from edgecl.metrics import (
     minimum_accuracy,
     negative_flips,
     omega_all,
+    r_squared,
+    spread,
     stability_gap,
     windowed_forgetting,
     windowed_plasticity,
@@ -189,3 +191,10 @@ def test_negative_flips_and_accuracies_balance(pairs):
 def test_flips_need_the_same_samples(before, after):
     with pytest.raises(InputError, match="before, after: must be bool"):
         negative_flips(before, after)
+
+
+def test_an_output_that_does_not_vary_has_no_share_of_variance():
+    """Whatever its value: the mean of equal numbers is off by a rounding."""
+    constant = np.array([[0.1, 3.3, 0.0]] * 3)
+    assert spread(constant).tolist() == [0.0, 0.0, 0.0]
+    assert np.isnan(r_squared(np.full(3, 1e-3), spread(constant))).all()

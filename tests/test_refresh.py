@@ -186,6 +186,63 @@ def test_a_refresh_that_must_not_be_kept_is_told_by_the_next_update(toy: Any) ->
         assert learner.state()[AGE] == 1
 
 
+def test_a_refresh_that_an_engine_cannot_run_is_told_by_the_next_update(toy: Any, tmp_path: Any) -> None:
+    """The update before it is in the log: an error there would make a caller learn its sample twice."""
+    x, y = toy.helpers.samples(9, seed=1)
+    with DeviceLearner.load(toy.bundle("ridge", **DELAYED)[0].path, store=tmp_path / "l.db") as learner:
+        while float(learner.state()[AGE]) != 3:
+            learner.learn(x[0], int(y[0]))
+        run, macs = learner._engine.run, learner.manifest.steps
+
+        def short_of_memory(step: str, inputs: Any) -> Any:
+            if step == "refresh":
+                raise RuntimeError("Failed to allocate memory")
+            return run(step, inputs)
+
+        learner._engine.run = short_of_memory
+        learned = learner.report()["learned"]
+        learner.learn(x[1], int(y[1]))
+        before = learner.state()
+        assert learner.report()["learned"] == learned + 1 and before[AGE] == 4
+        with pytest.raises(RuntimeError, match="Failed to allocate memory"):
+            learner.learn(x[2], int(y[2]))
+        assert learner.report()["learned"] == learned + 1 and toy.helpers.same(learner.state(), before)
+        learner._engine.run = run
+        refreshes = learner._core.refreshes
+        report = learner.learn(x[2], int(y[2]))
+        assert report.macs == sum(macs[step].canonical_macs for step in ("encode", "learn", "refresh"))
+        assert (learner.state()[AGE], learner._core.refreshes) == (1, refreshes + 1)
+
+
+def test_a_refusal_behind_a_late_refresh_says_what_changed(toy: Any) -> None:
+    x, y = toy.helpers.samples(9, seed=1)
+    with toy.device("ridge", "onnx", **DELAYED) as learner:
+        while float(learner.state()[AGE]) != 3:
+            learner.learn(x[0], int(y[0]))
+        run = learner._engine.run
+        spoiled = {"refresh"}
+        learner._engine.run = lambda step, inputs: {**run(step, inputs), **({"finite": np.False_} if step in spoiled else {})}
+        learner.learn(x[1], int(y[1]))
+        spoiled = {"learn"}
+        with pytest.raises(
+            UpdateRefusedError, match=r"^learn: refused .*; the state is unchanged, but for changes that waited and were taken in$"
+        ):
+            learner.learn(x[2], int(y[2]))
+        assert learner.state()[AGE] == 0
+        with pytest.raises(UpdateRefusedError, match=r"the state is unchanged$"):
+            learner.learn(x[2], int(y[2]))
+
+
+def test_every_refresh_is_counted(toy: Any) -> None:
+    x, y = toy.helpers.samples(9, seed=1)
+    with toy.device("ridge", "onnx", **DELAYED) as learner:
+        run, runs = learner._engine.run, []
+        learner._engine.run = lambda step, inputs: (runs.append(step), run(step, inputs))[1]
+        ids = [learner.learn(a, int(b)).sample_id for a, b in zip(x, y, strict=True)]
+        learner.forget(ids[0])
+        assert learner._core.refreshes == runs.count("refresh") >= 3
+
+
 @pytest.mark.parametrize(
     ("delay", "every", "message"),
     [(4, 0, "else 0, got 0 and such step"), (4, -1, "else 0, got -1 and such step"), (0, 3, "else 0, got 3 and no such step")],

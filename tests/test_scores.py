@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgecl.evaluate import run_stream
 from edgecl.metrics import average_precision, mean_average_precision
 from edgecl.scoring import SCORINGS
 from edgecl.streams import Dataset, OneTask, TimeOrdered, load_arrays
@@ -158,5 +159,12 @@ def test_shares_and_splits_are_checked():
             make(data, base_share=1.0)
     with pytest.raises(InputError, match=r"splits: must be from 1 to 5"):
         TimeOrdered(data, 0.5, 6)
+    few = Dataset(X, np.zeros((10, 2), np.float32), X[:1], np.zeros((1, 2), np.float32), ("a", "b"), kind="vector")
+    with pytest.raises(InputError, match=r"^base_share: must leave the base set a test sample, got 0\.3 of 1; raise it, or pass 0"):
+        TimeOrdered(few, 0.3)
+    alone = TimeOrdered(data, 0.04)
+    assert not len(alone.base[0]) and len(alone.test(0)[0]) == 10, "no base set, and no test sample is left out"
+    with pytest.raises(InputError, match=r"^scoring: must be given for targets of shape \[2\], got None; pass dataset\.scoring\(\)"):
+        run_stream(None, OneTask(data))  # before anything is asked of the learner
     sample = next(iter(OneTask(data)))
     assert sample.task == 0 and sample.y.shape == (2,)

@@ -1,7 +1,7 @@
 """What a learner knows at this moment: the engine's state, the replay memory, the classes; no store, no samples waiting."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ class Core:
     def propose(self, sample: Sample) -> dict[str, Array]:
         """Run ``learn`` on a sample and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.
 
+        A ``refresh`` that is due still, as it failed behind the last update, runs first; what it takes in stays.
+
         Raises:
             UpdateRefusedError: when its result must not be kept.
         """
@@ -161,7 +163,7 @@ class Core:
         self._engine.commit()
         if target is None and REFRESH in self._manifest.steps:  # changes that wait hold the sample's features
             self._run(REFRESH, {}, what)
-            self._engine.commit()
+            self._keep_refreshed()
         self._refresh()
         self.health = _health(outputs)
         self.counts[self._target.classes_of(sample.target)] -= 1
@@ -227,16 +229,26 @@ class Core:
         return every > 0 and float(self._engine.state([AGE])[AGE]) >= every
 
     def _refresh(self) -> None:
-        """Run ``refresh`` behind an update if it is due. A result that must not be kept stays undone, and the next update says why."""
-        if self._due and self._engine.run(REFRESH, {})["finite"]:
-            self._engine.commit()
-            self.refreshes += 1
+        """Run ``refresh`` behind an update if it is due. Where it fails it stays due: the next update runs it first, and says why.
+
+        The update itself is in the log by now, so that an error here must not look like one of the update.
+        """
+        if not self._due:
+            return
+        with suppress(Exception):
+            if self._engine.run(REFRESH, {})["finite"]:
+                self._keep_refreshed()
+
+    def _keep_refreshed(self) -> None:
+        self._engine.commit()
+        self.refreshes += 1
 
     def _run(self, step: str, values: Mapping[str, Array], what: str) -> dict[str, Array]:
         """Run a step that writes state and refuse a result that must not be kept."""
-        if self._due and step != REFRESH:
+        late = self._due and step != REFRESH
+        if late:
             self._run(REFRESH, {}, what)
-            self._engine.commit()
+            self._keep_refreshed()
         outputs = self._engine.run(step, values)
         loss = float(outputs.get("loss", np.float32(0)))
         cause = None
@@ -249,7 +261,8 @@ class Core:
             cause = f"the method's guard failed ({figures}); keeping it would spoil the state, leave this sample as it is"
         if cause is not None:
             self.refused += 1
-            raise UpdateRefusedError(f"{step}: refused for {what}: {cause}; the state is unchanged")
+            but = "but for changes that waited and were taken in" if late else ""
+            raise UpdateRefusedError(f"{step}: refused for {what}: {cause}; the state is unchanged{but and f', {but}'}")
         return outputs
 
 

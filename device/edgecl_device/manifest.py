@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from edgecl_device.errors import BundleError, InputError, SchemaError
 
 SCHEMA = 3
-"""Version of the manifest that is written. Version 1, in which ``target`` is the word ``class``, is read as well."""
+"""Version of the manifest that is written.
+
+Versions 1, in which ``target`` is the word ``class``, and 2, without ``refresh_every``, are read as well."""
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"

@@ -12,6 +12,7 @@ import typer
 
 from edgecl.console import progress, show_rows
 from edgecl.figures import FORGETTING
+from edgecl.shown import kind_of
 from edgecl_device.errors import InputError
 
 EXAMPLE = "run.toml"
@@ -85,7 +86,7 @@ def _show(result: dict[str, Any], folder: Path) -> None:
     view = {
         "what": result["title"] or result["what"],
         "rows": result["learners"],
-        "kind": result["data"]["kind"],
+        "kind": kind_of(result),
         "seeds": len(result["seeds"]),
         "test_samples": result["samples"]["test"],
         "scenario": result["config"]["scenario"]["name"],

@@ -106,7 +106,7 @@ class Ridge(Learner):
             reflect: Keep R in reflected coordinates: for more than 2e6 gamma samples in float32. The base samples of the first ``fit``
                 set the reflection.
             delay: Updates that wait until the step ``refresh`` takes them into R together, 0 for none: see :mod:`edgecl.methods._inverse`.
-                16 makes updates at M = 1280 about three times as fast.
+                docs/results.md has what that saves.
             tau: Share of R's precision that one update may lose. Taking a sample out needs s > tau: the last sample of a direction
                 leaves with s = gamma / (gamma + w), so that gamma must be above tau w to forget it. Adding a sample cannot make s less
                 than 1, so that s < 1 - tau proves R broken; s > tau / eps is a weight too large beside gamma. All these are refused.

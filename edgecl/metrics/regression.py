@@ -15,7 +15,9 @@ def spread(targets: NDArray[Any]) -> Values:
     array([2., 0.])
     """
     values = targets.astype(np.float64)
-    found: Values = ((values - values.mean(0)) ** 2).sum(0) if len(values) else np.zeros(values.shape[1])
+    if not len(values):
+        return np.zeros(values.shape[1])
+    found: Values = np.where(values.max(0) == values.min(0), 0.0, ((values - values.mean(0)) ** 2).sum(0))  # not their mean's rounding
     return found
 
 

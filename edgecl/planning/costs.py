@@ -108,7 +108,7 @@ class Accountant:
             pending=self._pending,
             target=depth.problem.target.stored(depth.problem.max_classes),
         )
-        return Costs(found, {name: step.canonical.total_macs for name, step in steps.items()}, capacity, rows)
+        return Costs(found, {name: step.canonical.total_macs for name, step in steps.items()}, capacity, rows, learner.refresh_every)
 
 
 def resized(costs: Costs, candidate: Candidate, depth: Depth, room: int, most_rows: int) -> tuple[Candidate, Costs]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgecl.learner import update_macs
 from edgecl.ledger import ram_bytes
 
 FLASH = ("frozen_weights", "graphs", "state")
@@ -44,17 +45,24 @@ class Costs:
         macs_by_step: Canonical multiply-accumulates of every step.
         capacity_bytes: Of its replay memory, None without one.
         rows: Replay rows that fit into it.
+        refresh_every: Updates that share one run of the step ``refresh``; 0 without one.
     """
 
     ledger: dict[str, Any]
     macs_by_step: dict[str, int]
     capacity_bytes: int | None = None
     rows: int = 0
+    refresh_every: int = 0
+
+    @property
+    def update_macs(self) -> int:
+        """Of one update, with its share of ``refresh``."""
+        return update_macs(self.macs_by_step, self.refresh_every)
 
     def totals(self) -> dict[str, int]:
         """What the limits are about."""
         return {
             "ram": ram_bytes(self.ledger),
             "flash": sum(self.ledger[name] for name in FLASH),
-            "macs": self.macs_by_step["encode"] + self.macs_by_step["learn"],
+            "macs": self.macs_by_step["encode"] + self.update_macs,
         }

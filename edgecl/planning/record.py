@@ -50,7 +50,7 @@ def row(option: Option) -> dict[str, Any]:
         "replay_rows": costs.rows,
         "config": dataclasses.asdict(candidate.config),
         **costs.totals(),
-        "update_macs": costs.macs_by_step["learn"],
+        "update_macs": costs.update_macs,
         "ledger": costs.ledger,
         "accuracy": option.mean if option.accuracy else None,
         "accuracy_sd": option.deviation,

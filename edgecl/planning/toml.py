@@ -44,7 +44,7 @@ def run_config(config: RunConfig, option: Option, settings: Settings, validation
     values["budget"] = {
         "beyond_trunk": ledger["beyond_trunk"],
         "ram": ram_bytes(ledger),
-        "update_macs": option.costs.macs_by_step["learn"],
+        "update_macs": option.costs.update_macs,
     }
     head = f"# Planned: {candidate.words()}. Accuracy {percent(option.mean)} % on {validation} held-out training samples.\n"
     order = ("data", "scenario", "model", "learner", "budget", "device", "report")

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from edgecl.report import charts, views
 from edgecl.report.svg import inline, style
 from edgecl.runs.files import read_json, write_bytes
-from edgecl.shown import KINDS, shown_of
+from edgecl.shown import KINDS, kind_of, shown_of
 from edgecl.tables import si, size
 from edgecl_device.errors import InputError
 
@@ -54,7 +54,7 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     environment = Environment(
         loader=PackageLoader("edgecl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    kinds = list(dict.fromkeys(run["data"].get("kind", "class") for run in runs))
+    kinds = list(dict.fromkeys(kind_of(run) for run in runs))
     if len(kinds) > 1:
         raise InputError(f"RUN: must be runs of one kind of target, to be compared on one page, got {', '.join(kinds)}; write a page each")
     shown = [_run(run, f"r{i}") for i, run in enumerate(runs)]
@@ -113,7 +113,7 @@ def _run(result: dict[str, Any], key: str) -> dict[str, Any]:
         "metrics": views.metrics(result),
         "curves": views.curves(result),
         "parts": views.parts(result),
-        "each": views.EACH.get(result["data"].get("kind", "class"), ""),
+        "each": views.EACH.get(kind_of(result), ""),
         "below": any(min(curve.get("met", [0])) < charts.LOWEST for row in result["learners"] for curve in row.get("curves", ())),
         "matrices": views.matrices(result),
         "ledgers": views.ledgers(result),

@@ -9,7 +9,7 @@ import numpy as np
 from edgecl import tables
 from edgecl.evaluate import named
 from edgecl.report.charts import PHASES, layers_of, mean_curve, mean_matrix, shared_tasks
-from edgecl.shown import KINDS, shown_of
+from edgecl.shown import KINDS, kind_of, shown_of
 from edgecl.tables import LEDGER_WORDS, si, size, span
 
 Row = Mapping[str, Any]
@@ -121,12 +121,12 @@ ENGINES = {"onnx": "ONNX Runtime", "executorch": "ExecuTorch"}
 
 def result_view(result: Row) -> dict[str, Any]:
     """A result as :func:`edgecl.tables.verdict` takes it."""
-    return {"rows": result["learners"], "kind": result["data"].get("kind", "class")}
+    return {"rows": result["learners"], "kind": kind_of(result)}
 
 
 def learner_rows(result: Row) -> list[dict[str, Any]]:
     """The table of learners."""
-    keys, shown = ("label", "method", "at"), columns(result["data"].get("kind", "class"))
+    keys, shown = ("label", "method", "at"), columns(kind_of(result))
     return [{**{key: row[key] for key in keys}, "cells": [c.cell(row) for c in shown]} for row in result["learners"]]
 
 

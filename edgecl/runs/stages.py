@@ -93,11 +93,11 @@ def _clear(folder: Path) -> None:
     What the run is of goes last: a kill before leaves a run that still refuses another configuration.
     """
     for path in sorted(folder.iterdir(), key=lambda path: path.name == START):
-        if path.is_dir() and SEED.fullmatch(path.name):
-            if path.is_symlink():
-                path.unlink()
-            else:
+        if SEED.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            else:
+                path.unlink()
         elif path.name.removesuffix(".new") in WRITTEN:
             path.unlink()
 

@@ -39,13 +39,18 @@ class TimeOrdered(PlannedStream):
         samples = len(self.dataset.y) - round(self.base_share * len(self.dataset.y))
         if not 1 <= self.splits <= samples:
             raise InputError(f"splits: must be from 1 to {samples}, the samples of the stream, got {self.splits}; take fewer")
-        base, *tasks = self._cut(len(self.dataset.y))
-        tests = self._cut(len(self.dataset.y_test))
+        base, *tasks = self._cut(len(self.dataset.y), self.base_share)
+        tests = self._cut(len(self.dataset.y_test), self.base_share if len(base) else 0.0)
+        if len(base) and not len(tests[0]):
+            raise InputError(
+                f"base_share: must leave the base set a test sample, got {self.base_share} of {len(self.dataset.y_test)}; "
+                "raise it, or pass 0"
+            )
         object.__setattr__(self, "_plan", Plan(base, tasks, tests if len(base) else tests[1:]))
 
-    def _cut(self, count: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    def _cut(self, count: int, share: float) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
         """Indices of the base set and of every task."""
-        base = round(self.base_share * count)
+        base = round(share * count)
         return [np.arange(base), *np.array_split(np.arange(base, count), self.splits)]
 
 

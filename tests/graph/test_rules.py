@@ -12,6 +12,7 @@ from edgecl.graph import cost
 from edgecl.graph.lowering import canonicalise, lower
 from edgecl.graph.rules import elementwise, pooling, products
 from edgecl.graph.rules.convolution import convolution_backward
+from edgecl.graph.step import shape_of
 from edgecl.methods._losses import cross_entropy
 
 aten = torch.ops.aten
@@ -443,6 +444,13 @@ def test_a_product_with_an_addend_is_two_operators_on_executorch(beta: float, al
 
 
 @pytest.mark.parametrize("engine", ["onnx", "executorch"])
+def test_sums_of_an_integer_or_a_truth_value_are_of_pytorchs_type(engine: str, bench: Any) -> None:
+    for x in (torch.tensor(True), torch.tensor(7, dtype=torch.int32), torch.tensor(7)):
+        [found] = lower(canonicalise(bench.trace(lambda x: x.sum([]) + 0, x)), engine).run(x)
+        assert found.dtype == torch.int64 and torch.equal(found, x.sum([]))
+
+
+@pytest.mark.parametrize("engine", ["onnx", "executorch"])
 def test_sums_of_a_number_over_its_axes_are_the_number(engine: str, bench: Any) -> None:
     x = torch.tensor(3.5)
     graph = lower(canonicalise(bench.trace(lambda t: (t.sum(0), t.mean(0, keepdim=True), t.sum(())), x)), engine)
@@ -451,6 +459,14 @@ def test_sums_of_a_number_over_its_axes_are_the_number(engine: str, bench: Any) 
 
 
 def test_no_sum_for_executorch_has_many_terms(bench: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (10_000, 10_006, 10_007, 257):  # the second is twice a prime, the third is one
+        prime = torch.rand(3, size, generator=generator)
+        for function in (lambda t: t.sum(1), lambda t: t.mean(1), lambda t: t.sum()):
+            graph = lower(canonicalise(bench.trace(function, prime)), "executorch")
+            terms = [shape_of(n.args[0])[n.args[1][0]] for n in graph.operators if n.target is aten.sum.dim_IntList]
+            assert terms and max(terms) <= 256, (size, terms)
+            close(graph.run(prime)[0].double(), function(prime.double()), 3e-7, size)
     x = torch.ones(1, 65, 192)
     for function in (lambda t: t.sum(), lambda t: t.reshape(1, -1).sum(1), lambda t: t.sum((1, 2), keepdim=True), lambda t: t.mean((1, 2))):
         graph = lower(canonicalise(bench.trace(function, x)), "executorch")

@@ -48,6 +48,21 @@ def test_the_gradients_of_a_layer_that_is_used_often_are_one_product_and_one_sum
     assert count(graph, aten.add.Tensor) == 0
 
 
+def test_a_value_doubled_again_and_again_is_not_taken_apart(bench: Any) -> None:
+    """It has a million terms."""
+
+    def run(x: Tensor) -> Tensor:
+        for _ in range(20):
+            x = x + x
+        return x
+
+    bench.check(run, torch.randn(3))
+
+
+def test_two_transpositions_of_a_number_are_dropped(bench: Any) -> None:
+    bench.check(lambda x: x.t().t() * 2.0, torch.tensor(1.5))
+
+
 def test_products_whose_operands_are_larger_than_they_are_stay(bench: Any, tools: Any) -> None:
     tensors = draws((600, 8), (8, 8), (8,), (600, 8))
     graph = joined(bench, tools, tools.gradients(used_often(3), *tensors[:-1]), *tensors)

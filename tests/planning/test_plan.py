@@ -70,6 +70,18 @@ def test_nothing_exceeds_a_limit_and_memories_fill_the_budget(small, planned):
     assert all(small.LIMITS.ram - option.costs.totals()["ram"] < row for option in full)
 
 
+def test_an_update_holds_its_share_of_a_refresh(small, split):
+    """As ``edgecl run`` counts it, whose budget a written plan becomes."""
+    for method in ("ridge", "slda"):
+        config = METHODS[method].Config(delay=4)
+        planned = plan(small.network(), split, small.scenario, Limits(), small.settings(configs={method: config}, orders=1))
+        option = next(option for option in planned.options if option.accuracy)
+        macs = option.costs.macs_by_step
+        share = -(-macs["refresh"] // 4)
+        assert option.costs.update_macs == macs["learn"] + share > macs["learn"]
+        assert option.costs.totals()["macs"] == macs["encode"] + macs["learn"] + share
+
+
 def planned_depth(small, option):
     from edgecl.planning.space import opened
 

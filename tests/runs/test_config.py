@@ -270,3 +270,12 @@ def test_a_device_that_cannot_train_is_refused(device):
     x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
     with pytest.raises(InputError, match="device: must be a device that PyTorch has here"):
         train(torch.nn.Linear(2, 2), x, y, preprocess=None, recipe=Recipe(), generator=torch.Generator(), device=device)
+
+
+def test_a_network_with_fewer_outputs_than_classes_is_refused():
+    x, settings = np.zeros((4, 2), np.float32), {"preprocess": None, "recipe": Recipe(), "generator": torch.Generator(), "device": "cpu"}
+    with pytest.raises(InputError, match=r"^model: must return a score for each class, 4 of them, got 2; give it such a head"):
+        train(torch.nn.Linear(2, 2), x, np.arange(4), **settings)
+    maps = np.arange(4)[:, None, None] * np.ones((1, 3, 3), np.int64)
+    with pytest.raises(InputError, match=r"^model: must return a score for each class, 4 of them, got 2"):
+        train(torch.nn.Conv2d(2, 2, 1), np.zeros((4, 2, 3, 3), np.float32), maps, **settings, kind="map")

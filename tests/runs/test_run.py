@@ -237,8 +237,11 @@ def test_a_title_may_change_and_fresh_starts_anew(config, whole):
     text = config.read_text()
     config.write_text(text[: text.index("[[learner]]\nlabel")] + "[device]\nevery = 20\nstore = false\n")
     (folder / "notes.txt").write_text("mine")
+    (folder / "seed8").write_text("no folder")
+    (folder / "seed9").symlink_to(folder / "nowhere")
     found = run(read_config(config), config, folder, fresh=True)
     assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "seed8").exists() and not (folder / "seed9").is_symlink()
     assert [row["label"] for row in found["learners"]] == ["ridge"] and not (folder / "seed0" / "replay").exists()
     assert not (folder / "seed0" / "ridge" / "store.db").exists()
 

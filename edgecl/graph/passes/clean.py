@@ -83,7 +83,7 @@ def _undo(second: fx.Node, first: Any) -> bool:
 
 def _exchanged(node: fx.Node, rank: int) -> set[int]:
     dims: Any = node.args[1:] or (0, 1)
-    return {dim % rank for dim in dims}
+    return {dim % max(rank, 1) for dim in dims}
 
 
 def _is_identity(node: fx.Node) -> bool:

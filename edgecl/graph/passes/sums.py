@@ -50,6 +50,7 @@ def _is_sum(node: Any) -> bool:
         isinstance(node, fx.Node)
         and node.target is aten.add.Tensor
         and not node.kwargs
+        and node.args[0] is not node.args[1]  # twice itself: its terms double with every such sum
         and all(isinstance(a, fx.Node) and shape_of(a) == shape_of(node) and value_of(a).dtype == value_of(node).dtype for a in node.args)
     )
 

@@ -26,20 +26,28 @@ def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtyp
     if x.dtype == torch.float64:
         return x.mean(axes, keepdim) * float(count)
     parts = {axis: _divisor(x.shape[axis]) for axis in axes if x.shape[axis] > 1}
-    if x.dtype != torch.float32 or count <= LONG or (len(parts) == 1 and 1 in parts.values()):
+    if x.dtype != torch.float32 or count <= LONG:
         return NotImplemented
     total = x
     for axis in sorted(parts, reverse=True):
+        rest = None
         if parts[axis] > 1:
-            before, size, after = total.shape[:axis], total.shape[axis], total.shape[axis + 1 :]
-            total = total.reshape([*before, size // parts[axis], parts[axis], *after]).sum([axis + 1])
+            whole = total.shape[axis] // parts[axis] * parts[axis]
+            if whole < total.shape[axis]:
+                rest = total.narrow(axis, whole, total.shape[axis] - whole).sum([axis], keepdim=True)
+                total = total.narrow(axis, 0, whole)
+            before, after = total.shape[:axis], total.shape[axis + 1 :]
+            total = total.reshape([*before, whole // parts[axis], parts[axis], *after]).sum([axis + 1])
         total = total.sum([axis], keepdim=True)
+        total = total if rest is None else total + rest
     return total if keepdim else total.reshape([size for axis, size in enumerate(total.shape) if axis not in axes])
 
 
 def of_number(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     """Sum or mean of one number over axes that it does not have, which runtimes refuse and PyTorch does not."""
-    return NotImplemented if x.dim() or dtype not in (None, x.dtype) else x.reshape(())
+    if x.dim() or dtype not in (None, x.dtype):
+        return NotImplemented
+    return x.reshape(()) if x.dtype.is_floating_point else x.reshape(()).to(torch.int64)  # a sum of integers is an int64
 
 
 def mean_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
@@ -61,5 +69,6 @@ def sum_of_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def _divisor(size: int) -> int:
-    """Of a long axis the length of its parts, its largest divisor up to the square root; else 1."""
-    return next(k for k in range(isqrt(size), 0, -1) if size % k == 0) if size > LONG else 1
+    """Of a long axis the length of its parts, its largest divisor near the square root; the root, with a rest, where none is; else 1."""
+    root = isqrt(size)
+    return next((k for k in range(root, root // 2, -1) if size % k == 0), root) if size > LONG else 1

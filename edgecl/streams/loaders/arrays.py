@@ -148,9 +148,11 @@ def kind_of(y: NDArray[Any]) -> str:
 
 
 def _plain(y: NDArray[Any], kind: str) -> NDArray[Any]:
-    """Targets in the type that a data set has them in, where nothing is lost; the rest the data set refuses."""
+    """Targets in the type that a data set has them in, real values rounded to float32; what else does not fit the data set refuses."""
     numbers = y.dtype.kind in "iub"
     if kind == "class" and numbers:
+        if y.dtype.kind == "u" and y.size and y.max() > np.iinfo(np.int64).max:
+            raise InputError(f"y: classes must be below 2**63, got {y.max()}; number them from 0")
         return y.astype(np.int64)
     if kind == "vector" and (numbers or y.dtype.kind == "f"):
         with np.errstate(over="ignore"):
