@@ -190,6 +190,7 @@ FORMULAS: dict[object, Callable[[fx.Node], tuple[int, int]]] = {
     **dict.fromkeys(_overloads("mm.default bmm.default"), _product(0, 1)),
     **dict.fromkeys(_overloads("addmm.default baddbmm.default"), _product(1, 2)),
     aten.convolution.default: _convolution,
+    aten.addcmul.default: _output(2),
     aten.max_pool2d_with_indices.default: _window,
     aten.avg_pool2d.default: _window,
     aten.max_pool2d_with_indices_backward.default: _input,

@@ -23,6 +23,7 @@ from edgecl.graph.passes import (
     Pass,
     ProveFinite,
     ScaleKernels,
+    ScaleMaps,
     SinkExpand,
     UpdateEarly,
     WidenLate,
@@ -34,7 +35,7 @@ from edgecl_device.checks import entry
 if TYPE_CHECKING:
     from edgecl.prepare import Prepared
 
-_OWN: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {"onnx": ((HoldRows(),), (AddProducts(),))}
+_OWN: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {"onnx": ((HoldRows(),), (AddProducts(), ScaleMaps()))}
 """Passes that pay on one runtime only, by engine: before its rules are applied, and behind them."""
 
 

@@ -152,6 +152,14 @@ def _cast(e: "Emitter", node: fx.Node, x: ir.Value, **options: Any) -> ir.Value:
     return e.cast(x, value_of(node).dtype)
 
 
+@translates(aten.addcmul.default)
+def _scale_and_shift(e: "Emitter", node: fx.Node, shift: ir.Value, x: ir.Value, scale: ir.Value) -> ir.Value:
+    """Of a map's channels (:class:`edgecl.graph.passes.ScaleMaps`): batch normalisation of statistics zero and one."""
+    channels = shape_of(node)[1]
+    zero, one = (e.constant(np.full(channels, value, np.float32)) for value in (0, 1))
+    return e.op("BatchNormalization", x, *(e.op("Reshape", v, e.ints([channels])) for v in (scale, shift)), zero, one, epsilon=0.0)
+
+
 # --- matrix products -------------------------------------------------------------------------------------------------
 
 

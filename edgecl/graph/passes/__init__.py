@@ -10,6 +10,7 @@ from edgecl.graph.passes.fold import FoldConstants, FoldConvolutionAffine
 from edgecl.graph.passes.lower import ApplyRules
 from edgecl.graph.passes.merge import MergeEqual
 from edgecl.graph.passes.rows import HoldRows
+from edgecl.graph.passes.scale import ScaleMaps
 from edgecl.graph.passes.schedule import UpdateEarly, WidenLate
 from edgecl.graph.passes.sums import JoinSums
 from edgecl.graph.passes.vectors import JoinVectors
@@ -27,6 +28,7 @@ __all__ = [
     "Pass",
     "ProveFinite",
     "ScaleKernels",
+    "ScaleMaps",
     "SinkExpand",
     "UpdateEarly",
     "WidenLate",

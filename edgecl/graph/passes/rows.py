@@ -151,7 +151,7 @@ def _convolution_backward(window: Window, gradient: Any, x: Any, weight: Tensor,
     return (
         _input_gradient(window, gradient, weight) if to_input else None,
         rules.weight_gradient(rows, _Map.of(x).rows, window) if to_weight else None,
-        rows.sum([0]) if to_bias else None,
+        rules.total(rows) if to_bias else None,
     )
 
 
@@ -197,6 +197,10 @@ def _reduction(target: Any, x: _Map, dims: Any = None, keepdim: bool = False, **
         tuple(1 if d in over else n for d, n in enumerate(x.shape)) if keepdim else tuple(n for d, n in enumerate(x.shape) if d not in over)
     )
     positions = set(range(2, rank))
+    plain = x.rows.dtype == torch.float32 and not kwargs and target is not aten.amax.default
+    if plain and (over == positions | {0} or (over == positions and x.batch == 1)):
+        whole = rules.total(x.rows)
+        return (whole if target is aten.sum.dim_IntList else whole / float(x.rows.shape[0])).reshape(kept)
     if over == positions and x.batch > 1:
         return target(x.rows.reshape(x.batch, -1, x.rows.shape[1]), [1], **kwargs).reshape(kept)
     axes = {frozenset(positions): [0], frozenset({0} | positions): [0], frozenset({1}): [1], frozenset(range(rank)): [0, 1]}

@@ -129,6 +129,11 @@ def rows_of(plain: Tensor) -> Tensor:
     return plain.reshape(batch, channels, -1).transpose(1, 2).reshape(-1, channels)
 
 
+def total(rows: Tensor) -> Tensor:
+    """Sum over all rows [C]: a product with ones, as a runtime adds columns of a wide matrix one value at a time."""
+    return torch.mm(rows.new_ones(1, rows.shape[0]), rows).reshape(-1)
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """A convolution of rows.
 
