@@ -17,6 +17,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "strided": {"out": 6, "kernel_size": 3, "padding": 1, "groups": 6, "stride": 2},
     "pointwise": {"out": 5, "kernel_size": 1},
     "grouped": {"out": 4, "kernel_size": 3, "groups": 2},
+    "biased": {"out": 6, "kernel_size": 3, "padding": 1, "groups": 6, "bias": True},
+    "biased pointwise": {"out": 5, "kernel_size": 1, "bias": True},
 }
 
 
@@ -27,7 +29,7 @@ def targets(graph: StepGraph) -> list[Any]:
 def block(out: int, **options: Any) -> nn.Sequential:
     """Convolution, batch norm with statistics of its own, ReLU6, behind a layer that makes the convolution's input a result."""
     generator = torch.Generator().manual_seed(2)
-    net = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, out, bias=False, **options), nn.BatchNorm2d(out), nn.ReLU6()).eval()
+    net = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, out, **{"bias": False, **options}), nn.BatchNorm2d(out), nn.ReLU6()).eval()
     for tensor in [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]:
         tensor.data = torch.rand(tensor.shape, generator=generator) + 0.3
     return net
@@ -60,6 +62,7 @@ def maps(graph: StepGraph, target: Any) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("trained", [["0.weight", "1.weight", "2.weight", "2.bias"], ["0.weight", "1.weight"]], ids=["norm too", "kernels"])
 def test_scales_and_shifts_move_into_kernels_that_are_trained(kind: str, trained: list[str], bench: Any) -> None:
     net = block(**KINDS[kind])
+    trained = [*trained, *(["1.bias"] if "bias" in KINDS[kind] else [])]
     function, tensors = gradient_of(net, trained), tensors_of(net, trained)
     graph = bench.check(function, *tensors, bar=2e-5)
     squares = 2  # of the loss: its product, and its gradient's

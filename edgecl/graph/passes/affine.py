@@ -1,8 +1,8 @@
 """Move the scale and shift behind a convolution into its kernel and bias, where a kernel has fewer values than a feature map.
 
-``conv(x, W) * s + t = conv(x, W s, t)``. Backward, with ``V = W s``: the input gradient is that of ``V``, and from ``dV``, the weight
-gradient of ``V``, follow ``dW = dV s`` and ``ds = sum(dV W)``, so that no operator of a feature map's size is left. This is
-:class:`edgecl.graph.passes.fold.FoldConvolutionAffine` for what is trained.
+``conv(x, W, b) * s + t = conv(x, W s, b s + t)``. Backward, with ``V = W s`` and the gradient ``g`` behind the scale: the input gradient
+is that of ``V``, and from ``dV``, the weight gradient of ``V``, follow ``dW = dV s``, ``db = s sum(g)``, ``ds = sum(dV W) + b sum(g)``: no
+operator of a feature map's size is left. This is :class:`edgecl.graph.passes.fold.FoldConvolutionAffine` for what is trained.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class _Scaled:
     """A convolution, what scales it, and what the backward pass does with both.
 
     Attributes:
-        conv: The convolution, without a bias.
+        conv: The convolution.
         mul: Its product with the scale.
         scale: The scale, [C, 1, ...].
         backward: ``convolution_backward`` of ``gradient * scale``, or None.
@@ -64,7 +64,7 @@ class _Scaled:
 def _match(conv: fx.Node, backwards: list[fx.Node]) -> _Scaled | None:
     weight: Any = conv.args[1]
     muls = [user for user in conv.users if user.target is aten.mul.Tensor and _channels(user.args[1], conv)]
-    if conv.args[2] is not None or len(backwards) > 1 or len(muls) != 1:
+    if len(backwards) > 1 or len(muls) != 1:
         return None
     [mul] = muls
     scale: Any = mul.args[1]
@@ -105,6 +105,7 @@ def _summed(node: fx.Node, conv: fx.Node, gradient: fx.Node | None) -> bool:
 def _rewrite(graph: StepGraph, found: _Scaled) -> None:
     conv, backward = found.conv, found.backward
     weight: Any = conv.args[1]
+    bias: Any = conv.args[2]
     rank, channels = len(shape_of(weight)), shape_of(conv)[1]
     body = graph.module.graph
 
@@ -112,12 +113,20 @@ def _rewrite(graph: StepGraph, found: _Scaled) -> None:
     with body.inserting_before(conv):
         factor = new_operator(graph, aten.reshape.default, [found.scale, [channels, *[1] * (rank - 1)]], found.mul)
         kernel = new_operator(graph, aten.mul.Tensor, [weight, factor], found.mul)
+        vector = new_operator(graph, aten.reshape.default, [found.scale, [channels]], found.mul)
+        scaled = None if bias is None else new_operator(graph, aten.mul.Tensor, [bias, vector], found.mul)
     conv.update_arg(1, kernel)
+    conv.update_arg(2, scaled)
     found.mul.replace_all_uses_with(conv)
     body.erase_node(found.mul)
     if backward is not None:
         backward.update_arg(0, found.gradient)
         backward.update_arg(2, kernel)
+        for item in [user for user in backward.users if user.args[1] == 2]:
+            with body.inserting_after(item):
+                own = new_operator(graph, aten.mul.Tensor, [item, vector], item)
+            item.replace_all_uses_with(own)
+            own.update_arg(0, item)
         for item in [user for user in backward.users if user.args[1] == 1]:
             with body.inserting_after(item):
                 own = new_operator(graph, aten.mul.Tensor, [item, factor], item)
@@ -129,6 +138,13 @@ def _rewrite(graph: StepGraph, found: _Scaled) -> None:
                     terms = new_operator(graph, aten.mul.Tensor, [item, weight], total)
                 with body.inserting_after(terms):
                     summed = new_operator(graph, aten.sum.dim_IntList, [terms, list(range(1, rank))], total)
+                if bias is not None:
+                    with body.inserting_after(summed):
+                        all_of_it = new_operator(graph, aten.sum.dim_IntList, [found.gradient, [0, *range(2, rank)]], total)
+                    with body.inserting_after(all_of_it):
+                        offset = new_operator(graph, aten.mul.Tensor, [bias, all_of_it], total)
+                    with body.inserting_after(offset):
+                        summed = new_operator(graph, aten.add.Tensor, [summed, offset], total)
                 total.replace_all_uses_with(summed)
                 body.erase_node(total)
                 body.erase_node(product)
@@ -136,7 +152,7 @@ def _rewrite(graph: StepGraph, found: _Scaled) -> None:
 
 
 def _join_bias(graph: StepGraph, conv: fx.Node) -> None:
-    """A shift that is all that follows the convolution becomes its bias."""
+    """A shift that is all that follows the convolution becomes its bias, or part of it."""
     users = list(conv.users)
     if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].args[0] is not conv or users[0].kwargs:
         return
@@ -150,5 +166,8 @@ def _join_bias(graph: StepGraph, conv: fx.Node) -> None:
         vector = shift.args[0]
     else:
         return
+    if conv.args[2] is not None:
+        with graph.module.graph.inserting_before(conv):
+            vector = new_operator(graph, aten.add.Tensor, [conv.args[2], vector], users[0])
     conv.update_arg(2, vector)
     users[0].replace_all_uses_with(conv)
