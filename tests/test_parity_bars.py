@@ -249,6 +249,52 @@ def test_an_error_of_a_kinks_size_is_refused_at_a_kink_too(toy, kinked, side, te
         compare_step("learn", state, inputs, eager, bad)
 
 
+class Rough:
+    """An engine whose update jumps by a share of its size with every rounding of its weights, as one of a very deep network does."""
+
+    def __init__(self, share, factor=1.0, phase=0.0, from_below=1e9):
+        self.share, self.factor, self.phase, self.from_below = share, factor, phase, from_below
+
+    def load(self, state):
+        self.start = state["param.w"]
+
+    def run(self, step, inputs):
+        return {"loss": np.float32(1.0), "finite": np.True_}
+
+    def commit(self):
+        pass
+
+    def state(self):
+        jump = self.share * np.sin(1e9 * self.start + self.phase) * (self.start < self.from_below)
+        return {"param.w": self.start - 0.1 * self.factor * (1 + jump)}
+
+
+def test_an_update_among_many_kinks_is_known_no_better_than_it_moves():
+    state = {"param.w": np.linspace(1.0, 2.0, 400)}
+    tally = Tally()
+    assert compare_step("learn", state, {}, Rough(0.02), Rough(0.02, phase=1.0), tally)
+    assert (tally.unsettled, tally.kinks) == (1, 0) and 0.01 < tally.moved < 0.04
+    assert str(tally).endswith("with weights 1e-06 away")
+    for share, other in (
+        (0.02, Rough(0.02, factor=1.05)),  # beyond what eager's own moves
+        (0.02, Rough(0.06, phase=1.0)),
+        (0.3, Rough(0.3, phase=1.0)),  # eager's own is anything
+        (0.0, Rough(0.01)),  # eager's own does not move
+    ):
+        with pytest.raises(ExportError, match=r"param\.w differs from eager"):
+            compare_step("learn", state, {}, Rough(share), other)
+    before = Tally()
+    assert compare_step("learn", state, {}, Rough(0.02), Rough(0.02), before)
+    assert before.unsettled == 0
+
+
+def test_what_eager_makes_again_beside_a_state_is_no_rough_ground():
+    """Its own update does not move with every second nudge, as those raise the weight: the other's then has to be one that it makes."""
+    state = {"param.w": np.ones(1)}
+    with pytest.raises(ExportError, match=r"param\.w differs from eager"):
+        compare_step("learn", state, {}, Rough(0.02, from_below=1.0), Rough(0.01, phase=1.0))
+
+
 def test_a_side_that_only_one_tensor_takes_is_refused(toy, kinked):
     """The gradient of a kink's other side belongs to all tensors of that side, or to none."""
     eager, other, state, inputs = kinked
