@@ -162,6 +162,11 @@ def test_threads_are_checked(exported, threads):
         Learner.load(exported[0].path, threads=threads)
 
 
+def test_memory_is_planned_at_export(exported):
+    with pytest.raises(InputError, match=r"^memory: must be fastest on ExecuTorch, which plans memory .*, got 'smallest'; leave it out"):
+        Learner.load(exported[0].path, memory="smallest")
+
+
 def test_the_engine_is_the_bundles_unless_another_is_asked_for(exported):
     path = exported[0].path
     with Learner.load(path) as learner:

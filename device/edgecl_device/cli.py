@@ -68,6 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
     command.add_argument("--rows", type=Path, help="file of the replay rows, for a bundle that keeps them in one; goes with --store")
     command.add_argument("--limit", type=int, help="stop after so many samples")
     command.add_argument("--threads", type=int, default=1, help="threads inside one operator (default 1)")
+    command.add_argument("--memory", default="fastest", help="fastest, balanced or smallest: memory that ONNX Runtime may spend on speed")
     args = parser.parse_args(argv)
     try:
         result = args.call(args)
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_stream({name: x[:n] for name, x in xs.items()}, ys[:n], weights, manifest)
     measured, refused = 0.0, 0
     by_class: dict[int, tuple[float, int]] = {}
-    with Learner.load(args.bundle, args.store, threads=args.threads, rows=args.rows) as learner:
+    with Learner.load(args.bundle, args.store, threads=args.threads, rows=args.rows, memory=args.memory) as learner:
         start = time.perf_counter()
         for i in progress(n):
             target = kind.array(ys[i], ())

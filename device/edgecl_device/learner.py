@@ -43,7 +43,7 @@ from edgecl_device.store import AUTOMATIC, Store
 from edgecl_device.targets import target_of
 from edgecl_device.turns import OneAtATime, verb
 
-ENGINES: dict[str, Callable[[Path, Manifest, int], Engine]] = {"onnx": OnnxEngine, "executorch": ExecutorchEngine}
+ENGINES: dict[str, Callable[[Path, Manifest, int, str], Engine]] = {"onnx": OnnxEngine, "executorch": ExecutorchEngine}
 
 
 class Learner(OneAtATime):
@@ -108,6 +108,7 @@ class Learner(OneAtATime):
         durability: str = "normal",
         threads: int = 1,
         rows: str | Path | None = None,
+        memory: str = "fastest",
     ) -> Self:
         """Load a bundle and, with a store, go on where it stopped.
 
@@ -120,9 +121,11 @@ class Learner(OneAtATime):
             threads: Threads inside one operator, 1 to 64; above 1 a resumed run may differ in the last bits.
             rows: File of the replay rows, for a bundle that keeps them in one (``export(..., rows_in_file=True)``), made with a new
                 store; it goes with the store from then on.
+            memory: ``fastest``, ``balanced`` or ``smallest``: what ONNX Runtime may spend on packed weights and arenas to be faster.
+                ExecuTorch's memory is planned at export.
 
         Raises:
-            InputError: for a wrong path, engine, durability or number of threads.
+            InputError: for a wrong path, engine, durability, number of threads or setting of memory.
             BundleError: when a file is missing or altered, or the parts do not fit together.
             StoreError: when the store or its file of rows is empty, damaged, in use, cannot be made, or (StoreMismatchError) is of
                 another bundle; their files are then what they were.
@@ -152,7 +155,7 @@ class Learner(OneAtATime):
         check_state(manifest, state)  # before the engine allocates what the manifest says
         first_rows = read_tensors(folder / manifest.replay_file) if manifest.replay_file else None
         with ExitStack() as opened:
-            runner = ENGINES[manifest.engine](folder, manifest, threads)
+            runner = ENGINES[manifest.engine](folder, manifest, threads, memory)
             opened.callback(runner.close)
             log = Store(store, manifest.bundle_id, manifest.log_capacity_bytes, durability)
             opened.callback(log.leave)

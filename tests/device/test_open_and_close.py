@@ -53,6 +53,24 @@ def test_threads_are_an_integer_from_1_to_64(means, load, threads):
         load(means, threads=threads)
 
 
+@pytest.mark.parametrize("memory", ["least", "", None, 3, ["fastest"]])
+def test_a_setting_of_memory_is_one_of_three(means, load, memory):
+    with pytest.raises(InputError, match=r"^memory: must be one of fastest, balanced, smallest, got .*; pass one of them$"):
+        load(means, memory=memory)
+
+
+def test_a_setting_of_memory_changes_no_result(means, load, stream):
+    found = []
+    for memory in ("fastest", "balanced", "smallest"):
+        with load(means, memory=memory) as learner:
+            for x, y in zip(stream[0][:20], stream[1][:20], strict=True):
+                learner.learn(x, int(y))
+            found.append((learner.state(), learner.predict(stream[0][0]).scores))
+    for state, scores in found[1:]:
+        assert all(np.allclose(state[name], value, rtol=1e-6, atol=1e-6) for name, value in found[0][0].items())
+        assert np.allclose(scores, found[0][1], rtol=1e-5, atol=1e-5)
+
+
 def test_threads_may_be_numpys(means, load, stream):
     assert load(means, threads=np.int64(2)).predict(stream[0][0]).sample_id == 0
 

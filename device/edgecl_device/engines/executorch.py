@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import check_whole, thread_count
+from edgecl_device.checks import check_whole, short, thread_count
 from edgecl_device.errors import BundleError, EdgeclError, InputError
 from edgecl_device.manifest import Array, Manifest, StepSpec, TensorSpec
 
@@ -29,16 +29,19 @@ class ExecutorchEngine:
         bundle: The bundle's folder.
         manifest: Its manifest.
         threads: Threads of the runtime, 1 to 64; one number for the whole process, as ExecuTorch has one pool.
+        memory: ``fastest`` alone, as memory is planned at export.
 
     Raises:
-        InputError: when ``threads`` is no such number.
+        InputError: when ``threads`` is no such number, or ``memory`` another setting.
         BundleError: when the program cannot be loaded or does not have the manifest's inputs and outputs.
     """
 
     name = "executorch"
 
-    def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1, memory: str = "fastest") -> None:
         threads = thread_count(threads)
+        if memory != "fastest":
+            raise InputError(f"memory: must be fastest on ExecuTorch, which plans memory at export, got {short(memory)}; leave it out")
         self._torch, runtime, library = _executorch()
         if library._threadpool_get_thread_count() != threads:
             with _without_notes():

@@ -13,13 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from edgecl_device.checks import check_whole, thread_count
+from edgecl_device.checks import check_whole, entry, thread_count
 from edgecl_device.errors import BundleError, EdgeclError, InputError
 from edgecl_device.manifest import Array, Manifest, StepSpec, TensorSpec
 
 STATE_IN = "state."
 STATE_OUT = "next."
 _TYPES = {"float32": "tensor(float)", "float64": "tensor(double)"}  # the others are called as numpy calls them
+
+
+MEMORY: dict[str, dict[str, Any]] = {
+    "fastest": {},
+    "balanced": {"enable_mem_pattern": False},
+    "smallest": {"enable_mem_pattern": False, "enable_cpu_mem_arena": False, "session.disable_prepacking": "1"},
+}
+"""Options of a session by the setting ``memory``; those with a dot are configuration entries."""
 
 
 class OnnxEngine:
@@ -32,17 +40,19 @@ class OnnxEngine:
         bundle: The bundle's folder.
         manifest: Its manifest.
         threads: Threads inside one operator, 1 to 64.
+        memory: A key of :data:`MEMORY`.
 
     Raises:
-        InputError: when ``threads`` is no such number.
+        InputError: when ``threads`` is no such number, or ``memory`` no such setting.
         BundleError: when a graph cannot be loaded or does not have the manifest's inputs and outputs, or its tensors do not fit
             into memory.
     """
 
     name = "onnx"
 
-    def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, threads: int = 1, memory: str = "fastest") -> None:
         threads = thread_count(threads)
+        settings = entry("memory", memory, MEMORY)
         self._ort = _onnxruntime()
         self._specs = {spec.name: spec for spec in manifest.state}
         written = {name for step in manifest.steps.values() for name in step.state_out}
@@ -54,6 +64,11 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
         options.log_severity_level = 4  # not errors: they are raised
+        for name, value in settings.items():
+            if "." in name:
+                options.add_session_config_entry(name, value)
+            else:
+                setattr(options, name, value)
         self._steps = {name: _Step(self, Path(bundle) / step.file, step, options) for name, step in manifest.steps.items()}
         # After the graphs were matched with the manifest: its sizes are then no mere claim.
         self._values = {s.name: [self._allocate(s) for _ in range(1 + (s.name in written))] for s in manifest.state}
