@@ -95,7 +95,9 @@ class Bench:
         ports = [(STATE_OUT if p.kind == "state" else "") + p.name for p in graph.outputs]
         assert [output.name for output in session.get_outputs()] == ports
         feeds = {i.name: values[i.name].detach().numpy() for i in session.get_inputs()}
-        return [torch.from_numpy(np.asarray(r)) for r in session.run(None, feeds)]
+        found = [torch.from_numpy(np.asarray(r)) for r in session.run(None, feeds)]
+        # state may come in the shape in which it is computed, and is the same bytes
+        return [r.reshape(p.spec.shape) if p.kind == "state" else r for p, r in zip(graph.outputs, found, strict=True)]
 
     def raw(self, function: Function, *tensors: Tensor) -> StepGraph:
         """The graph as captured, constants folded."""
