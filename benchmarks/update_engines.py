@@ -87,6 +87,7 @@ class Step:
         start = perf_counter()
         exported = export(self.prepared, folder / "bundle", engine=engine, ram_budget_bytes=1 << 30)
         self.export_seconds = perf_counter() - start
+        self.path = exported.path
         self.manifest: Manifest = exported.manifest
         self.engine = target_of(engine).read(exported.path, exported.manifest).engine()
         self.stack.callback(self.engine.close)

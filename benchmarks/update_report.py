@@ -1,12 +1,13 @@
 """Tables and plot of ``step_latency.py``."""
 
+from collections.abc import Callable
 from statistics import geometric_mean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from page_parts import Row, conditions, markdown
 from update_cases import SHAPES, UPDATES
-from update_tables import Row, conditions, markdown
 
 from edgecl.tables import si
 
@@ -71,7 +72,7 @@ def ratio_table(result: Row) -> str:
     return (
         markdown(["time of one update", *updates], lines)
         + f"\n\nGeometric means over {', '.join(nets)}; targets in brackets. {meaning}. One sample, one thread; the engines took turns, "
-        "and a ratio is the median over the turns. All engines gave the same weights (largest difference "
+        "and a ratio is the median over the turns. All engines gave the same weights (largest difference beyond two roundings "
         f"{max(value for row in rows for value in row['distance'].values()):.0e} of an update). The last line divides an update's time by "
         "that of the network's forward pass with frozen weights, times the MACs of the update over those of the pass. "
         f"`python benchmarks/step_latency.py`. {conditions(result)}"
@@ -98,6 +99,62 @@ def page(result: Row) -> str:
     return f"{ratio_table(result)}\n\n![Time of one update](figures/step_latency.png)\n\n{case_table(result)}"
 
 
+MEMORY_TARGETS = {"W1": 1 / 4, "W3": 1 / 3}
+"""Of edgecl's peak over eager PyTorch's."""
+
+
+def memory_table(result: Row) -> str:
+    """Resident memory of every engine's process."""
+    lines = []
+    for row in result["rows"]:
+        found = row["bytes"]
+        for name, sizes in found.items():
+            ours = name.startswith("edgecl")
+            cells = [f"{value / 1e6:.0f}" for value in (sizes["peak"], sizes["after_imports"], sizes["peak"] - sizes["after_imports"])]
+            shares = [sizes["peak"] / found[other]["peak"] for other in ("eager", "ort_training")]
+            target = f" (1/{1 / MEMORY_TARGETS[row['update']]:.0f})" if ours and row["update"] in MEMORY_TARGETS else ""
+            ratios = [f"1/{1 / shares[0]:.1f}{target}" if ours else "-", f"{shares[1]:.2f} (1)" if ours else "-"]
+            lines.append([NETS[row["net"]], row["update"], NAMES.get(name, name), *cells, *ratios])
+    head = ["network", "update", "process", "peak, MB", "after imports, MB", "growth, MB", "peak / eager PyTorch", "peak / training build"]
+    return (
+        markdown(head, lines)
+        + "\n\nResident memory of a fresh process that loads the update and makes it 200 times; targets in brackets. edgecl by the setting "
+        f"`memory` of its learner. `python benchmarks/step_memory.py`, medians of {result['repeats']} processes. {conditions(result)}"
+    )
+
+
+PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "Conv", "FusedConv", "ConvTranspose"}
+MOVES = {"Gather", "Slice", "Pad", "Concat", "Transpose", "Reshape", "Split", "Expand", "ReorderInput", "ReorderOutput", "Cast"}
+
+
+def profile_table(result: Row) -> str:
+    """The operators that take longest, and what all of them come to."""
+    rows = result["rows"]
+    whole = sum(row["us"] for row in rows)
+
+    def share(chosen: Callable[[Row], bool]) -> str:
+        return f"{100 * sum(row['us'] for row in rows if chosen(row)) / whole:.0f} %"
+
+    lines = [
+        [row["operator"], "large" if row["large"] else "small", str(row["count"]), f"{row['us']:,.0f}", f"{100 * row['us'] / whole:.0f}"]
+        for row in rows[:14]
+    ]
+    products, moves = share(lambda row: row["operator"] in PRODUCTS), share(lambda row: row["operator"] in MOVES)
+    rest = share(lambda row: row["operator"] not in PRODUCTS | MOVES)
+    return (
+        markdown(["operator", "output", "count", "µs", "%"], lines)
+        + f"\n\n{NETS[result['net']]}, {result['update']}, the worst case by time over the forward pass for as many MACs. Large outputs "
+        f"have more than 4,096 values. Matrix products and convolutions take {products}, moving values about {moves}, elementwise "
+        f"operators and sums {rest}. {share(lambda row: not row['large'])} of all goes to operators with small outputs: their call is most "
+        f"of their time, and the profiler makes it longer. `python benchmarks/step_profile.py`. {conditions(result)}"
+    )
+
+
+def readme(result: Row) -> str:
+    """The ratios, and where the rest is."""
+    return f"{ratio_table(result)}\n\nEach network and engine: [docs/results.md](docs/results.md#updates-side-by-side)."
+
+
 def plot(result: Row) -> Figure:
     """Milliseconds of an update, a panel a network."""
     nets = [name for name in SHAPES if any(row["net"] == name for row in result["rows"])]
@@ -111,7 +168,9 @@ def plot(result: Row) -> Figure:
             places = [j + (i - (len(shown) - 1) / 2) * width for j, row in enumerate(rows) if name in row["ms"]]
             axes.bar(places, [row["ms"][name] for row in rows if name in row["ms"]], width, color=COLOURS[name], label=NAMES[name])
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(range(len(rows)), [row["update"] for row in rows])
         axes.set_title(NETS[net])
         axes.grid(axis="y", alpha=0.3)

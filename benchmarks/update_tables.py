@@ -5,6 +5,7 @@ edgecl demo --engine executorch --json > docs/figures/executorch.json
 edgecl plan --ram 256KiB --flash 1MiB --macs 5M --json > docs/figures/plan.json
 python benchmarks/equal_bytes.py --data FOLDER --weights FILE
 python benchmarks/learn_latency.py
+python benchmarks/step_latency.py
 python benchmarks/update_tables.py
 """
 
@@ -13,7 +14,9 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from page_parts import Row, conditions, markdown
+from update_report import readme
 
 from edgecl.planning.plot import plan_figure
 from edgecl.planning.table import COLUMNS, plan_rows, remarks
@@ -21,8 +24,6 @@ from edgecl.tables import percent, si, size, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 EXECUTORCH = ROOT / "docs/figures/executorch.json"
-
-Row = Mapping[str, Any]
 
 
 def demo_table(result: Row) -> str:
@@ -152,6 +153,7 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[Row], str]]]] = {
         "demo": ("docs/figures/demo.json", demo_table),
         "equal_bytes": ("benchmarks/results/equal_bytes.json", equal_bytes_table),
         "latency": ("benchmarks/results/learn_latency.json", latency_table),
+        "updates": ("benchmarks/results/step_latency.json", readme),
     },
     "docs/plan.md": {"plan": ("docs/figures/plan.json", plan_table)},
 }
@@ -167,19 +169,6 @@ def filled(page: str) -> str:
         text, found = re.subn(rf"<!-- table:{name} -->\n.*?<!-- /table -->", lambda _, block=block: block, text, flags=re.DOTALL)
         assert found == 1, f"{page}: {found} places for the table {name!r}"
     return text
-
-
-def conditions(result: Row) -> str:
-    """Versions and machine in one sentence."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    machine = result["machine"]
-    return f"{versions}; {machine if isinstance(machine, str) else ', '.join(machine.values())}."
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A table whose columns but the first are right-aligned."""
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ python benchmarks/equal_bytes.py --data FOLDER --weights FILE
 python benchmarks/spoken_digits.py --data FOLDER
 python benchmarks/learn_latency.py
 python benchmarks/step_latency.py
+python benchmarks/step_profile.py
+python benchmarks/step_memory.py
 python benchmarks/models.py
 python benchmarks/write_results.py
 """
@@ -18,8 +20,9 @@ from typing import Any
 import update_report
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from page_parts import Row, conditions, markdown
 from pooled_features import columns
-from update_tables import Row, accuracy, conditions, latency_table, markdown, tabled
+from update_tables import accuracy, latency_table, tabled
 
 from edgecl.plots import METHOD_STYLES
 from edgecl.tables import percent, si, size
@@ -284,6 +287,8 @@ PARTS: dict[str, Callable[[Row], str]] = {
     "spoken_digits": lambda result: "## Spoken digits by speaker\n\n" + spoken_table(result),
     "learn_latency": lambda result: "## Time of one step\n\n" + latency_table(result),
     "step_latency": lambda result: "## Updates side by side\n\n" + update_report.page(result),
+    "step_profile": lambda result: "### Where the time goes\n\n" + update_report.profile_table(result),
+    "step_memory": lambda result: "## Memory of an update\n\n" + update_report.memory_table(result),
     "models": lambda result: "## Networks\n\n" + models_table(result),
 }
 """The parts of the page by the name of their JSON."""
