@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from update_cases import SHAPES, UPDATES, Case, case, distance
-from update_engines import Eager, Engine, ExecutorchTraining, Forward, OnnxTraining, Step, training_environment
+from update_engines import TRAINING_VERSION, Eager, Engine, ExecutorchTraining, Forward, OnnxTraining, Step, training_environment
 
 from edgecl.figures import machine
 
 OUT = Path(__file__).parent / "results" / "step_latency.json"
-PACKAGES = ("edgecl", "torch", "onnxruntime", "executorch")
 FARTHEST = 1e-3
 """Two engines' updates of a tensor may differ by this share of the update."""
 
@@ -133,7 +132,7 @@ def main() -> None:
             "repeats": args.repeats,
             "threads": 1,
             "versions": {name: version(name) for name in ("edgecl", "torch", "onnxruntime", "executorch")}
-            | {"onnxruntime-training": "1.19.2"},
+            | {"onnxruntime-training": TRAINING_VERSION},
             "machine": machine(),
         }
         args.out.write_text(json.dumps(result, indent=1) + "\n")

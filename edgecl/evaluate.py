@@ -53,9 +53,9 @@ def run_stream(
         raise InputError("stream: must have at least one sample, got none")
     if every < 1:
         raise InputError(f"every: must be at least 1 sample, got {every}; pass 50")
-    target = next(iter(stream)).y
-    if scoring is None and np.ndim(target):
-        raise InputError(f"scoring: must be given for targets of shape {list(np.shape(target))}, got None; pass dataset.scoring()")
+    first = next(iter(stream))
+    if scoring is None and np.ndim(first.y):
+        raise InputError(f"scoring: must be given for targets of shape {list(np.shape(first.y))}, got None; pass dataset.scoring()")
     tally = tally_of(stream, evaluation_set(stream, per_task, seed), scoring)
     course = Course([], [], [], [], initial)
     told: list[Any] = []
@@ -66,7 +66,7 @@ def run_stream(
         course.current.append(task)
         tested.append(tally.test(learner))
 
-    task = next(iter(stream)).task - 1
+    task = first.task - 1
     test(0, task)
     for done, sample in enumerate(stream, start=1):
         if sample.task != task and course.samples[-1] != done - 1:

@@ -63,7 +63,7 @@ class _Scaled:
 
 def _match(conv: fx.Node, backwards: list[fx.Node]) -> _Scaled | None:
     weight: Any = conv.args[1]
-    muls = [user for user in conv.users if user.target is aten.mul.Tensor and _channels(user.args[1], conv)]
+    muls = [user for user in conv.users if user.target is aten.mul.Tensor and along_channels(user.args[1], conv)]
     if len(backwards) > 1 or len(muls) != 1:
         return None
     [mul] = muls
@@ -86,7 +86,7 @@ def _match(conv: fx.Node, backwards: list[fx.Node]) -> _Scaled | None:
     return _Scaled(conv, mul, scale, backward, gradient, products)
 
 
-def _channels(factor: Any, like: fx.Node) -> bool:
+def along_channels(factor: Any, like: fx.Node) -> bool:
     """Whether a factor is a vector along the channels, [C, 1, ...]."""
     if not isinstance(factor, fx.Node):
         return False
@@ -157,7 +157,7 @@ def _join_bias(graph: StepGraph, conv: fx.Node) -> None:
     if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].args[0] is not conv or users[0].kwargs:
         return
     shift: Any = users[0].args[1]
-    if not _channels(shift, conv):
+    if not along_channels(shift, conv):
         return
     if shift.op == "get_attr":
         with graph.module.graph.inserting_before(conv):

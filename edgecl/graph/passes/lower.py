@@ -1,5 +1,6 @@
 """Apply a runtime's rules: canonical operators become operators that the runtime has."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +28,17 @@ class ApplyRules(Pass):
 
     def rewrite(self, graph: StepGraph) -> StepGraph:
         """See the class."""
-        examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
-        with traceback.preserve_node_meta():
-            module = make_fx(lambda *tensors: _Retrace(graph, self.rules).run(*tensors), decomposition_table=self.rules.always)(*examples)
-        for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
-            node.meta.setdefault("val", value.to("meta"))
-        return replace(graph, module=module)
+        return retrace(graph, lambda *tensors: _Retrace(graph, self.rules).run(*tensors), self.rules.always)
+
+
+def retrace(graph: StepGraph, run: Callable[..., Any], table: Mapping[Any, Callable[..., Any]] | None = None) -> StepGraph:
+    """A step's graph as what ``run`` does with its inputs, operators of the table decomposed; nodes keep their places in the model."""
+    examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
+    with traceback.preserve_node_meta():
+        module = make_fx(run, decomposition_table=table)(*examples)
+    for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
+        node.meta.setdefault("val", value.to("meta"))
+    return replace(graph, module=module)
 
 
 class _Retrace(fx.Interpreter):

@@ -7,16 +7,15 @@ follows from the operator that makes it.
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx import traceback
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgecl.graph.passes.base import Pass, is_constant
+from edgecl.graph.passes.lower import retrace
 from edgecl.graph.rules import rows as rules
 from edgecl.graph.rules.convolution import input_gradient
 from edgecl.graph.rules.rows import Window
@@ -34,12 +33,7 @@ class HoldRows(Pass):
         """See the class."""
         if not any(_in_rows(node) for node in graph.operators):
             return graph
-        examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
-        with traceback.preserve_node_meta():
-            module = make_fx(lambda *tensors: _Retrace(graph.module).run(*tensors))(*examples)
-        for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
-            node.meta.setdefault("val", value.to("meta"))
-        return replace(graph, module=module)
+        return retrace(graph, lambda *tensors: _Retrace(graph.module).run(*tensors))
 
 
 _CONVOLUTIONS: dict[Any, int] = {aten.convolution.default: 0, aten.convolution_backward.default: 1}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from edgecl.graph.passes.affine import along_channels
 from edgecl.graph.passes.base import Pass
 from edgecl.graph.passes.fold import new_constant, new_operator
 from edgecl.graph.step import StepGraph, shape_of, value_of
@@ -46,14 +47,7 @@ def _is_scaled(node: Any) -> bool:
 
 def _is_vector(value: Any, like: fx.Node) -> bool:
     """Whether a value is float32 [C, 1, ...] beside a map [N, C, ...] of more than one position."""
-    rest = shape_of(like)[1:]
-    return (
-        isinstance(value, fx.Node)
-        and len(rest) > 1
-        and prod(rest[1:]) > 1
-        and shape_of(value) == (rest[0], *[1] * (len(rest) - 1))
-        and value_of(value).dtype == value_of(like).dtype == torch.float32
-    )
+    return value_of(like).dtype == torch.float32 and prod(shape_of(like)[2:]) > 1 and along_channels(value, like)
 
 
 def _replace(graph: StepGraph, node: fx.Node, shift: Any, scaled: fx.Node) -> None:
