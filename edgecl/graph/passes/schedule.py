@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgecl.graph.memory import peak_bytes
+from edgecl.graph.memory import VIEWS, peak_bytes
 from edgecl.graph.passes.base import Pass
 from edgecl.graph.step import StepGraph, value_of
 
@@ -72,7 +72,7 @@ def _is_update(node: fx.Node) -> bool:
 
 
 class WidenLate(Pass):
-    """Copy a tensor into one of more bytes just before it is used: what waits is a mask's bits, not its floats.
+    """Copy a tensor into one of more bytes just before it is used: what waits is a mask's bits, not its floats, and a map, not its windows.
 
     Only the order changes, and only where that needs no more memory at its peak.
     """
@@ -80,17 +80,27 @@ class WidenLate(Pass):
     def rewrite(self, graph: StepGraph) -> StepGraph:
         """See the class."""
         before, peak = graph.nodes, peak_bytes(graph)
-        position = {node: i for i, node in enumerate(before)}
+        # where a node goes: before the node of that index, and the sooner the more others stand between
+        place = {node: (i, 0) for i, node in enumerate(before)}
         for node in reversed(before):
-            if node.target in _WIDENS and node.users and _bytes(node) > _bytes(node.args[0]):
-                min(node.users, key=position.__getitem__).prepend(node)
+            if node.users and _is_late(node):
+                index, depth = min((place[user] for user in node.users), key=lambda at: (at[0], -at[1]))
+                place[node] = (index, depth + 1)
+        _arrange(graph, sorted(before, key=lambda node: (place[node][0], -place[node][1])))
         if peak_bytes(graph) > peak:
             _arrange(graph, before)
         graph.module.recompile()
         return graph
 
 
-_WIDENS = {torch.ops.aten._to_copy.default, torch.ops.aten.expand.default}
+_WIDENS = {torch.ops.aten._to_copy.default, torch.ops.aten.expand.default, torch.ops.aten.index_select.default}
+
+
+def _is_late(node: fx.Node) -> bool:
+    """Whether a node is a view, or makes more bytes of fewer."""
+    if node.op != "call_function":
+        return False
+    return node.target in VIEWS or (node.target in _WIDENS and _bytes(node) > _bytes(node.args[0]))
 
 
 def _bytes(node: Any) -> int:

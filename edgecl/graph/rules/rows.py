@@ -194,7 +194,8 @@ def weight_gradient(gradient: Tensor, x: Tensor, window: Window) -> Tensor:
     elif window.depthwise:  # tap by tap, as a sum along rows is faster than one across them
         found = (_gathered(x, window.met().T.copy()) * gradient).sum(1).t()
     else:
-        columns = _gathered(x, window.met()).reshape(-1, taps * window.channels)
+        # gathered again, not kept from the forward pass: with an index of another type no optimiser takes both for one
+        columns = _gathered(x, window.met().astype(np.int64)).reshape(-1, taps * window.channels)
         found = torch.mm(gradient.t(), columns).reshape(window.outputs, taps, window.channels).permute(0, 2, 1)
     return found.reshape(window.outputs, window.channels // window.groups, *window.taps)
 
