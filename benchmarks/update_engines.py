@@ -7,7 +7,7 @@ import sys
 import tempfile
 import venv
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from update_cases import CLASSES, CUTS, LR, ROWS, Case, Loss, loss_inputs, trained_of
 
 from edgecl import METHODS, prepare
@@ -161,7 +162,7 @@ class ExecutorchTraining:
             from executorch.extension.training import _load_for_executorch_for_training_from_buffer, get_sgd_optimizer
             from torch.export.experimental import _export_forward_backward
 
-            module = _plain_pooling(Loss(of))
+            module = _plain_shortcuts(_plain_pooling(Loss(of)))
             self.inputs = [tensor.clone() for tensor in loss_inputs(of)]
             program = to_edge(_export_forward_backward(torch.export.export(module, tuple(self.inputs), strict=False))).to_executorch()
             self.buffer = program.buffer  # kept: the module reads its memory
@@ -289,6 +290,24 @@ class _Mean(nn.Module):
 
 def _plain_pooling(module: nn.Module) -> nn.Module:
     return _replaced(module, nn.AdaptiveAvgPool2d, lambda _: _Mean())
+
+
+def _plain_shortcuts(module: nn.Module) -> nn.Module:
+    """Channels of zeros that are joined on: the gradient of padding is padding by less than nothing, which ExecuTorch refuses."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                if node.target is F.pad:
+                    node.target, node.kwargs = _more_channels, {}
+            part.recompile()
+    return module
+
+
+def _more_channels(x: Tensor, amounts: Sequence[int]) -> Tensor:
+    """``F.pad`` of the channels [N, C, H, W] alone."""
+    before, after = amounts[4:]
+    zeros = torch.zeros(x.shape[0], max(before, after), *x.shape[2:])
+    return torch.cat([zeros[:, :before], x, zeros[:, :after]], 1)
 
 
 def _replaced(module: nn.Module, kind: type[nn.Module], by: Callable[[Any], nn.Module]) -> nn.Module:

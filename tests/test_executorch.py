@@ -103,6 +103,14 @@ def test_gate_parity(toy, tmp_path, monkeypatch):
         export(toy.prepared("finetune"), tmp_path / "bundle", engine="executorch")
 
 
+def test_biases_learn_in_the_delegate(toy):
+    """Forward and backward through frozen kernels: the portable convolution is naive, and the delegate packs no bias that changes."""
+    trainable = [name for name, _ in toy.prepared("finetune").learner.suffix.named_parameters() if name.endswith("bias")]
+    bundle, _ = toy.bundle("finetune", engine="executorch", trainable=tuple(trainable))
+    kernels = target.ExecutorchFiles(bundle.path, bundle.manifest).operators("learn")
+    assert not any("convolution" in kernel for kernel in kernels), kernels
+
+
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_every_optimiser_exports(toy, optimizer):
     """SGD's updates are in every other test; a bundle exists only when its gates held, parity among them."""

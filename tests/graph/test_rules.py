@@ -1,6 +1,7 @@
 """Rules against autograd: in PyTorch in float64, and lowered and emitted on ONNX Runtime in float32."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -316,6 +317,47 @@ def test_elementwise_rules_equal_the_operators_in_float64(generator: torch.Gener
         close(rule(g, *arguments), operator(g, *arguments), EXACT, rule.__name__)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("limits", [(0.0, 6.0), (-1.0, 1.0), (1.0, 1.0), (1.0, 1.5), (-1e30, 1e30), (0.0, math.inf), (-math.inf, 1.0)])
+def test_masks_by_clips_are_those_of_comparisons(limits: tuple[float, float], dtype: torch.dtype, generator: torch.Generator) -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    edges = [*limits, tiny, -tiny, 3e38, -3e38, math.inf, -math.inf]
+    nearest = [float(torch.nextafter(torch.tensor(v), torch.tensor(to))) for v in (*limits, 1.0) for to in (-math.inf, math.inf) if v]
+    x = torch.cat([torch.tensor([*EDGES, *edges, *nearest]), torch.randn(64, generator=generator) * 4]).to(dtype)
+    g = torch.randn(x.shape, generator=generator, dtype=dtype)
+    for threshold in (0.0, limits[0]):
+        if math.isfinite(threshold):
+            assert torch.equal(elementwise.threshold_backward_by_clip(g, x, threshold), aten.threshold_backward(g, x, threshold))
+    low, high = limits
+    want = torch.where((x > low) & (x < high), g, 0.0)
+    assert torch.equal(elementwise.hardtanh_backward_by_clip(g, x, low, high), want)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_bias_that_changes_leaves_a_frozen_kernel(dims: int, bench: Any, generator: torch.Generator) -> None:
+    """XNNPACK packs both or none."""
+    kernel = torch.randn(4, 3, *[3] * dims, generator=generator)
+    conv = {1: F.conv1d, 2: F.conv2d}[dims]
+    x, bias = torch.randn(2, 3, *[7] * dims, generator=generator), torch.randn(4, generator=generator)
+    graph = lower(canonicalise(bench.trace(lambda x, b: conv(x, kernel, b, padding=1), x, bias)), "executorch")
+    [node] = [n for n in graph.operators if n.target is aten.convolution.default]
+    assert node.args[2] is None
+    close(graph.run(x, bias)[0], conv(x, kernel, bias, padding=1), 1e-6, dims)
+
+
+@pytest.mark.parametrize("wide", ["x", "other", "both"])
+def test_a_choice_of_rows_for_executorch_copies_them(wide: str, bench: Any, generator: torch.Generator) -> None:
+    """What is not chosen may be anything, not a number among it."""
+    shapes = [(3 if wide in (name, "both") else 1, 8, 16) for name in ("x", "other")]
+    x, other = (torch.randn(shape, generator=generator) for shape in shapes)
+    chosen = torch.tensor([True, False, True]).reshape(3, 1, 1)
+    if wide != "other":
+        x[1] = math.nan
+    graph = lower(canonicalise(bench.trace(torch.where, chosen, x, other)), "executorch")
+    assert all(shape_of(n) == (3,) for n in graph.operators if n.target is aten.where.self)
+    assert torch.equal(graph.run(chosen, x, other)[0], torch.where(chosen, x, other))
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 6), (2, 3)], ids=str)
 def test_batch_norm_in_eval_mode(affine: bool, shape: tuple[int, ...], bench: Any, generator: torch.Generator) -> None:
@@ -464,15 +506,15 @@ def test_no_sum_for_executorch_has_many_terms(bench: Any) -> None:
         prime = torch.rand(3, size, generator=generator)
         for function in (lambda t: t.sum(1), lambda t: t.mean(1), lambda t: t.sum()):
             graph = lower(canonicalise(bench.trace(function, prime)), "executorch")
-            terms = [shape_of(n.args[0])[n.args[1][0]] for n in graph.operators if n.target is aten.sum.dim_IntList]
+            added = [n for n in graph.operators if n.target in (aten.sum.dim_IntList, aten.mean.dim)]
+            terms = [math.prod(shape_of(n.args[0])[axis] for axis in n.args[1]) for n in added]
             assert terms and max(terms) <= 256, (size, terms)
             close(graph.run(prime)[0].double(), function(prime.double()), 3e-7, size)
     x = torch.ones(1, 65, 192)
     for function in (lambda t: t.sum(), lambda t: t.reshape(1, -1).sum(1), lambda t: t.sum((1, 2), keepdim=True), lambda t: t.mean((1, 2))):
         graph = lower(canonicalise(bench.trace(function, x)), "executorch")
-        sums = [n for n in graph.operators if n.target is aten.sum.dim_IntList]
+        sums = [n for n in graph.operators if n.target in (aten.sum.dim_IntList, aten.mean.dim)]
         assert len(sums) > 1
-        assert not any(n.target is aten.mean.dim for n in graph.operators)
         assert all(n.args[0].meta["val"].numel() <= 256 * n.meta["val"].numel() for n in sums)
 
 

@@ -1,6 +1,6 @@
 """Apply a runtime's rules: canonical operators become operators that the runtime has."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,10 +59,14 @@ class _Retrace(fx.Interpreter):
             raise unsupported(self.step, n, str(error)) from error
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for table, constant in ((self.rules.changing, False), (self.rules.frozen, True)):
-            special = table.get(target)
-            if special is not None and all(is_constant(self.node.args[i]) is constant for i in special.factors):  # type: ignore[arg-type]
+        for special in self.rules.special.get(target, ()):
+            if self._are(special.changing, False) and self._are(special.frozen, True):
                 result = special.rule(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
         return super().call_function(target, args, kwargs)
+
+    def _are(self, positions: Sequence[int], constant: bool) -> bool:
+        """Whether all operands at these positions are constants, or none; an absent one is neither."""
+        operands = [self.node.args[i] for i in positions]
+        return all(isinstance(operand, fx.Node) and is_constant(operand) is constant for operand in operands)

@@ -17,12 +17,14 @@ from edgecl.graph.rules import frozen, matrices, padding, products, views
 from edgecl.graph.rules.convolution import convolution_backward
 from edgecl.graph.rules.elementwise import (
     hardtanh_backward,
+    hardtanh_backward_by_clip,
     hardtanh_backward_by_product,
     log_softmax_backward,
     sigmoid_backward,
     softmax_backward,
     tanh_backward,
     threshold_backward,
+    threshold_backward_by_clip,
     threshold_backward_by_product,
 )
 from edgecl.graph.rules.pooling import avg_pool2d, avg_pool2d_backward, max_pool2d_with_indices_backward
@@ -33,19 +35,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Of:
-    """A rule that holds where all operands at ``factors`` (positions of arguments) are constants, or where none is."""
+    """A rule that holds where the operands at some positions change, and those at others are constants."""
 
     rule: Callable[..., Any]
-    factors: tuple[int, ...]
+    changing: tuple[int, ...] = ()
+    frozen: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules of a runtime by operator: those that always hold, and those for factors that change or are frozen, which go first."""
+    """Rules of a runtime by operator: those that always hold, and before them, in order, those for operands that change or are frozen."""
 
     always: dict[Any, Callable[..., Any]]
-    changing: dict[Any, Of] = field(default_factory=dict)
-    frozen: dict[Any, Of] = field(default_factory=dict)
+    special: dict[Any, tuple[Of, ...]] = field(default_factory=dict)
 
 
 _PLAIN: dict[Any, Callable[..., Any]] = {
@@ -70,13 +72,15 @@ ONNX = Rules(
         aten.sum.dim_IntList: of_number,
         aten.mean.dim: of_number,
     },
-    frozen={aten.convolution_backward.default: Of(frozen.convolution_backward, (2,))},
+    {aten.convolution_backward.default: (Of(frozen.convolution_backward, frozen=(2,)),)},
 )
 """Rules for stock ONNX Runtime."""
 
 EXECUTORCH = Rules(
     {
         **_PLAIN,
+        aten.threshold_backward.default: threshold_backward_by_clip,
+        aten.hardtanh_backward.default: hardtanh_backward_by_clip,
         aten.constant_pad_nd.default: padding.constant_pad_nd,
         aten.sum.dim_IntList: sum_of,
         aten.sum.default: sum_of_all,
@@ -90,16 +94,20 @@ EXECUTORCH = Rules(
         aten.transpose.int: views.transpose,
         aten.rsub.Scalar: views.rsub,
         aten.clamp_min.default: views.clamp_min,
+        aten.where.self: views.where,
     },
     {
-        aten.convolution.default: Of(products.convolution, (1,)),
-        aten.convolution_backward.default: Of(products.convolution_backward, (2,)),
-        aten.mm.default: Of(matrices.mm, (0, 1)),
-        aten.addmm.default: Of(matrices.addmm, (1, 2)),
+        aten.convolution.default: (Of(products.convolution, changing=(1,)), Of(frozen.convolution, changing=(2,), frozen=(1,))),
+        aten.convolution_backward.default: (
+            Of(products.convolution_backward, changing=(2,)),
+            Of(frozen.convolution_backward, frozen=(2,)),
+        ),
+        aten.mm.default: (Of(matrices.mm, changing=(0, 1)),),
+        aten.addmm.default: (Of(matrices.addmm, changing=(1, 2)),),
     },
 )
-"""Rules for stock ExecuTorch: its portable convolution is naive, XNNPACK's packs frozen kernels only, its padding cannot crop,
-and its sums are float32's."""
+"""Rules for stock ExecuTorch: its portable convolution is naive, XNNPACK's packs frozen kernels and biases only, its padding cannot crop,
+its sums are float32's, and comparisons and choices are portable, ten times slower than XNNPACK's products and clips."""
 
 RULES: dict[str, Rules] = {"onnx": ONNX, "executorch": EXECUTORCH}
 """Rules by engine."""

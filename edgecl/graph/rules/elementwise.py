@@ -28,6 +28,30 @@ def hardtanh_backward_by_product(gradient: Tensor, x: Tensor, low: float, high: 
     return gradient * (x == inside).to(gradient.dtype)
 
 
+def threshold_backward_by_clip(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """:func:`threshold_backward` as a product with a clip, which XNNPACK computes: it has no comparison and no choice."""
+    return _masked(gradient, x - threshold if threshold else x)
+
+
+def hardtanh_backward_by_clip(gradient: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """:func:`hardtanh_backward` as a product with a clip, which XNNPACK computes: it has no comparison and no choice.
+
+    Between both limits, the product of the distances to them is positive.
+    """
+    if not 0.0 <= high - low < math.inf:
+        return hardtanh_backward(gradient, x, low, high)
+    above = x - low if low else x
+    return _masked(gradient, above * (torch.tensor(high, dtype=x.dtype) - x))
+
+
+def _masked(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient where ``x`` is positive, and zero elsewhere: the smallest normal number times :data:`_LARGE` is above one."""
+    return gradient * torch.clamp(x * _LARGE, 0.0, 1.0)
+
+
+_LARGE = 2.0**127
+
+
 def _next(value: float, towards: float) -> float:
     """The next float32; from zero on the next normal one, as runtimes may take smaller ones for zero."""
     number = float(torch.nextafter(torch.tensor(value), torch.tensor(towards)))

@@ -13,12 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgecl.graph.rules import convolution
+from edgecl.graph.rules import convolution as plain
 
 aten = torch.ops.aten
 
 MOST_POSITIONS = 1024
 """Of a map, up to which the input gradient of a 1x1 convolution is faster as a convolution than as a product (ONNX Runtime 1.31)."""
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``aten.convolution`` with a frozen kernel and a bias that changes, for a runtime that packs both: the bias apart."""
+    result = aten.convolution.default(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
+    return torch.add(result, bias.reshape(1, -1, *[1] * (x.dim() - 2)))
 
 
 def convolution_backward(
@@ -48,7 +64,7 @@ def convolution_backward(
     kernel, zeros = _flipped(weight, groups), [0] * len(stride)
     to_input = aten.convolution.default(spread, kernel, None, [1] * len(stride), pads, dilation, False, zeros, groups)
     rest = [False, *output_mask[1:]]
-    others = convolution.convolution_backward(
+    others = plain.convolution_backward(
         gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, rest
     )
     return to_input, *others[1:]

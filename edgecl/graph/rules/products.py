@@ -40,7 +40,7 @@ def convolution(
     if transposed:
         result = _transposed(x, weight, stride, padding, dilation, output_padding, groups)
         return result if bias is None else result + bias.reshape(1, -1, *[1] * (x.dim() - 2))
-    windows = _Windows(x.shape, weight, stride, padding, dilation, groups)
+    windows = _Windows(x.shape, weight.shape, stride, padding, dilation, groups)
     result = windows.from_groups(torch.bmm(windows.kernel(weight), windows.columns(x)))
     return result if bias is None else result + bias.reshape(1, -1, *[1] * (x.dim() - 2))
 
@@ -64,19 +64,19 @@ def convolution_backward(
     """
     to_input = to_weight = None
     if transposed:  # the input gradient of a plain convolution, in which input and gradient change places
-        windows = _Windows(gradient.shape, weight, stride, padding, dilation, groups, x.shape[2:])
+        windows = _Windows(gradient.shape, weight.shape, stride, padding, dilation, groups, x.shape[2:])
         columns = windows.columns(gradient)
         if output_mask[0]:
             to_input = windows.from_groups(torch.bmm(windows.kernel(weight), columns))
         if output_mask[1]:
-            to_weight = torch.bmm(windows.to_groups(x), columns.transpose(1, 2)).reshape(weight.shape)
+            to_weight = windows.weight_gradient(windows.to_groups(x), columns).reshape(weight.shape)
         return to_input, to_weight, gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
-    windows = _Windows(x.shape, weight, stride, padding, dilation, groups)
+    windows = _Windows(x.shape, weight.shape, stride, padding, dilation, groups)
     grouped = windows.to_groups(gradient)
     if output_mask[0]:
-        to_input = windows.input_of(torch.bmm(windows.kernel(weight).transpose(1, 2), grouped))
+        to_input = windows.input_gradient(gradient, weight)
     if output_mask[1]:
-        to_weight = torch.bmm(grouped, windows.columns(x).transpose(1, 2)).reshape(weight.shape)
+        to_weight = windows.weight_gradient(grouped, windows.columns(x)).reshape(weight.shape)
     to_bias = gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
     return to_input, to_weight, to_bias
 
@@ -96,8 +96,7 @@ def _transposed(
         for n, s, p, d, k, rest in zip(x.shape[2:], stride, padding, dilation, weight.shape[2:], output_padding, strict=True)
     ]
     shape = (x.shape[0], weight.shape[1] * groups, *sizes)
-    windows = _Windows(shape, weight, stride, padding, dilation, groups, x.shape[2:])
-    return windows.input_of(torch.bmm(windows.kernel(weight).transpose(1, 2), windows.to_groups(x)))
+    return _Windows(shape, weight.shape, stride, padding, dilation, groups, x.shape[2:]).input_gradient(x, weight)
 
 
 class _Windows:
@@ -106,7 +105,7 @@ class _Windows:
     def __init__(
         self,
         shape: Sequence[int],
-        weight: Tensor,
+        kernel: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -114,7 +113,7 @@ class _Windows:
         out: Sequence[int] | None = None,
     ) -> None:
         self.batch, self.channels, *self.sizes = shape
-        self.outputs, _, *self.taps = weight.shape
+        self.outputs, _, *self.taps = kernel
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
         self.out = list(out or ()) or [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -126,10 +125,37 @@ class _Windows:
         """[groups, O / groups, C / groups * taps]."""
         return weight.reshape(self.groups, self.outputs // self.groups, -1)
 
-    def columns(self, x: Tensor) -> Tensor:
-        """The input's windows, [groups, C / groups * taps, N * positions]."""
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """[N, C, *in]: at stride 1 a convolution of the gradient with the taps in reverse; else what columns add up to.
+
+        Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", section 4.
+        """
+        pads = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.taps, self.padding, strict=True)]
+        inner, outer = self.channels // self.groups, self.outputs // self.groups
+        exchanged = (self.channels, outer, *self.taps)
+        back = _Windows(gradient.shape, exchanged, [1] * len(pads), pads, self.dilation, self.groups)
+        if prod(self.stride) > 1 or min(pads, default=0) < 0 or back.out != self.sizes:
+            return self.input_of(torch.bmm(self.kernel(weight).transpose(1, 2), self.to_groups(gradient)))
+        kernel = weight.reshape(self.groups, outer, inner, -1).transpose(1, 2).reshape(self.groups, inner, -1)
+        return back.from_groups(torch.bmm(kernel, back.columns(gradient, reverse=True)))
+
+    def weight_gradient(self, grouped: Tensor, columns: Tensor) -> Tensor:
+        """[groups, O / groups, C / groups * taps], of a gradient in groups; of two products the one in which less is transposed.
+
+        A product with a single row is slower than its terms and their sum.
+        """
+        outputs, terms, inner = grouped.shape[1], grouped.shape[2], columns.shape[1]
+        if outputs == 1:
+            return (columns * grouped).sum(2)
+        if outputs * (terms + inner) < inner * terms:
+            return torch.bmm(columns, grouped.transpose(1, 2)).transpose(1, 2)
+        return torch.bmm(grouped, columns.transpose(1, 2))
+
+    def columns(self, x: Tensor, reverse: bool = False) -> Tensor:
+        """The input's windows, [groups, C / groups * taps, N * positions], their taps in order or in reverse."""
         x = _pad(x, [n for p in reversed(self.padding) for n in (p, p)])
-        rows = [self._tap(x, tap).reshape(self.batch, self.channels, 1, self.positions) for tap in self._all_taps()]
+        taps = sorted(self._all_taps(), reverse=reverse)
+        rows = [self._tap(x, tap).reshape(self.batch, self.channels, 1, self.positions) for tap in taps]
         stacked = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
         inner = self.channels // self.groups * len(rows)
         if self.batch == 1:

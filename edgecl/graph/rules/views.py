@@ -5,10 +5,14 @@ more pass over the whole program.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LEAST_IN_ROW = 64
+"""Values in a row from which on copies of rows are faster than choices of values."""
 
 
 def unsqueeze(x: Tensor, dim: int) -> Tensor:
@@ -48,3 +52,16 @@ def rsub(x: Tensor, number: float, alpha: float = 1) -> Any:
 def clamp_min(x: Tensor, low: float) -> Tensor:
     """A clip with one limit."""
     return torch.clamp(x, low, None)
+
+
+def where(chosen: Tensor, x: Tensor, other: Tensor) -> Any:
+    """A choice between whole rows of some size as a copy of those chosen: the portable choice looks at each value."""
+    rows, shape = chosen.numel(), torch.broadcast_shapes(chosen.shape, x.shape, other.shape)  # type: ignore[no-untyped-call]
+    if chosen.dim() != x.dim() or chosen.shape[0] != rows or prod(shape[1:]) < LEAST_IN_ROW or x.dtype != other.dtype:
+        return NotImplemented
+    if any(t.dim() != len(shape) or t.shape[1:] != shape[1:] for t in (x, other)):
+        return NotImplemented
+    places = torch.arange(rows)
+    first, second = (places if t.shape[0] == rows else torch.zeros_like(places) for t in (x, other))
+    index = torch.where(chosen.reshape(rows), first, second + x.shape[0])
+    return torch.cat([x, other]).index_select(0, index)
