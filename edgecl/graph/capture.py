@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx import traceback
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -26,6 +25,7 @@ from edgecl.graph.canonical import CANONICAL, LAYERS
 from edgecl.graph.canonical.norms import running_statistics
 from edgecl.graph.phases import module_paths, phase
 from edgecl.graph.step import GraphError, Kind, Port, StepGraph, unsupported, where_in_model
+from edgecl.graph.tracing import graph_of
 from edgecl.learner import Learner, State, call_encode, call_step, dtype_name
 from edgecl.onednn import without_onednn
 from edgecl.trees import flatten_tree, unflatten_like
@@ -100,11 +100,10 @@ def trace(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(module_paths(*modules))
-        stack.enter_context(traceback.preserve_node_meta())
         stack.enter_context(_Layers(name))
         stack.enter_context(_plain_operators())
         try:
-            module = make_fx(torch.func.functionalize(flat), decomposition_table=CANONICAL)(*values)
+            module = graph_of(torch.func.functionalize(flat), values, CANONICAL)
         except EdgeclError:
             raise
         except Exception as error:
@@ -126,8 +125,6 @@ def trace(
         Port(TensorSpec(k, tuple(v.shape), dtype_name(v.dtype)), "state" if k in state else "data")
         for k, v in zip(names, values, strict=True)
     ]
-    for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), values, strict=True):
-        node.meta.setdefault("val", value.to("meta"))
     return StepGraph(name, module, tuple(ins), tuple(ports))
 
 

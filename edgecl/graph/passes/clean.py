@@ -51,7 +51,6 @@ class Clean(Pass):
                 keep.append(port)
             else:
                 body.erase_node(node)
-        graph.module.recompile()
         graph.module.delete_all_unused_submodules()
         return replace(graph, inputs=tuple(keep))
 

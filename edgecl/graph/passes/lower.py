@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx import traceback
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgecl.graph.passes.base import Pass, is_constant
 from edgecl.graph.rules import Rules
 from edgecl.graph.step import StepGraph, UnsupportedOperatorError, unsupported
+from edgecl.graph.tracing import graph_of
 
 
 class ApplyRules(Pass):
@@ -34,11 +33,7 @@ class ApplyRules(Pass):
 def retrace(graph: StepGraph, run: Callable[..., Any], table: Mapping[Any, Callable[..., Any]] | None = None) -> StepGraph:
     """A step's graph as what ``run`` does with its inputs, operators of the table decomposed; nodes keep their places in the model."""
     examples = [torch.zeros(p.spec.shape, dtype=getattr(torch, p.spec.dtype)) for p in graph.inputs]
-    with traceback.preserve_node_meta():
-        module = make_fx(run, decomposition_table=table)(*examples)
-    for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), examples, strict=True):
-        node.meta.setdefault("val", value.to("meta"))
-    return replace(graph, module=module)
+    return replace(graph, module=graph_of(run, examples, table))
 
 
 class _Retrace(fx.Interpreter):

@@ -28,7 +28,6 @@ class UpdateEarly(Pass):
         _arrange(graph, _early(before))
         if peak_bytes(graph) > peak:
             _arrange(graph, before)
-        graph.module.recompile()
         return graph
 
 
@@ -89,7 +88,6 @@ class WidenLate(Pass):
         _arrange(graph, sorted(before, key=lambda node: (place[node][0], -place[node][1])))
         if peak_bytes(graph) > peak:
             _arrange(graph, before)
-        graph.module.recompile()
         return graph
 
 
