@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from update_cases import CLASSES, CUTS, LR, ROWS, Case, Loss, loss_inputs, trained_of
 
 from edgecl import METHODS, prepare
+from edgecl.prepare import Prepared
 from edgecl_device.manifest import Manifest
-from edgecl_export import export
+from edgecl_export import Exported, export
 from edgecl_export.targets import target_of
 
 TRAINING_VERSION = "1.19.2"
@@ -71,22 +72,31 @@ class Eager:
         """See :class:`Engine`."""
 
 
+def prepared_of(of: Case) -> Prepared:
+    """The learner that makes an update."""
+    method = "finetune" if of.rows is None else "latent_replay"
+    settings: dict[str, Any] = {"lr": LR, "trainable": of.trained}
+    if of.rows is not None:
+        settings |= {"rows_per_step": ROWS, "codec": "float32", "capacity_bytes": 1 << 24}
+    config = METHODS[method].Config(**settings)
+    return prepare(of.model, at=of.cut, example=of.x.numpy(), method=method, classes=CLASSES, config=config)
+
+
+def bundle_of(prepared: Prepared, path: Path, engine: str) -> Exported:
+    """Its bundle; no budget is in the way of a whole network's second buffers."""
+    return export(prepared, path, engine=engine, ram_budget_bytes=1 << 30)
+
+
 class Step:
     """A bundle of edgecl: ``encode`` and ``learn`` of the device's engine, without store and log."""
 
     def __init__(self, of: Case, engine: str) -> None:
         self.name = {"onnx": "edgecl, ONNX Runtime", "executorch": "edgecl, ExecuTorch"}[engine]
-        method = "finetune" if of.rows is None else "latent_replay"
-        settings: dict[str, Any] = {"lr": LR, "trainable": of.trained}
-        if of.rows is not None:
-            settings |= {"rows_per_step": ROWS, "codec": "float32", "capacity_bytes": 1 << 24}
-        self.prepared = prepare(
-            of.model, at=of.cut, example=of.x.numpy(), method=method, classes=CLASSES, config=METHODS[method].Config(**settings)
-        )
+        self.prepared = prepared_of(of)
         self.stack = ExitStack()
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         start = perf_counter()
-        exported = export(self.prepared, folder / "bundle", engine=engine, ram_budget_bytes=1 << 30)
+        exported = bundle_of(self.prepared, folder / "bundle", engine)
         self.export_seconds = perf_counter() - start
         self.path = exported.path
         self.manifest: Manifest = exported.manifest

@@ -123,6 +123,26 @@ def memory_table(result: Row) -> str:
     )
 
 
+START_TARGETS = {("W1", "first_prediction"): 0.5, ("W3", "first_prediction"): 0.5, ("W3", "export"): 15}
+"""Seconds, by update and column."""
+
+
+def start_table(result: Row) -> str:
+    """Seconds to export, and from a bundle to its first prediction."""
+    columns = {"export": "export, s", "gates": "of which gates, s", "import": "import, s", "load": "load, s"}
+    columns |= {"first_prediction": "load to first prediction, s"}
+    lines = []
+    for row in result["rows"]:
+        targets = {name: START_TARGETS.get((row["update"], name)) for name in columns}
+        cells = [f"{row[name]:.2g}" + (f" ({target:g})" if (target := targets[name]) else "") for name in columns]
+        lines.append([NETS[row["net"]], row["update"], *cells])
+    return (
+        markdown(["network", "update", *columns.values()], lines)
+        + "\n\nOn ONNX Runtime; targets in brackets. Export as a user calls it, with every gate; starts are medians of "
+        f"{result['processes']} fresh processes. `python benchmarks/step_start.py`. {conditions(result)}"
+    )
+
+
 PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "Conv", "FusedConv", "ConvTranspose"}
 MOVES = {"Gather", "Slice", "Pad", "Concat", "Transpose", "Reshape", "Split", "Expand", "ReorderInput", "ReorderOutput", "Cast"}
 

@@ -7,6 +7,7 @@ python benchmarks/learn_latency.py
 python benchmarks/step_latency.py
 python benchmarks/step_profile.py
 python benchmarks/step_memory.py
+python benchmarks/step_start.py
 python benchmarks/models.py
 python benchmarks/write_results.py
 """
@@ -289,6 +290,7 @@ PARTS: dict[str, Callable[[Row], str]] = {
     "step_latency": lambda result: "## Updates side by side\n\n" + update_report.page(result),
     "step_profile": lambda result: "### Where the time goes\n\n" + update_report.profile_table(result),
     "step_memory": lambda result: "## Memory of an update\n\n" + update_report.memory_table(result),
+    "step_start": lambda result: "## Export and start\n\n" + update_report.start_table(result),
     "models": lambda result: "## Networks\n\n" + models_table(result),
 }
 """The parts of the page by the name of their JSON."""
