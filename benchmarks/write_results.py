@@ -8,6 +8,8 @@ python benchmarks/step_latency.py
 python benchmarks/step_profile.py
 python benchmarks/step_memory.py
 python benchmarks/step_start.py
+python benchmarks/step_plan.py
+python benchmarks/step_recompute.py
 python benchmarks/models.py
 python benchmarks/write_results.py
 """
@@ -18,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import plan_report
 import update_report
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -291,6 +294,8 @@ PARTS: dict[str, Callable[[Row], str]] = {
     "step_profile": lambda result: "### Where the time goes\n\n" + update_report.profile_table(result),
     "step_memory": lambda result: "## Memory of an update\n\n" + update_report.memory_table(result),
     "step_start": lambda result: "## Export and start\n\n" + update_report.start_table(result),
+    "step_plan": lambda result: "### Planned and used\n\n" + plan_report.plan_table(result),
+    "step_recompute": lambda result: "### Computed again instead of kept\n\n" + plan_report.recompute_table(result),
     "models": lambda result: "## Networks\n\n" + models_table(result),
 }
 """The parts of the page by the name of their JSON."""

@@ -266,7 +266,7 @@ def export(
         str,
         typer.Option(
             metavar="BYTES",
-            help="Refuse if the learner takes more RAM, as edgecl plan counts it: 64MiB, 500KB or a number.",
+            help="RAM of the learner, as edgecl plan counts it: 64MiB, 500KB or a number. To fit, activations are computed again.",
         ),
     ] = "128MiB",
     rows_in_file: Annotated[

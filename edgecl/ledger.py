@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from edgecl.graph.lowering import BuiltStep
+from edgecl.graph.memory import kept_for_backward
 from edgecl.learner import State, dtype_name
 from edgecl_device.manifest import TensorSpec
 
@@ -45,8 +46,9 @@ def ledger(
         target: What the log keeps of a target behind the features (:meth:`edgecl_device.manifest.TargetSpec.stored`), or None.
 
     Returns:
-        ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, ``replay``,
-        ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for ``graphs`` and ``replay_file``;
+        ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, of which
+        ``kept_for_backward``, of which ``kept_masks``, ``replay``, ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for
+        ``graphs`` and ``replay_file``;
         ``logged_features_per_update``: features of one sample, a target that is no class index, and a stream's state, as the log holds
         them, to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with
         its file, and codebooks; ``not_counted``.
@@ -56,6 +58,7 @@ def ledger(
     encoded = steps["encode"].graph.outputs
     features = sum(p.spec.nbytes for p in encoded if p.kind == "data" and p.name != "finite")
     stream = sum(p.spec.nbytes for p in encoded if p.kind == "state")
+    kept = max((kept_for_backward(step.graph) for step in steps.values()), key=lambda by_type: sum(by_type.values()))
     ports = [p.spec.nbytes for step in steps.values() for p in (*step.graph.inputs, *step.graph.outputs) if p.kind == "data"]
     return {
         "frozen_weights": weight_bytes,
@@ -64,6 +67,8 @@ def ledger(
         "state": sum(state_bytes.values()),
         "state_second_buffers": sum(size for name, size in state_bytes.items() if name in written),
         "activations_peak": max(step.plan.arena_bytes for step in steps.values()),
+        "kept_for_backward": sum(kept.values()),
+        "kept_masks": kept.get("bool", 0),
         "replay": replay_bytes[0],
         "replay_file": replay_bytes[1],
         "inputs_outputs": sum(ports),

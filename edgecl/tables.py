@@ -24,12 +24,15 @@ LEDGER_WORDS = {
     "state": "what learning changes, once",
     "state_second_buffers": "second buffer of every tensor that a step writes",
     "activations_peak": "intermediate tensors of the largest step",
+    "kept_for_backward": "of those, what the forward pass leaves for the backward pass",
+    "kept_masks": "of those, masks",
     "replay": "replay memory, labels and bookkeeping included",
     "replay_file": "replay rows in a file (flash)",
     "inputs_outputs": "bound inputs and outputs of all steps",
     "pending_features": "features that wait for a delayed label, at most",
     "logged_features_per_update": "one sample as the log holds it; the store adds its own bytes",
     "beyond_trunk": "state once + replay + codebooks",
+    "runtime_plan": "what the runtime reserves for tensors when it loads all steps, inputs and outputs included",
 }
 WIDE = 104
 """Columns from which the demo's table shows everything."""

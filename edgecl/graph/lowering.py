@@ -20,8 +20,10 @@ from edgecl.graph.passes import (
     JoinSums,
     JoinVectors,
     MergeEqual,
+    NarrowEarly,
     Pass,
     ProveFinite,
+    Recompute,
     ScaleKernels,
     ScaleMaps,
     SinkExpand,
@@ -67,13 +69,13 @@ def canonicalise(graph: StepGraph) -> StepGraph:
 
 def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     """Rewrite a canonical graph for a runtime; the argument stays usable."""
-    graph = replace(graph, module=fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph)))
+    graph = _copy(graph)
     first = (SinkExpand(), MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean(), JoinSums(), Clean(), ProveFinite())
     joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
     before, after = _OWN.get(engine, ((), ()))
     tidy = (Clean(), FoldConstants(), Clean())
     rules = (*before, *tidy, ApplyRules(RULES[engine]), Clean(), FoldConstants(), *after)
-    for step in (*first, *tidy, *rules, *joined, UpdateEarly(), WidenLate()):
+    for step in (*first, *tidy, *rules, *joined, UpdateEarly(), WidenLate(), NarrowEarly()):
         graph = step(graph)
     return graph
 
@@ -86,6 +88,20 @@ def build_step(captured: StepGraph, engine: str = "onnx") -> BuiltStep:
     plan = memory.plan(lowered)
     memory.verify(lowered, plan)
     return BuiltStep(lowered, mathematics, layers, cost.count(lowered), plan)
+
+
+def within(step: BuiltStep, limit_bytes: int) -> BuiltStep:
+    """A step whose arena fits into a limit, or comes as near as it can: tensors are computed again instead of kept."""
+    if step.plan.arena_bytes <= limit_bytes:
+        return step
+    graph = Recompute(limit_bytes)(_copy(step.graph))
+    plan = memory.plan(graph)
+    memory.verify(graph, plan)
+    return replace(step, graph=graph, executed=cost.count(graph), plan=plan)
+
+
+def _copy(graph: StepGraph) -> StepGraph:
+    return replace(graph, module=fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph)))
 
 
 def build(prepared: "Prepared", engine: str = "onnx") -> dict[str, BuiltStep]:

@@ -5,7 +5,9 @@ itself (packed weights, scratch of a kernel) is not known before it runs; the le
 """
 
 import operator
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,15 +68,15 @@ def lifetimes(graph: StepGraph) -> list[Buffer]:
     """Every buffer that the step needs while it runs, without offsets."""
     nodes = graph.nodes
     position = {node: i for i, node in enumerate(nodes)}
-    kept = {_owner(node) for node in graph.results}
+    kept = {owner_of(node) for node in graph.results}
     last: dict[fx.Node, int] = {}
     for node in nodes:
         for source in node.all_input_nodes:
-            owner = _owner(source)
+            owner = owner_of(source)
             last[owner] = max(last.get(owner, 0), position[node])
     buffers = []
     for node in nodes:
-        if node.op != "call_function" or _owner(node) is not node or node in kept:
+        if node.op != "call_function" or owner_of(node) is not node or node in kept:
             continue
         size = sum(_aligned(v.numel() * v.element_size()) for v in _tensors(node))
         buffers.append(Buffer(node.name, size, position[node], last.get(node, position[node])))
@@ -82,27 +84,101 @@ def lifetimes(graph: StepGraph) -> list[Buffer]:
 
 
 def plan(graph: StepGraph) -> Plan:
-    """Place every buffer, largest first, at the lowest offset free over its lifetime.
+    """Place every buffer of a step."""
+    placed = arrange(lifetimes(graph))
+    return Plan(_end(placed), _peak(placed), placed)
+
+
+def arrange(wanted: Iterable[Buffer]) -> tuple[Buffer, ...]:
+    """Place every buffer at the lowest offset free over its lifetime, in the best of three orders: by size, by lifetime, by both.
 
     Source: Pisarchyk & Lee 2020, "Efficient Memory Management for Deep Neural Net Inference", greedy by size.
     """
-    wanted = lifetimes(graph)
-    placed: list[Buffer] = []
-    for buffer in sorted(wanted, key=lambda b: (-b.nbytes, b.first)):
+    buffers = list(wanted)
+    least = _peak(buffers)
+    best: tuple[Buffer, ...] | None = None
+    for order in _ORDERS:
+        found = _in_order(sorted(buffers, key=order))
+        if best is None or _end(found) < _end(best):
+            best = found
+        if _end(best) == least:
+            break
+    assert best is not None
+    return best
+
+
+_ORDERS: tuple[Callable[[Buffer], tuple[int, int]], ...] = (
+    lambda b: (-b.nbytes, b.first),
+    lambda b: (b.first - b.last, -b.nbytes),
+    lambda b: ((b.first - b.last - 1) * b.nbytes, b.first),
+)
+
+
+def _in_order(buffers: Iterable[Buffer]) -> tuple[Buffer, ...]:
+    placed: list[Buffer] = []  # by offset
+    for buffer in buffers:
         offset = 0
-        for other in sorted(placed, key=lambda b: b.offset):
+        for other in placed:
             if other.first <= buffer.last and buffer.first <= other.last:
                 if offset + buffer.nbytes <= other.offset:
                     break
                 offset = max(offset, other.offset + other.nbytes)
-        placed.append(Buffer(buffer.name, buffer.nbytes, buffer.first, buffer.last, offset))
-    return Plan(max((b.offset + b.nbytes for b in placed), default=0), peak_bytes(graph), tuple(placed))
+        insort(placed, replace(buffer, offset=offset), key=lambda b: b.offset)
+    return tuple(placed)
+
+
+def _end(placed: Iterable[Buffer]) -> int:
+    return max((b.offset + b.nbytes for b in placed), default=0)
 
 
 def peak_bytes(graph: StepGraph) -> int:
     """Largest sum of bytes alive at once, in the graph's present order."""
-    change = np.zeros(len(graph.nodes) + 1, np.int64)
+    return _peak(lifetimes(graph))
+
+
+def least_bytes(graph: StepGraph) -> int:
+    """The peak where an elementwise result takes the place of an operand of as many bytes that ends there, as runtimes may have it."""
+    nodes = graph.nodes
+    buffers = lifetimes(graph)
+    alive = np.zeros(len(nodes) + 1, np.int64)
+    ending: dict[int, list[int]] = {}
+    for buffer in buffers:
+        alive[buffer.first] += buffer.nbytes
+        alive[buffer.last + 1] -= buffer.nbytes
+        ending.setdefault(buffer.last, []).append(buffer.nbytes)
+    alive = alive.cumsum()
+    for buffer in buffers:
+        target = nodes[buffer.first].target
+        elementwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+        if (elementwise or target in _IN_PLACE) and buffer.nbytes in ending.get(buffer.first, []):
+            alive[buffer.first] -= buffer.nbytes
+    return int(alive.max())
+
+
+_IN_PLACE = {aten._softmax.default, aten._log_softmax.default}
+
+
+def kept_for_backward(graph: StepGraph) -> dict[str, int]:
+    """Bytes by type that are alive when the loss is there and are read later: what the forward pass leaves for the backward pass.
+
+    Empty for a step without a backward pass.
+    """
+    nodes = graph.nodes
+    losses = [node for port, node in zip(graph.outputs, graph.results, strict=True) if port.name == "loss"]
+    if not losses or not any((node.meta.get("custom") or {}).get("phase") == "backward" for node in nodes):
+        return {}
+    end = nodes.index(losses[0])
+    found: dict[str, int] = {}
     for buffer in lifetimes(graph):
+        if buffer.first <= end < buffer.last:
+            name = str(_tensors(nodes[buffer.first])[0].dtype).removeprefix("torch.")
+            found[name] = found.get(name, 0) + buffer.nbytes
+    return found
+
+
+def _peak(buffers: Collection[Buffer]) -> int:
+    change = np.zeros(max((b.last for b in buffers), default=-1) + 2, np.int64)
+    for buffer in buffers:
         change[buffer.first] += buffer.nbytes
         change[buffer.last + 1] -= buffer.nbytes
     return int(change.cumsum().max())
@@ -119,14 +195,14 @@ def verify(graph: StepGraph, found: Plan) -> None:
     places = {b.name: b for b in found.buffers}
     arena = np.full(-(-found.arena_bytes // ALIGNMENT), -1, np.int64)
     results = set(graph.results)
-    owner_of: dict[fx.Node, int] = {}
+    owners: dict[fx.Node, int] = {}
     nodes = graph.nodes
     for index, node in enumerate(nodes):
-        owner_of[node] = -1
+        owners[node] = -1
         if node.op != "call_function":
             pass
         elif _same_bytes(node):
-            owner_of[node] = owner_of[node.all_input_nodes[0]]
+            owners[node] = owners[node.all_input_nodes[0]]
         elif node.name in places:
             place = places[node.name]
             need = sum(v.numel() * v.element_size() for v in _tensors(node))
@@ -138,11 +214,11 @@ def verify(graph: StepGraph, found: Plan) -> None:
                     f"{found.arena_bytes} bytes, its place is {place.offset} to {place.offset + place.nbytes}"
                 )
             arena[_units(place)] = index
-            owner_of[node] = index
-        elif results.isdisjoint([node, *_views_of(node)]):
+            owners[node] = index
+        elif results.isdisjoint([node, *views_of(node)]):
             raise GraphError(f"memory plan of {graph.name!r}: {node.name} has no place")
         for source in node.all_input_nodes:  # after the write: an operator must not overwrite what it reads
-            owner = owner_of[source]
+            owner = owners[source]
             if owner >= 0 and (arena[_units(places[nodes[owner].name])] != owner).any():
                 raise GraphError(f"memory plan of {graph.name!r}: {node.name} reads {nodes[owner].name} after it was overwritten")
 
@@ -161,7 +237,8 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [values[i] for i in sorted({int(str(user.args[1])) for user in node.users})]
 
 
-def _views_of(node: fx.Node) -> list[fx.Node]:
+def views_of(node: fx.Node) -> list[fx.Node]:
+    """Every node whose value lies in a node's buffer, but itself."""
     found, queue = [], list(node.users)
     while queue:
         user = queue.pop()
@@ -177,7 +254,7 @@ def _same_bytes(node: fx.Node) -> bool:
     return node.target in VIEWS or node.target is operator.getitem
 
 
-def _owner(node: fx.Node) -> fx.Node:
+def owner_of(node: fx.Node) -> fx.Node:
     """The node whose buffer a node's value lies in."""
     while node.op == "call_function" and _same_bytes(node):
         node = node.all_input_nodes[0]

@@ -8,17 +8,18 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save
 
-from edgecl.graph.lowering import BuiltStep, build
-from edgecl.ledger import RAM, ledger, state_specs, table_bytes
+from edgecl.graph.lowering import BuiltStep, build, within
+from edgecl.ledger import RAM, ledger, ram_bytes, state_specs, table_bytes
 from edgecl.prepare import Prepared
 from edgecl_device.checks import as_int, as_path, short
 from edgecl_device.errors import BundleError, InputError
@@ -28,6 +29,7 @@ from edgecl_device.manifest import (
     MANIFEST,
     FileEntry,
     Manifest,
+    ReplaySpec,
     StepSpec,
     read_manifest,
     sha256_file,
@@ -80,6 +82,8 @@ def export(
         log_capacity_bytes: Cap of the device's sample log, which bounds exact ``forget``.
         pending_capacity: Predictions that may wait for a delayed label.
         ram_budget_bytes: What the learner may take of the device's RAM: the sum over :data:`edgecl.ledger.RAM` of the manifest's ledger.
+            A step whose activations do not fit into what is left for them computes cheap ones again instead of keeping them; executed
+            costs count that.
         rows_in_file: Keep the replay rows in a file beside the store (``Learner.load(..., rows=)``): for memories beyond the device's RAM.
 
     Raises:
@@ -102,14 +106,19 @@ def export(
     with _writing(destination):
         _check_free(destination, overwrite)
     steps = build(prepared, engine)
+    replay, replay_bytes = _replay(prepared, rows_in_file)
+    part = partial(_ledger, prepared, replay_bytes=replay_bytes, pending=pending_capacity)
+    others = part(steps, 0, 0)
+    room = ram_budget_bytes - (ram_bytes(others) - others["activations_peak"])
+    steps = {name: within(step, room) for name, step in steps.items()} if room >= 0 else steps
+    _check_budget(part(steps, 0, 0), ram_budget_bytes)
     with _writing(destination):
         # Missing parents are made last: a failed export leaves none behind.
         nearest = next(parent for parent in destination.parents if parent.exists())
         with tempfile.TemporaryDirectory(dir=nearest, prefix=SCRATCH) as scratch:
             folder = Path(scratch) / "bundle"
             folder.mkdir()
-            manifest = _write(prepared, engine, target, steps, folder, log_capacity_bytes, pending_capacity, rows_in_file)
-            _check_budget(manifest.ledger, ram_budget_bytes)
+            manifest = _write(prepared, engine, target, steps, folder, log_capacity_bytes, pending_capacity, replay, part)
             gates = verify(folder, manifest, prepared, steps)
             _check_free(destination, overwrite)  # the gates take time
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +173,36 @@ def _check_budget(found: Mapping[str, Any], budget: int) -> None:
         )
 
 
+def _replay(prepared: Prepared, rows_in_file: bool) -> tuple[ReplaySpec | None, tuple[int, int]]:
+    """What the manifest says of the replay memory, and the bytes of its arrays and of its file."""
+    memory = prepared.memory
+    if memory is None:
+        return None, (0, 0)
+    replay = dataclasses.replace(
+        memory.spec,
+        counter=memory.generator.counter,
+        seen=memory.seen,
+        reconstruction=prepared.reconstruction,
+        in_file=rows_in_file,
+    )
+    return replay, memory_bytes(replay, prepared.learner.problem.max_classes)
+
+
+def _ledger(
+    prepared: Prepared, steps: Mapping[str, BuiltStep], weight_bytes: int, graph_bytes: int, *, replay_bytes: tuple[int, int], pending: int
+) -> dict[str, Any]:
+    return ledger(
+        steps,
+        prepared.state,
+        weight_bytes=weight_bytes,
+        graph_bytes=graph_bytes,
+        replay_bytes=replay_bytes,
+        codebook_bytes=table_bytes(prepared.learner.codebooks),
+        pending=pending,
+        target=prepared.learner.problem.target.stored(prepared.learner.problem.max_classes),
+    )
+
+
 def _write(
     prepared: Prepared,
     engine: str,
@@ -172,35 +211,19 @@ def _write(
     folder: Path,
     log_capacity_bytes: int,
     pending_capacity: int,
-    rows_in_file: bool,
+    replay: ReplaySpec | None,
+    part: Callable[[Mapping[str, BuiltStep], int, int], dict[str, Any]],
 ) -> Manifest:
-    learner, memory = prepared.learner, prepared.memory
+    learner = prepared.learner
     written = target.write(steps, folder)
     files = written.steps
     all_bytes = sum(path.stat().st_size for path in folder.iterdir())
     (folder / STATE_FILE).write_bytes(save({name: tensor.detach().contiguous().numpy() for name, tensor in prepared.state.items()}))
-    replay, replay_bytes = None, (0, 0)
-    if memory is not None:
-        (folder / REPLAY_FILE).write_bytes(save(memory.rows_by_name()))
-        spec = memory.spec
-        replay = dataclasses.replace(
-            spec,
-            counter=memory.generator.counter,
-            seen=memory.seen,
-            reconstruction=prepared.reconstruction,
-            in_file=rows_in_file,
-        )
-        replay_bytes = memory_bytes(replay, learner.problem.max_classes)
-    memory_ledger = ledger(
-        steps,
-        prepared.state,
-        weight_bytes=written.weight_bytes,
-        graph_bytes=all_bytes - written.weight_bytes,
-        replay_bytes=replay_bytes,
-        codebook_bytes=table_bytes(learner.codebooks),
-        pending=pending_capacity,
-        target=learner.problem.target.stored(learner.problem.max_classes),
-    )
+    if prepared.memory is not None:
+        (folder / REPLAY_FILE).write_bytes(save(prepared.memory.rows_by_name()))
+    memory_ledger = part(steps, written.weight_bytes, all_bytes - written.weight_bytes)
+    if written.planned_bytes is not None:
+        memory_ledger["runtime_plan"] = written.planned_bytes
     specs = state_specs(prepared.state)
     config = json.loads(json.dumps(learner.config_dict()))
     # Every step counts: a store's state and rows mean something else behind another frozen layer or another codec range.
@@ -210,7 +233,7 @@ def _write(
     kind = learner.problem.target
     if kind.kind == "multilabel":  # on the device its threshold is one of scores
         kind = dataclasses.replace(kind, threshold=learner.threshold(kind.threshold))
-    identity = [learner.name, config, learner.problem.max_classes, graphs, start, *(["rows in file"] if rows_in_file else [])]
+    identity = [learner.name, config, learner.problem.max_classes, graphs, start, *(["rows in file"] if replay and replay.in_file else [])]
     if kind.kind != "class":  # bundles of classes keep the identity that they had before there were other kinds, and so their stores
         identity.append(dataclasses.asdict(kind))
     manifest = Manifest(

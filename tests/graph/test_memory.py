@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import canonicalise, lower
-from edgecl.graph.memory import ALIGNMENT, VIEWS, Buffer, Plan, lifetimes, peak_bytes, plan, verify
+from edgecl.graph.memory import ALIGNMENT, VIEWS, Buffer, Plan, least_bytes, lifetimes, peak_bytes, plan, verify
 from edgecl.graph.step import GraphError, StepGraph
 from edgecl.methods import METHODS
 
@@ -210,3 +210,9 @@ def test_a_step_without_intermediate_tensors(bench: Any) -> None:
     graph = bench.lowered(lambda x: x + 1.0, torch.ones(3))
     assert plan(graph) == Plan(0, 0, ())
     verify(graph, plan(graph))
+
+
+def test_an_elementwise_result_may_take_its_operand_s_place(bench: Any) -> None:
+    graph = bench.lowered(lambda x: [((x.exp() + 1.0) * 2.0).sum(0)], torch.ones(8, 8))
+    assert peak_bytes(graph) == 2 * 256
+    assert least_bytes(graph) == 256

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from edgecl.graph.capture import trace
 from edgecl.graph.lowering import canonicalise, lower
-from edgecl.graph.memory import lifetimes
-from edgecl.graph.passes import AddProducts, Clean, ProveFinite, SinkExpand, WidenLate
+from edgecl.graph.memory import lifetimes, peak_bytes
+from edgecl.graph.passes import AddProducts, Clean, NarrowEarly, ProveFinite, SinkExpand, WidenLate
 from edgecl.graph.step import StepGraph, shape_of, value_of
 from edgecl_device.manifest import TensorSpec
 
@@ -146,3 +146,40 @@ def test_masks_wait_as_bits(bench: Any, generator: torch.Generator) -> None:
     floats = {buffer.name: buffer for buffer in lifetimes(late) if "to_copy" in buffer.name}
     assert len(floats) == 4 and all(buffer.last == buffer.first + 1 for buffer in floats.values()), "each is made where it is used"
     bench.check(run, x)
+
+
+def test_masks_are_made_while_their_maps_are_there(bench: Any, generator: torch.Generator) -> None:
+    def run(x: Tensor) -> Tensor:
+        first = x * 2.0
+        second = first.exp()
+        third = second + 1.0
+        for y in (third, second, first):  # the maps wait only for their masks
+            third = third * torch.where(y == y.clamp(0.5, 1.5), 2.0, third)
+        return third
+
+    x = torch.randn(1, 64, 8, 8, generator=generator)
+    graph = bench.raw(run, x)
+    before, peak = outcome(graph, {"a0": x})["o0"], peak_bytes(graph)
+    early = NarrowEarly()(graph)
+    waiting = {buffer.name: buffer.last - buffer.first for buffer in lifetimes(early)}
+    names = [node.name for node in early.nodes]
+    assert max(waiting["mul"], waiting["exp"]) <= 5, "from a map to its mask: the next map, the clips and comparisons of two masks"
+    assert names.index("eq_2") < names.index("add"), "the first map's mask is made before the last map"
+    assert peak_bytes(early) < peak
+    assert torch.equal(outcome(early, {"a0": x})["o0"], before)
+
+
+def test_what_state_makes_is_made_where_it_is_used() -> None:
+    def run(state: dict[str, Tensor], data: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        kernels = [state[name].permute(1, 0, 2).contiguous() * 2.0 for name in ("v", "w")]
+        y = data["a0"]
+        for kernel in kernels:
+            y = torch.bmm(y, kernel)
+        return {"o0": y}, {}
+
+    state = {name: torch.zeros(8, 1, 8) for name in ("v", "w")}
+    graph = canonicalise(trace("bench", run, state, {"a0": TensorSpec("a0", (1, 4, 8), "float32")}, ()))
+    late = WidenLate()(graph)
+    order = [node.target for node in late.operators]
+    assert order == [aten.permute.default, aten.mul.Tensor, aten.bmm.default] * 2
+    assert peak_bytes(late) == 4 * (64 + 64 + 32), "one kernel, its copy, and the map"

@@ -64,6 +64,8 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
         options.log_severity_level = 4  # not errors: they are raised
+        # Equal operators are there on purpose: one computes again what would have to be kept.
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "CommonSubexpressionElimination")
         for name, value in settings.items():
             if "." in name:
                 options.add_session_config_entry(name, value)

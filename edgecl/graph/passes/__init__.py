@@ -9,9 +9,10 @@ from edgecl.graph.passes.finite import ProveFinite
 from edgecl.graph.passes.fold import FoldConstants, FoldConvolutionAffine
 from edgecl.graph.passes.lower import ApplyRules
 from edgecl.graph.passes.merge import MergeEqual
+from edgecl.graph.passes.recompute import Recompute
 from edgecl.graph.passes.rows import HoldRows
 from edgecl.graph.passes.scale import ScaleMaps
-from edgecl.graph.passes.schedule import UpdateEarly, WidenLate
+from edgecl.graph.passes.schedule import NarrowEarly, UpdateEarly, WidenLate
 from edgecl.graph.passes.sums import JoinSums
 from edgecl.graph.passes.vectors import JoinVectors
 
@@ -25,8 +26,10 @@ __all__ = [
     "JoinSums",
     "JoinVectors",
     "MergeEqual",
+    "NarrowEarly",
     "Pass",
     "ProveFinite",
+    "Recompute",
     "ScaleKernels",
     "ScaleMaps",
     "SinkExpand",

@@ -73,6 +73,7 @@ def _is_update(node: fx.Node) -> bool:
 class WidenLate(Pass):
     """Copy a tensor into one of more bytes just before it is used: what waits is a mask's bits, not its floats, and a map, not its windows.
 
+    What is made of state and constants alone, a kernel transposed for instance, is made just before it is used as well: they wait anyway.
     Only the order changes, and only where that needs no more memory at its peak.
     """
 
@@ -81,8 +82,9 @@ class WidenLate(Pass):
         before, peak = graph.nodes, peak_bytes(graph)
         # where a node goes: before the node of that index, and the sooner the more others stand between
         place = {node: (i, 0) for i, node in enumerate(before)}
+        given = _given(graph)
         for node in reversed(before):
-            if node.users and _is_late(node):
+            if node.users and (node in given or _is_late(node)):
                 index, depth = min((place[user] for user in node.users), key=lambda at: (at[0], -at[1]))
                 place[node] = (index, depth + 1)
         _arrange(graph, sorted(before, key=lambda node: (place[node][0], -place[node][1])))
@@ -92,6 +94,16 @@ class WidenLate(Pass):
 
 
 _WIDENS = {torch.ops.aten._to_copy.default, torch.ops.aten.expand.default, torch.ops.aten.index_select.default}
+
+
+def _given(graph: StepGraph) -> set[fx.Node]:
+    """The operators that need nothing but state and constants."""
+    there = {node for port, node in zip(graph.inputs, graph.placeholders, strict=True) if port.kind == "state"}
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and all(n in there or n in found or n.op == "get_attr" for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _is_late(node: fx.Node) -> bool:
@@ -104,3 +116,47 @@ def _is_late(node: fx.Node) -> bool:
 def _bytes(node: Any) -> int:
     value = value_of(node)
     return int(value.numel() * value.element_size())
+
+
+class NarrowEarly(Pass):
+    """Make what is smaller as soon as it can be, where a larger tensor would wait for nothing else: a mask's bits wait, not the map.
+
+    Only the order changes, and only where that needs no more memory at its peak.
+    """
+
+    def rewrite(self, graph: StepGraph) -> StepGraph:
+        """See the class."""
+        before, peak = graph.nodes, peak_bytes(graph)
+        place = {node: (i, 0, i) for i, node in enumerate(before)}
+        results = set(graph.results)
+        for node in before:
+            if node.op == "call_function" and node.users and isinstance(value_of(node), torch.Tensor):
+                cone = _alone(node)
+                sources = {n for c in cone for n in c.all_input_nodes if n not in cone}
+                freed = [n for n in sources if n.op == "call_function" and n not in results and _waits_for(n, cone, place)]
+                if sum(map(_bytes, freed)) > _bytes(node):
+                    earlier = [n for source in sources for n in (source, *(source.users if source in freed else ())) if n not in cone]
+                    for member in sorted(cone, key=place.__getitem__):
+                        latest = max(place[n] for n in (*earlier, *(n for n in member.all_input_nodes if n in cone)))
+                        place[member] = (latest[0], latest[1] + 1, place[member][2])
+        _arrange(graph, sorted(before, key=place.__getitem__))
+        if peak_bytes(graph) > peak:
+            _arrange(graph, before)
+        return graph
+
+
+def _alone(node: fx.Node) -> set[fx.Node]:
+    """A node with those that compute something for it alone, from what it reads as well."""
+    cone = {node}
+    for source in node.all_input_nodes:
+        if source.op == "call_function" and set(source.users) == {node} and set(source.all_input_nodes) <= set(node.all_input_nodes):
+            cone.add(source)
+    return cone
+
+
+def _waits_for(node: fx.Node, cone: set[fx.Node], place: dict[fx.Node, tuple[int, int, int]]) -> bool:
+    """Whether a tensor that is no view, and has none, would be free earlier without these nodes."""
+    if not isinstance(value_of(node), torch.Tensor) or node.target in VIEWS or any(user.target in VIEWS for user in node.users):
+        return False
+    others = [user for user in node.users if user not in cone]
+    return max(place[n] for n in (node, *others)) < min(place[n] for n in cone)

@@ -18,10 +18,12 @@ class Files:
     Attributes:
         steps: File of each step.
         weight_bytes: Bytes of frozen tensors in them, each once.
+        planned_bytes: What the runtime reserves for tensors when it loads all steps, where the files say so.
     """
 
     steps: dict[str, str]
     weight_bytes: int
+    planned_bytes: int | None = None
 
 
 class Written(Protocol):

@@ -39,29 +39,48 @@ class ExecutorchTarget:
 
     def write(self, steps: Mapping[str, BuiltStep], folder: Path) -> Files:
         """One ``steps.pte``."""
-        with _quiet():
-            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-            programs = {name: exported(step.graph) for name, step in steps.items()}
-            try:
-                edge = to_edge_transform_and_lower(
-                    programs,
-                    transform_passes=[_drop_copies()],
-                    partitioner=[_partitioner()],
-                    compile_config=EdgeCompileConfig(_check_ir_validity=False),
-                )
-                program = edge.to_executorch().buffer
-            except Exception as error:  # its errors share no base class
-                raise GraphError(f"engine: ExecuTorch cannot lower these steps ({error}); export for onnx, or report the model") from error
-            (folder / PROGRAM_FILE).write_bytes(program)
+        program = program_of(steps)
+        (folder / PROGRAM_FILE).write_bytes(program.buffer)
         frozen = {
             tensor.numpy().tobytes() for step in steps.values() for tensor in map(torch.Tensor.contiguous, step.graph.constants().values())
         }
-        return Files(dict.fromkeys(steps, PROGRAM_FILE), sum(map(len, frozen)))
+        plans = program.executorch_program.execution_plan
+        return Files(
+            dict.fromkeys(steps, PROGRAM_FILE), sum(map(len, frozen)), planned_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in plans)
+        )
 
     def read(self, folder: Path, manifest: Manifest) -> "ExecutorchFiles":
         """Read it back."""
         return ExecutorchFiles(folder, manifest)
+
+
+def program_of(steps: Mapping[str, BuiltStep], *, delegate: bool = True, planning: Any = None) -> Any:
+    """ExecuTorch's program of some steps.
+
+    Args:
+        steps: Steps by name, lowered for ``executorch``.
+        delegate: Whether XNNPACK runs what it can; else the portable kernels run everything.
+        planning: The pass that plans memory; by default :func:`edgecl_export.targets.planning.planner`.
+
+    Raises:
+        GraphError: when ExecuTorch refuses them.
+    """
+    with _quiet():
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+
+        from edgecl_export.targets.planning import planner
+
+        programs = {name: exported(step.graph) for name, step in steps.items()}
+        try:
+            edge = to_edge_transform_and_lower(
+                programs,
+                transform_passes=[_drop_copies()],
+                partitioner=[_partitioner()] if delegate else None,
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
+            return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning or planner()))
+        except Exception as error:  # its errors share no base class
+            raise GraphError(f"engine: ExecuTorch cannot lower these steps ({error}); export for onnx, or report the model") from error
 
 
 class ExecutorchFiles:
