@@ -11,6 +11,7 @@ python benchmarks/step_start.py
 python benchmarks/step_plan.py
 python benchmarks/step_recompute.py
 python benchmarks/models.py
+python benchmarks/int8_trunk.py --data FOLDER --weights FILE
 python benchmarks/write_results.py
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 import plan_report
 import update_report
+from int8_tables import int8_part
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from page_parts import Row, conditions, markdown
@@ -297,6 +299,7 @@ PARTS: dict[str, Callable[[Row], str]] = {
     "step_plan": lambda result: "### Planned and used\n\n" + plan_report.plan_table(result),
     "step_recompute": lambda result: "### Computed again instead of kept\n\n" + plan_report.recompute_table(result),
     "models": lambda result: "## Networks\n\n" + models_table(result),
+    "int8_trunk": lambda result: "## A trunk in int8\n\n" + int8_part(result),
 }
 """The parts of the page by the name of their JSON."""
 

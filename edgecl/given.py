@@ -35,18 +35,18 @@ def plain_samples(name: str, x: Any) -> Any:
     return np.ascontiguousarray(x, x.dtype.newbyteorder("="))
 
 
-def check_like(x: Samples, wanted: Any) -> None:
-    """Samples must have the inputs, shapes and types of the example, whose specs are ``wanted``."""
+def check_like(x: Samples, wanted: Any, name: str = "x") -> None:
+    """Samples, which argument ``name`` gave, must have the inputs, shapes and types of the example, whose specs are ``wanted``."""
     if isinstance(x, Mapping) != isinstance(wanted, Mapping) or (isinstance(x, Mapping) and set(x) != set(wanted)):
         names = list(wanted) if isinstance(wanted, Mapping) else "one array"
-        raise InputError(f"x: must have the inputs of the example, {names}, got {list(x) if isinstance(x, Mapping) else 'one array'}")
-    specs = flatten_tree({"x": wanted})
-    for name, part in flatten_tree({"x": x}).items():
-        spec = specs[name]
+        raise InputError(f"{name}: must have the inputs of the example, {names}, got {list(x) if isinstance(x, Mapping) else 'one array'}")
+    specs = flatten_tree({name: wanted})
+    for key, part in flatten_tree({name: x}).items():
+        spec = specs[key]
         if part.shape[1:] != spec.shape[1:] or part.dtype.name != spec.dtype:
             sizes = ", ".join(map(str, ("N", *spec.shape[1:])))
             raise InputError(
-                f"{name}: must be {spec.dtype} [{sizes}] as the example, got {part.dtype} {list(part.shape)}; convert or resize it"
+                f"{key}: must be {spec.dtype} [{sizes}] as the example, got {part.dtype} {list(part.shape)}; convert or resize it"
             )
 
 

@@ -15,6 +15,9 @@ RAM = ("state", "state_second_buffers", "replay", "activations_peak", "inputs_ou
 
 Frozen weights are read only, and count as flash; a runtime may copy them into RAM."""
 
+MASKS = ("bool", "int8")
+"""Types of the masks that an update keeps: of comparisons, or packed (:mod:`edgecl.graph.passes.masks`)."""
+
 NOT_COUNTED = (
     "runtime scratch, packed copies of frozen weights, the runtime's own code; the log's RAM without a store; "
     "copies of state and replay rows made by save, close, forget, relabel, rollback and a learn that finds the log full; "
@@ -68,7 +71,7 @@ def ledger(
         "state_second_buffers": sum(size for name, size in state_bytes.items() if name in written),
         "activations_peak": max(step.plan.arena_bytes for step in steps.values()),
         "kept_for_backward": sum(kept.values()),
-        "kept_masks": kept.get("bool", 0),
+        "kept_masks": sum(kept.get(kind, 0) for kind in MASKS),
         "replay": replay_bytes[0],
         "replay_file": replay_bytes[1],
         "inputs_outputs": sum(ports),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from edgecl.engine import to_arrays
 from edgecl.fidelity import check_gradients, check_values
 from edgecl.given import NAMES, Samples, check_independent, check_like, check_names, plain_samples, sample_weights
+from edgecl.int8 import check_trunk_dtype, to_int8
 from edgecl.learner import Learner, Problem, State, dtype_name, refreshed
 from edgecl.methods import METHODS
 from edgecl.methods._dropout import check_functions
@@ -198,6 +199,8 @@ def prepare(
     stream: nn.Module | None = None,
     class_names: Sequence[str] = (),
     masks: Mapping[str, Tensor] | None = None,
+    trunk_dtype: str = "float32",
+    calibration: Samples | None = None,
 ) -> Prepared:
     """Split a model and put a continual learner behind its frozen part.
 
@@ -219,6 +222,9 @@ def prepare(
         class_names: Names of the first classes.
         masks: For methods that train the suffix: bool tensors by parameter name, of its shape; only where true is a weight
             updated. Names are the model's own, as in ``model.named_parameters()``.
+        trunk_dtype: ``float32``, or ``int8`` for a frozen trunk in integers (``docs/int8.md``): a quarter of the bytes; what learns stays
+            float32.
+        calibration: For ``int8``: raw base samples [N, ...], or a mapping of inputs to such, whose ranges decide the scales; some hundred.
 
     Raises:
         InputError: for an unknown method, another method's config, an unsuitable example, too few classes, names or masks that
@@ -236,6 +242,7 @@ def prepare(
         classes = room("classes", classes, 2)
     elif classes is not None or class_names:
         raise InputError("classes, class_names: are for target='class', got them beside another; say them in the target itself")
+    check_trunk_dtype(trunk_dtype, calibration, stream)
     example = plain_samples("example", example)
     for name, part in flatten_tree(example, "example").items():
         if part.dtype.name not in DTYPES:
@@ -268,6 +275,10 @@ def prepare(
         raise InputError(f"example: must suit preprocess and model, got {got}; pass a raw sample as the device will get it") from error
     for used in (parts.trunk, parts.suffix) if issubclass(kind, SuffixLearner) else (parts.trunk,):
         _check_weights(used)
+    if calibration is not None:
+        trunk = to_int8(trunk, calibration, _specs(map_tree(example, torch.tensor), "x"))
+        with torch.no_grad():
+            z = trunk(map_tree(example, torch.tensor))
     for name, part in flatten_tree({"z": z}).items():
         if dtype_name(part.dtype) not in DTYPES:
             raise InputError(

@@ -23,6 +23,9 @@ class Trunk(nn.Module):
         model: The frozen part.
         inputs: Names of its inputs in its order.
         stream: What runs between the two and carries state from frame to frame, or None.
+
+    Attributes:
+        in_float: Of a trunk in int8 the float32 trunk that it was made of, for comparisons; else None.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Trunk(nn.Module):
         self.preprocess = nn.ModuleList([nn.Identity() if module is None else module for module in preprocess])
         self.model = model
         self.inputs = tuple(inputs)
+        self.in_float: Trunk | None = None
 
     def prepared(self, x: Any) -> list[Tensor]:
         """The model's inputs, in its order, from one tensor or a mapping of named ones."""

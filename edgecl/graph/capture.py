@@ -128,6 +128,12 @@ def trace(
     return StepGraph(name, module, tuple(ins), tuple(ports))
 
 
+aten = torch.ops.aten
+_DENSE = """conv1d conv2d batch_norm group_norm max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
+adaptive_max_pool1d adaptive_max_pool2d"""
+"""As a trunk in int8 calls them, which torch.export has traced."""
+
+
 class _Layers(TorchFunctionMode):
     """Calls layers in the one form that a graph can have.
 
@@ -139,6 +145,7 @@ class _Layers(TorchFunctionMode):
     DENSE = frozenset({
         F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.batch_norm, F.group_norm, F.max_pool1d, F.max_pool2d,
         F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+        *(getattr(aten, name).default for name in _DENSE.split()), aten.conv_transpose1d.default, aten.conv_transpose2d.input,
     })  # fmt: skip
 
     def __init__(self, step: str) -> None:
@@ -241,7 +248,7 @@ def _check_operators(name: str, module: torch.fx.GraphModule) -> None:
                 "put the module in eval mode, or pass the mask as an input"
             )
         for value in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(value, Tensor) and dtype_name(value.dtype) not in DTYPES:
+            if isinstance(value, Tensor) and dtype_name(value.dtype) not in (*DTYPES, "int8"):
                 raise unsupported(name, node, f"works in {dtype_name(value.dtype)}, which is not supported, convert the model with float()")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from edgecl.graph.phases import PHASES
+from edgecl.graph.quantised import DEQUANTIZES, QUANTIZE, is_packed
 from edgecl.graph.step import StepGraph, module_of, shape_of, unsupported, value_of
 
 aten = torch.ops.aten
@@ -202,6 +203,9 @@ FORMULAS: dict[object, Callable[[fx.Node], tuple[int, int]]] = {
     # product or exponential, sum, product, difference
     aten._log_softmax_backward_data.default: _output(4),
     aten._softmax_backward_data.default: _output(4),
+    # product, rounding, sum, clip; difference and product, of weights none: runtimes compute with the integers
+    QUANTIZE: _output(4),
+    **dict.fromkeys(DEQUANTIZES, lambda node: (0, 0 if is_packed(node) else 2 * _numel(node))),
     aten.sigmoid_backward.default: _output(3),
     aten.tanh_backward.default: _output(3),
 }

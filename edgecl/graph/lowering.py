@@ -1,10 +1,7 @@
 """The two forms of a step: canonical, on which its mathematics is counted, and lowered, which ships."""
 
-import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-from torch import fx
 
 from edgecl.graph import cost, memory
 from edgecl.graph.capture import capture, capture_encode
@@ -21,6 +18,7 @@ from edgecl.graph.passes import (
     JoinVectors,
     MergeEqual,
     NarrowEarly,
+    PackMasks,
     Pass,
     ProveFinite,
     Recompute,
@@ -29,6 +27,7 @@ from edgecl.graph.passes import (
     SinkExpand,
     UpdateEarly,
     WidenLate,
+    WriteIntegers,
 )
 from edgecl.graph.rules import RULES
 from edgecl.graph.step import StepGraph
@@ -37,7 +36,10 @@ from edgecl_device.checks import entry
 if TYPE_CHECKING:
     from edgecl.prepare import Prepared
 
-_OWN: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {"onnx": ((HoldRows(),), (AddProducts(), ScaleMaps()))}
+_OWN: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {
+    "onnx": ((HoldRows(),), (AddProducts(), ScaleMaps(), WriteIntegers())),
+    "executorch": ((), (PackMasks(),)),
+}
 """Passes that pay on one runtime only, by engine: before its rules are applied, and behind them."""
 
 
@@ -69,7 +71,7 @@ def canonicalise(graph: StepGraph) -> StepGraph:
 
 def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     """Rewrite a canonical graph for a runtime; the argument stays usable."""
-    graph = _copy(graph)
+    graph = graph.copy()
     first = (SinkExpand(), MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean(), JoinSums(), Clean(), ProveFinite())
     joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
     before, after = _OWN.get(engine, ((), ()))
@@ -94,14 +96,10 @@ def within(step: BuiltStep, limit_bytes: int) -> BuiltStep:
     """A step whose arena fits into a limit, or comes as near as it can: tensors are computed again instead of kept."""
     if step.plan.arena_bytes <= limit_bytes:
         return step
-    graph = Recompute(limit_bytes)(_copy(step.graph))
+    graph = Recompute(limit_bytes)(step.graph.copy())
     plan = memory.plan(graph)
     memory.verify(graph, plan)
     return replace(step, graph=graph, executed=cost.count(graph), plan=plan)
-
-
-def _copy(graph: StepGraph) -> StepGraph:
-    return replace(graph, module=fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph)))
 
 
 def build(prepared: "Prepared", engine: str = "onnx") -> dict[str, BuiltStep]:

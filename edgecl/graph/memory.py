@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from edgecl.graph.quantised import is_never_float, quantization_of
 from edgecl.graph.step import GraphError, StepGraph, value_of
 
 aten = torch.ops.aten
@@ -37,7 +38,7 @@ class Buffer:
     Attributes:
         name: The node that computes it.
         nbytes: Its size, rounded up to :data:`ALIGNMENT`.
-        first: Index of the node that writes it.
+        first: Index of the node that writes it, of a quantization the layer whose result it is.
         last: Index of the last node that reads it or a view of it.
         offset: Its place in the arena.
     """
@@ -75,11 +76,12 @@ def lifetimes(graph: StepGraph) -> list[Buffer]:
             owner = owner_of(source)
             last[owner] = max(last.get(owner, 0), position[node])
     buffers = []
+    first = {found: position[node] for node in reversed(nodes) if (found := quantization_of(node)) is not None}
     for node in nodes:
-        if node.op != "call_function" or owner_of(node) is not node or node in kept:
+        if node.op != "call_function" or owner_of(node) is not node or node in kept or quantization_of(node) is not None:
             continue
         size = sum(_aligned(v.numel() * v.element_size()) for v in _tensors(node))
-        buffers.append(Buffer(node.name, size, position[node], last.get(node, position[node])))
+        buffers.append(Buffer(node.name, size, first.get(node, position[node]), last.get(node, position[node])))
     return buffers
 
 
@@ -201,6 +203,9 @@ def verify(graph: StepGraph, found: Plan) -> None:
         owners[node] = -1
         if node.op != "call_function":
             pass
+        elif (integers := quantization_of(node)) is not None:  # whose place a runtime writes, and no float
+            owners[node] = nodes.index(integers)
+            arena[_units(places[integers.name])] = owners[node]
         elif _same_bytes(node):
             owners[node] = owners[node.all_input_nodes[0]]
         elif node.name in places:
@@ -251,7 +256,7 @@ def views_of(node: fx.Node) -> list[fx.Node]:
 def _same_bytes(node: fx.Node) -> bool:
     if node.target is aten.t.default:  # a matrix product reads its operands transposed for nothing
         return all(user.target in (aten.mm.default, aten.addmm.default) for user in node.users)
-    return node.target in VIEWS or node.target is operator.getitem
+    return node.target in VIEWS or node.target is operator.getitem or is_never_float(node)
 
 
 def owner_of(node: fx.Node) -> fx.Node:

@@ -1,8 +1,9 @@
 """A captured step: a flat graph of ATen operators with named inputs, outputs and constants."""
 
+import copy
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -81,6 +82,10 @@ class StepGraph:
     def constants(self) -> dict[str, Tensor]:
         """Every frozen tensor of the graph, by attribute name."""
         return {str(n.target): self.constant(n) for n in self.module.graph.nodes if n.op == "get_attr"}
+
+    def copy(self) -> "StepGraph":
+        """The same graph with nodes of its own, on the same constants."""
+        return replace(self, module=fx.GraphModule(self.module, copy.deepcopy(self.module.graph)))
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph in PyTorch on tensors in the order of ``inputs``, node by node: passes leave no code to compile."""

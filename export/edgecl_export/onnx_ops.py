@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from edgecl.graph.quantised import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, is_packed
 from edgecl.graph.step import shape_of, unsupported, value_of
 
 if TYPE_CHECKING:
@@ -158,6 +159,42 @@ def _scale_and_shift(e: "Emitter", node: fx.Node, shift: ir.Value, x: ir.Value, 
     channels = shape_of(node)[1]
     zero, one = (e.constant(np.full(channels, value, np.float32)) for value in (0, 1))
     return e.op("BatchNormalization", x, *(e.op("Reshape", v, e.ints([channels])) for v in (scale, shift)), zero, one, epsilon=0.0)
+
+
+# --- int8 ------------------------------------------------------------------------------------------------------------
+
+
+@translates(QUANTIZE)
+def _quantize(e: "Emitter", node: fx.Node, x: ir.Value, scale: float, zero: int, low: int, high: int, dtype: torch.dtype) -> ir.Value:
+    return e.op("QuantizeLinear", x, *_scale(e, node, scale, zero, low, high, np.uint8))
+
+
+@translates(DEQUANTIZE)
+def _dequantize(
+    e: "Emitter", node: fx.Node, x: ir.Value, scale: float, zero: int, low: int, high: int, dtype: torch.dtype, **options: Any
+) -> ir.Value:
+    return e.op("DequantizeLinear", x, *_scale(e, node, scale, zero, low, high, np.int8 if is_packed(node) else np.uint8))
+
+
+def _scale(e: "Emitter", node: fx.Node, scale: float, zero: int, low: int, high: int, dtype: Any) -> list[ir.Value]:
+    """Scale and zero point; of a map in uint8, 128 above int8's: the same values, and ONNX Runtime has the faster kernels for them."""
+    if (low, high) != (-128, 127):
+        raise unsupported(e.graph.name, node, f"must use all of int8, -128 to 127, got {low} to {high}")
+    return [
+        e.constant(np.asarray(scale, np.float32), inside=True),
+        e.constant(np.asarray(zero + (128 if dtype is np.uint8 else 0), dtype), inside=True),
+    ]
+
+
+@translates(DEQUANTIZE_CHANNELS)
+def _dequantize_channels(
+    e: "Emitter", node: fx.Node, x: ir.Value, scales: ir.Value, zeros: ir.Value | None, axis: int, *rest: Any, **options: Any
+) -> ir.Value:
+    if zeros is not None:
+        raise unsupported(e.graph.name, node, "must have zero points of zero in every channel")
+    integers, channels = node.all_input_nodes
+    none = [] if value_of(integers).dtype == torch.int32 else [e.constant(np.zeros(shape_of(channels), np.int8))]  # some rewrites expect it
+    return e.op("DequantizeLinear", x, scales, *none, axis=axis)
 
 
 # --- matrix products -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from edgecl.engine import EagerEngine
 from edgecl.graph.lowering import BuiltStep
+from edgecl.graph.passes.integers import stored
 from edgecl.prepare import Prepared
 from edgecl.targets import drawn_target
 from edgecl.trees import flatten_tree
@@ -22,7 +23,8 @@ from edgecl_device.manifest import AGE, Array, Manifest, TensorSpec, check_files
 from edgecl_device.targets import example_target
 from edgecl_device.trial import tried
 from edgecl_export.errors import refuse
-from edgecl_export.parity import UNLESS, Tally, compare_outputs, compare_step
+from edgecl_export.latents import Latents
+from edgecl_export.parity import MOMENTS, UNLESS, Tally, compare_outputs, compare_step
 from edgecl_export.targets import Written, target_of
 
 STATES = 24
@@ -130,7 +132,7 @@ def _frozen(case: _Case) -> str:
     check_files(case.folder, case.manifest)
     count = 0
     for name, step in case.steps.items():
-        for key, tensor in step.graph.constants().items():
+        for key, tensor in stored(step.graph).items():
             count += 1
             if not case.written.holds(name, tensor.contiguous().numpy()):
                 raise refuse("frozen tensors", f"step {name!r}: {key} differs in the bundle", "report this as a defect")
@@ -142,7 +144,7 @@ def _parity(case: _Case) -> str:
     eager = EagerEngine(case.prepared.trunk, case.prepared.learner)
     target = case.written.engine()
     steps = [step for step in case.manifest.steps if step != "encode"]
-    tally, compared = Tally(), dict.fromkeys(case.manifest.steps, 0)
+    latents, tally, compared = Latents(), Tally(), dict.fromkeys(case.manifest.steps, 0)
     state: Mapping[str, Array] = {name: t.detach().numpy().copy() for name, t in case.prepared.state.items()}
     inputs: Mapping[str, Array] = {}
     for state_index, inputs in zip(range(STATES), _inputs(case), strict=False):
@@ -165,15 +167,22 @@ def _parity(case: _Case) -> str:
             compared["encode"] += compare_step("encode", state, x, eager, target, tally)
             state = eager.state()
     else:
+        in_float = case.prepared.trunk.in_float
+        exact = None if in_float is None else EagerEngine(in_float, case.prepared.learner)
         for x in frames:
-            compare_outputs("encode", eager.run("encode", x), target.run("encode", x), tally)
+            pair = eager.run("encode", x), target.run("encode", x)
+            if exact is None:
+                compare_outputs("encode", *pair, tally)
+            else:
+                latents.add(*pair, exact.run("encode", x))
             compared["encode"] += 1
     target.close()
     for step in steps:
         if case.manifest.steps[step].state_out and compared[step] < LEAST:
             why = f"step {step!r} could be compared from {compared[step]} states, must be from {LEAST}: both engines refuse the others"
             raise refuse("parity", why, UNLESS)
-    return f"{tally}; states: {', '.join(f'{step} {count}' for step, count in compared.items())}"
+    int8 = latents.check(MOMENTS)
+    return f"{tally}; {int8}states: {', '.join(f'{step} {count}' for step, count in compared.items())}"
 
 
 def _learned(case: _Case, eager: EagerEngine, state: Mapping[str, Array], inputs: Mapping[str, Array]) -> Mapping[str, Array]:

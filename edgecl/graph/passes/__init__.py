@@ -7,7 +7,9 @@ from edgecl.graph.passes.clean import Clean
 from edgecl.graph.passes.expand import SinkExpand
 from edgecl.graph.passes.finite import ProveFinite
 from edgecl.graph.passes.fold import FoldConstants, FoldConvolutionAffine
+from edgecl.graph.passes.integers import WriteIntegers
 from edgecl.graph.passes.lower import ApplyRules
+from edgecl.graph.passes.masks import PackMasks
 from edgecl.graph.passes.merge import MergeEqual
 from edgecl.graph.passes.recompute import Recompute
 from edgecl.graph.passes.rows import HoldRows
@@ -27,6 +29,7 @@ __all__ = [
     "JoinVectors",
     "MergeEqual",
     "NarrowEarly",
+    "PackMasks",
     "Pass",
     "ProveFinite",
     "Recompute",
@@ -35,4 +38,5 @@ __all__ = [
     "SinkExpand",
     "UpdateEarly",
     "WidenLate",
+    "WriteIntegers",
 ]

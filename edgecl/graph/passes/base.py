@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from edgecl.graph.quantised import is_packed
 from edgecl.graph.step import GraphError, StepGraph
 
 
@@ -55,7 +56,7 @@ def dead_node(graph: StepGraph) -> fx.Node | None:
 
 def constant_expression(graph: StepGraph) -> fx.Node | None:
     """An operator that depends on constants alone."""
-    return next((n for n in graph.operators if is_constant(n)), None)
+    return next((n for n in graph.operators if is_foldable(n)), None)
 
 
 _LIKE = {getattr(torch.ops.aten, name).default for name in ["zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]}
@@ -65,7 +66,12 @@ def is_constant(node: fx.Node) -> bool:
     """Whether a node's value is known before the graph runs: its operands are, or it needs no more than their shape."""
     if node.op != "call_function" or node.target is operator.getitem:
         return node.op == "get_attr"
-    return node.target in _LIKE or all(n.op == "get_attr" for n in node.all_input_nodes)
+    return node.target in _LIKE or is_packed(node) or all(n.op == "get_attr" for n in node.all_input_nodes)
+
+
+def is_foldable(node: fx.Node) -> bool:
+    """Whether a node can be replaced by its value; a weight that is kept in int8 stays so."""
+    return is_constant(node) and not is_packed(node)
 
 
 CHECKS: dict[str, Callable[[StepGraph], fx.Node | None]] = {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edgecl.graph.passes.base import Pass, is_constant
+from edgecl.graph.passes.base import Pass, is_foldable
 from edgecl.graph.step import StepGraph, shape_of, value_of
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ class FoldConstants(Pass):
     def rewrite(self, graph: StepGraph) -> StepGraph:
         """See the class."""
         for node in graph.nodes:
-            if node.op == "call_function" and is_constant(node):
+            if node.op == "call_function" and is_foldable(node):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _known(graph, source))
                 with torch.no_grad():
                     value = node.target(*args, **kwargs)  # type: ignore[operator]

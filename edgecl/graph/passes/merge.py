@@ -5,6 +5,7 @@ from typing import Any
 from torch import fx
 
 from edgecl.graph.passes.base import Pass
+from edgecl.graph.quantised import quantization_of
 from edgecl.graph.step import StepGraph
 
 
@@ -22,7 +23,8 @@ class MergeEqual(Pass):
         for node in graph.nodes:
             if node.op == "get_attr":
                 value = graph.constant(node).contiguous()
-                key: Any = (value.dtype, value.shape, value.numpy().tobytes())
+                alone = [user for user in node.users if quantization_of(user) is not None]  # a bias, whose integers are this layer's
+                key: Any = (value.dtype, value.shape, value.numpy().tobytes(), *alone)
             elif node.op == "call_function":
                 key = f"{node.target} {node.args} {node.kwargs}"
             else:

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgecl.graph.memory import VIEWS, peak_bytes
+from edgecl.graph.cost import FORMULAS
+from edgecl.graph.memory import VIEWS, owner_of, peak_bytes, views_of
 from edgecl.graph.passes.base import Pass
+from edgecl.graph.quantised import DEQUANTIZE
 from edgecl.graph.step import StepGraph, value_of
 
 
@@ -93,7 +95,7 @@ class WidenLate(Pass):
         return graph
 
 
-_WIDENS = {torch.ops.aten._to_copy.default, torch.ops.aten.expand.default, torch.ops.aten.index_select.default}
+_WIDENS = {torch.ops.aten._to_copy.default, torch.ops.aten.expand.default, torch.ops.aten.index_select.default, DEQUANTIZE}
 
 
 def _given(graph: StepGraph) -> set[fx.Node]:
@@ -128,14 +130,15 @@ class NarrowEarly(Pass):
         """See the class."""
         before, peak = graph.nodes, peak_bytes(graph)
         place = {node: (i, 0, i) for i, node in enumerate(before)}
-        results = set(graph.results)
+        results = {owner_of(node) for node in graph.results}
         for node in before:
             if node.op == "call_function" and node.users and isinstance(value_of(node), torch.Tensor):
                 cone = _alone(node)
                 sources = {n for c in cone for n in c.all_input_nodes if n not in cone}
-                freed = [n for n in sources if n.op == "call_function" and n not in results and _waits_for(n, cone, place)]
+                owners = {owner_of(n) for n in sources}
+                freed = [n for n in owners if n.op == "call_function" and n not in results and _waits_for(n, cone, place)]
                 if sum(map(_bytes, freed)) > _bytes(node):
-                    earlier = [n for source in sources for n in (source, *(source.users if source in freed else ())) if n not in cone]
+                    earlier = [n for n in (*sources, *(reader for n in freed for reader in _readers(n))) if n not in cone]
                     for member in sorted(cone, key=place.__getitem__):
                         latest = max(place[n] for n in (*earlier, *(n for n in member.all_input_nodes if n in cone)))
                         place[member] = (latest[0], latest[1] + 1, place[member][2])
@@ -146,17 +149,36 @@ class NarrowEarly(Pass):
 
 
 def _alone(node: fx.Node) -> set[fx.Node]:
-    """A node with those that compute something for it alone, from what it reads as well."""
-    cone = {node}
-    for source in node.all_input_nodes:
-        if source.op == "call_function" and set(source.users) == {node} and set(source.all_input_nodes) <= set(node.all_input_nodes):
-            cone.add(source)
+    """A node with those that compute something for it alone: from what it reads as well, or value by value."""
+    cone, queue = {node}, [node]
+    while queue:
+        reader = queue.pop()
+        for source in reader.all_input_nodes:
+            if source.op != "call_function" or source in cone or not cone.issuperset(source.users):
+                continue
+            if set(source.all_input_nodes) <= set(reader.all_input_nodes) or _by_value(source, node):
+                cone.add(source)
+                queue.append(source)
     return cone
 
 
-def _waits_for(node: fx.Node, cone: set[fx.Node], place: dict[fx.Node, tuple[int, int, int]]) -> bool:
-    """Whether a tensor that is no view, and has none, would be free earlier without these nodes."""
-    if not isinstance(value_of(node), torch.Tensor) or node.target in VIEWS or any(user.target in VIEWS for user in node.users):
+def _by_value(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a node computes as many values as another, with at most some operations for each."""
+    value = value_of(source)
+    if not isinstance(value, torch.Tensor) or value.numel() != value_of(node).numel() or source.target not in FORMULAS:
         return False
-    others = [user for user in node.users if user not in cone]
+    macs, elementwise = FORMULAS[source.target](source)
+    return macs == 0 and elementwise > 0
+
+
+def _waits_for(node: fx.Node, cone: set[fx.Node], place: dict[fx.Node, tuple[int, int, int]]) -> bool:
+    """Whether a tensor would be free earlier without these nodes."""
+    if not isinstance(value_of(node), torch.Tensor) or owner_of(node) is not node:
+        return False
+    others = [reader for reader in _readers(node) if reader not in cone]
     return max(place[n] for n in (node, *others)) < min(place[n] for n in cone)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a tensor or a view of it, and the views."""
+    return [user for holder in (node, *views_of(node)) for user in holder.users]

@@ -45,11 +45,12 @@ def hardtanh_backward_by_clip(gradient: Tensor, x: Tensor, low: float, high: flo
 
 
 def _masked(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient where ``x`` is positive, and zero elsewhere: the smallest normal number times :data:`_LARGE` is above one."""
-    return gradient * torch.clamp(x * _LARGE, 0.0, 1.0)
+    """The gradient where ``x`` is positive, and zero elsewhere: the smallest normal number times :data:`LARGE` is above one."""
+    return gradient * torch.clamp(x * LARGE, 0.0, 1.0)
 
 
-_LARGE = 2.0**127
+LARGE = 2.0**127
+"""Makes one or more of every normal number."""
 
 
 def _next(value: float, towards: float) -> float:

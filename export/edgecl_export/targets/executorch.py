@@ -4,18 +4,16 @@ State goes in and comes out as tensors. So no delegate can take a trained tensor
 value, and nothing is shared between methods but constants.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from edgecl.graph.lowering import BuiltStep
+from edgecl.graph.passes.integers import stored
 from edgecl.graph.step import GraphError
+from edgecl.quiet import quiet
 from edgecl_device.engines.executorch import ExecutorchEngine, registered
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import Array, Manifest
@@ -31,7 +29,7 @@ class ExecutorchTarget:
     packages = ("executorch",)
 
     def __init__(self) -> None:
-        with _quiet():
+        with quiet():
             try:
                 import executorch.exir  # noqa: F401  # a clear error before any work
             except ImportError as error:
@@ -41,9 +39,7 @@ class ExecutorchTarget:
         """One ``steps.pte``."""
         program = program_of(steps)
         (folder / PROGRAM_FILE).write_bytes(program.buffer)
-        frozen = {
-            tensor.numpy().tobytes() for step in steps.values() for tensor in map(torch.Tensor.contiguous, step.graph.constants().values())
-        }
+        frozen = {tensor.contiguous().numpy().tobytes() for step in steps.values() for tensor in stored(step.graph).values()}
         plans = program.executorch_program.execution_plan
         return Files(
             dict.fromkeys(steps, PROGRAM_FILE), sum(map(len, frozen)), planned_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in plans)
@@ -65,10 +61,13 @@ def program_of(steps: Mapping[str, BuiltStep], *, delegate: bool = True, plannin
     Raises:
         GraphError: when ExecuTorch refuses them.
     """
-    with _quiet():
+    with quiet():
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
         from edgecl_export.targets.planning import planner
+
+        if not delegate:  # the portable forms of what XNNPACK does with int8
+            import executorch.kernels.quantized  # noqa: F401
 
         programs = {name: exported(step.graph) for name, step in steps.items()}
         try:
@@ -87,7 +86,7 @@ class ExecutorchFiles:
     """See :class:`edgecl_export.targets.Written`."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        with _quiet():
+        with quiet():
             from executorch.exir._serialize._program import deserialize_pte_binary
 
             self.folder = folder
@@ -146,16 +145,3 @@ def _drop_copies() -> Any:
     from edgecl_export.targets.xnnpack import DropCopies
 
     return DropCopies()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what ExecuTorch's packages say of themselves on import and of deprecations inside PyTorch from the user."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

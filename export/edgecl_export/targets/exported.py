@@ -16,6 +16,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.utils import _pytree as pytree
 
 from edgecl.graph.capture import example
+from edgecl.graph.quantised import DEQUANTIZE, is_packed
 from edgecl.graph.step import StepGraph
 
 aten = torch.ops.aten
@@ -48,6 +49,7 @@ def exported(step: StepGraph) -> ExportedProgram:
             nodes[node] = _copy(graph, node, nodes, mode)
     results = [nodes[node] for node in step.results]
     graph.output(tuple(results))
+    graph.eliminate_dead_code()
     signature = ExportGraphSignature(
         [
             *(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True) for name, node in buffers.items()),
@@ -68,8 +70,19 @@ def _placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
 
 def _copy(graph: fx.Graph, node: fx.Node, nodes: dict[fx.Node, fx.Node], mode: FakeTensorMode) -> fx.Node:
     """An operator; a reshape as a view, of a dense copy where it needs one."""
-    args: Any = fx.node.map_arg(node.args, nodes.__getitem__)
-    kwargs: Any = fx.node.map_arg(node.kwargs, nodes.__getitem__)
+
+    def given(source: fx.Node) -> fx.Node:
+        if source.target is not DEQUANTIZE or len(source.users) == 1:
+            return nodes[source]
+        return _call(graph, DEQUANTIZE, nodes[source].args, {}, mode)  # of its own: XNNPACK takes it together with its reader
+
+    if node.target in (aten.addmm.default, aten.mm.default) and not node.kwargs and is_packed(node.args[-1]):
+        arguments: Any = node.args
+        *bias, x, weight = arguments
+        if weight.target is aten.permute.default:  # a linear layer, whose matrix in int8 XNNPACK takes as the layer has it
+            return _call(graph, aten.linear.default, (given(x), nodes[weight.args[0]], *map(given, bias)), {}, mode)
+    args: Any = fx.node.map_arg(node.args, given)
+    kwargs: Any = fx.node.map_arg(node.kwargs, given)
     if node.target is not aten.reshape.default:
         return _call(graph, node.target, args, kwargs, mode)
     source, shape = args

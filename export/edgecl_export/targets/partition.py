@@ -18,13 +18,21 @@ def parts_of(nodes: Iterable[Any], units: Sequence[list[Any]]) -> list[list[Any]
         units: Nodes that a delegate can take, each once, those together that it takes together: an operator, its weights, an activation.
     """
     order = list(nodes)
-    taken = {node for unit in units for node in unit if node.op == "call_function"}
+    group = _groups(units)
+    taken = set(group)
+    together = {node: group.get(node, [node]) for node in order}
+    last = {node: members[-1] for node, members in together.items()}
+    ends = [node for node in order if last[node] is node]  # in this order whatever a group reads comes before it
     number: dict[Any, int] = {}
+    for end in ends:
+        read = {n for node in together[end] for n in node.all_input_nodes if last[n] is not end}
+        number[end] = max((number[last[n]] + (end not in taken and n in taken) for n in read), default=0)
+    for end in reversed(ends):
+        readers = {user for node in together[end] for user in node.users if last[user] is not end}
+        if end in taken and readers and taken.issuperset(readers) and not _shrinks(together[end]):
+            number[end] = min(number[last[user]] for user in readers)  # where it is needed: its result need not be kept till then
     for node in order:
-        number[node] = max((number[n] + (node not in taken and n in taken) for n in node.all_input_nodes), default=0)
-    for node in reversed(order):
-        if node in taken and node.users and taken.issuperset(node.users) and not _shrinks(node):
-            number[node] = min(number[user] for user in node.users)  # where it is needed: its result need not be kept till then
+        number[node] = number[last[node]]
     parts: dict[int, list[Any]] = defaultdict(list)
     for node in order:
         if node in taken:
@@ -35,7 +43,17 @@ def parts_of(nodes: Iterable[Any], units: Sequence[list[Any]]) -> list[list[Any]
     return [parts[key] for key in sorted(parts)]
 
 
-def _shrinks(node: Any) -> bool:
-    """Whether a node's result is smaller than what it reads, and would have to be kept for it."""
-    sizes = [n.meta["val"].numel() for n in node.all_input_nodes if n.op != "placeholder"]
-    return bool(sum(sizes) > node.meta["val"].numel())
+def _groups(units: Sequence[list[Any]]) -> dict[Any, list[Any]]:
+    """Operators by which others stay with them, in the order of execution; units that share one are one."""
+    group: dict[Any, list[Any]] = {}
+    for unit in units:
+        operators = {node for node in unit if node.op == "call_function"}
+        members = sorted(operators.union(*(group[node] for node in operators if node in group)))
+        group.update(dict.fromkeys(members, members))
+    return group
+
+
+def _shrinks(group: Sequence[Any]) -> bool:
+    """Whether the result of operators is smaller than what they read, and would have to be kept for it."""
+    read = [n for node in group for n in node.all_input_nodes if n not in group]
+    return bool(sum(n.meta["val"].numel() for n in read if n.op != "placeholder") > group[-1].meta["val"].numel())

@@ -90,7 +90,7 @@ def _joins(node: Any, limit: int) -> bool:
 
 
 def _worth_it(node: Any) -> bool:
-    """Whether a node alone is worth a delegate's call: a convolution, or a tensor of some size; of a slice, only what it copies."""
+    """Whether a node alone is worth a delegate's call: a convolution, integers, or a tensor of some size (a slice's: what it copies)."""
     name = str(node.target)
     values = [n.meta.get("val") for n in ([node] if "slice" in name else [node, *node.all_input_nodes])]
-    return "convolution" in name or any(isinstance(v, torch.Tensor) and v.numel() >= LEAST_ELEMENTS for v in values)
+    return "convolution" in name or "quantize" in name or any(isinstance(v, torch.Tensor) and v.numel() >= LEAST_ELEMENTS for v in values)
