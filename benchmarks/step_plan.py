@@ -31,7 +31,7 @@ from update_engines import prepared_of
 from edgecl.figures import machine
 from edgecl.graph.lowering import BuiltStep, build
 from edgecl.graph.memory import kept_for_backward, least_bytes
-from edgecl_device.engines.onnx import STATE_IN
+from edgecl_device.engines.onnx import EQUAL_OPERATORS_STAY, STATE_IN
 from edgecl_export.targets.executorch import program_of
 from edgecl_export.targets.onnx import OnnxTarget
 
@@ -50,7 +50,7 @@ def executorch_plans(step: BuiltStep) -> dict[str, int]:
     from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, greedy
     from executorch.exir.passes import MemoryPlanningPass
 
-    from edgecl_export.targets.planning import by_size
+    from edgecl_export.targets.planning import by_lifetimes
 
     sizes: dict[str, int] = {}
 
@@ -63,7 +63,7 @@ def executorch_plans(step: BuiltStep) -> dict[str, int]:
 
         return plan
 
-    suite = MemoryPlanningAlgorithmSuite([recorded("own planner", greedy), recorded("by size", by_size)])
+    suite = MemoryPlanningAlgorithmSuite([recorded("own planner", greedy), recorded("by lifetimes", by_lifetimes)])
     planning = MemoryPlanningPass(suite, alloc_graph_input=False, alloc_graph_output=False)
     portable = program_of({"learn": step}, delegate=False, planning=planning)
     shipped = program_of({"learn": step})
@@ -80,7 +80,7 @@ def session_of(step: BuiltStep, folder: Path, *, profile: bool) -> tuple[Any, An
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
-    options.add_session_config_entry("optimization.disable_specified_optimizers", "CommonSubexpressionElimination")
+    options.add_session_config_entry(*EQUAL_OPERATORS_STAY)
     options.enable_profiling = profile
     options.profile_file_prefix = str(folder / "profile")
     session = onnxruntime.InferenceSession(folder / "learn.onnx", options, providers=["CPUExecutionProvider"])

@@ -55,11 +55,9 @@ def ratio_table(result: Row) -> str:
         cells = []
         for update in updates:
             found = [row["ratio"][name] for row in rows if row["update"] == update and name in row["ratio"]]
-            digits = 3 if name.startswith("executorch/") else 2
-            text = f"{geometric_mean(found):.{digits}f}" if found else "-"
+            text = share(name, geometric_mean(found)) if found else "-"
             if name in TARGETS:
-                target = TARGETS[name][int(update[1:]) - 1]
-                text += f" (1/{1 / target:.0f})" if name.startswith("executorch/") else f" ({target:g})"
+                text += f" ({share(name, TARGETS[name][int(update[1:]) - 1])})"
             cells.append(text)
         lines.append([f"{ours} / {theirs}", *cells])
     cells = []
@@ -77,6 +75,11 @@ def ratio_table(result: Row) -> str:
         "that of the network's forward pass with frozen weights, times the MACs of the update over those of the pass. "
         f"`python benchmarks/step_latency.py`. {conditions(result)}"
     )
+
+
+def share(name: str, value: float) -> str:
+    """A ratio; against ExecuTorch's training extension, which is many times slower, as a fraction."""
+    return f"1/{1 / value:.0f}" if name == "executorch/executorch_training" else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def over_limit(row: Row) -> float:

@@ -80,7 +80,7 @@ def to_int8(trunk: Trunk, calibration: Samples, wanted: TensorSpec | Mapping[str
         if not all(bool(torch.isfinite(z).all()) for batch in found for z in leaves(batch)):
             raise InputError("calibration: latents of its samples must be finite, got NaN or infinity; mend the samples or preprocess")
     made = Trunk(list(trunk.preprocess), quantised(trunk.model, batches), trunk.inputs).eval()
-    made.in_float = trunk
+    made.in_float = (trunk,)
     return made
 
 
@@ -152,9 +152,10 @@ def _plain(found: fx.GraphModule) -> fx.GraphModule:
     """What torchao returns as a module like those of ``split``: constants are buffers, operators know their places in the model."""
     root = nn.Module()
     graph: fx.Graph = found.graph
+    names: dict[str, str] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            name = str(node.target).replace(".", "_")
+            name = names.setdefault(str(node.target), f"constant_{len(names)}")
             root.register_buffer(name, _attribute(found, str(node.target)).detach().clone(), persistent=False)
             node.target = name
         elif node.target in _SUMS and any(is_dequantized(n) for n in node.all_input_nodes):
@@ -162,7 +163,8 @@ def _plain(found: fx.GraphModule) -> fx.GraphModule:
     if not any(map(is_packed, graph.nodes)):
         raise InputError(_refusal("it has no layer that can be: no convolution and no linear layer"))
     for node in graph.nodes:
-        if node.target in _PADS and node.args[0].target is DEQUANTIZE:  # zeros lie in every range: a layer may pad the integers
+        # zeros lie in every range: a layer may pad the integers
+        if node.target in _PADS and node.args[0].target is DEQUANTIZE and _pads_zeros(node):
             for quantize in [user for user in node.users if user.target is QUANTIZE]:
                 for user in (quantize, *list(quantize.users)):
                     user.args = (user.args[0], *node.args[0].args[1:])
@@ -177,6 +179,12 @@ def _plain(found: fx.GraphModule) -> fx.GraphModule:
         places[node] = str(list(stack.values())[-1][0]) if stack else next((places[n] for n in node.all_input_nodes if places[n]), "")
         node.meta["nn_module_stack"] = {places[node]: None}
     return fx.GraphModule(root, graph, class_name="Int8Trunk").eval()
+
+
+def _pads_zeros(node: fx.Node) -> bool:
+    """Whether the values that are put around a map are zeros: ``pad(x, amounts, mode, value)``, ``constant_pad_nd(x, amounts, value)``."""
+    rest = [*node.args[2:], *node.kwargs.values()]
+    return all(value in (0, None, "constant") for value in rest)
 
 
 def summed(operator: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -25,7 +25,7 @@ class Trunk(nn.Module):
         stream: What runs between the two and carries state from frame to frame, or None.
 
     Attributes:
-        in_float: Of a trunk in int8 the float32 trunk that it was made of, for comparisons; else None.
+        in_float: Of a trunk in int8 the float32 trunk that it was made of, for comparisons, as a tuple: it is no part.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Trunk(nn.Module):
         self.preprocess = nn.ModuleList([nn.Identity() if module is None else module for module in preprocess])
         self.model = model
         self.inputs = tuple(inputs)
-        self.in_float: Trunk | None = None
+        self.in_float: tuple[Trunk, ...] = ()
 
     def prepared(self, x: Any) -> list[Tensor]:
         """The model's inputs, in its order, from one tensor or a mapping of named ones."""

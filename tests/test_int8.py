@@ -309,3 +309,37 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     learner()
     assert capfd.readouterr() == ("", "")
+
+
+class Odd(nn.Module):
+    """A convolution that is used twice, names that differ by a dot, a border of fives, and a sum with a learned map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.conv = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+        self.conv_1 = nn.Conv2d(8, 8, 1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.border = nn.ConstantPad2d(1, 5.0)
+        self.last = nn.Conv2d(8, 8, 3)
+        self.map = nn.Parameter(torch.randn(1, 8, 12, 12, generator=generator))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(8, 4)
+        for name, tensor in self.named_parameters():
+            tensor.data = (2.0 if name.endswith("bias") else 0.3) * torch.randn(tensor.shape, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv_1(self.conv(x)))
+        x = F.relu(self.twice(F.max_pool2d(F.relu(self.twice(x)), 3, stride=1, padding=1)) + self.map)
+        x = F.relu(self.last(self.border(torch.sigmoid(x))))
+        return self.head(self.pool(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_used_twice_padded_by_numbers_or_named_alike(engine: str, tmp_path: Path) -> None:
+    ready = learner(model=Odd(), at="pool")
+    found = export(ready, tmp_path / "bundle", engine=engine)
+    x = samples(16, seed=3)
+    with torch.no_grad():
+        [exact] = [ready.trunk.in_float[0](torch.tensor(x)).numpy()]
+    assert np.linalg.norm(latents(found, x) - exact) < 0.05 * np.linalg.norm(exact)

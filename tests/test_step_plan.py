@@ -16,10 +16,10 @@ from edgecl import METHODS, prepare
 from edgecl.graph.lowering import BuiltStep, build
 from edgecl.graph.memory import ALIGNMENT, kept_for_backward, least_bytes
 from edgecl.ledger import MASKS
-from edgecl_device.engines.onnx import STATE_IN
+from edgecl_device.engines.onnx import EQUAL_OPERATORS_STAY, STATE_IN
 from edgecl_export.targets.executorch import program_of
 from edgecl_export.targets.onnx import OnnxTarget
-from edgecl_export.targets.planning import by_size, planner
+from edgecl_export.targets.planning import by_lifetimes, planner
 
 torch.set_num_threads(1)
 
@@ -67,7 +67,7 @@ def test_executorch_s_own_verifier_accepts_the_places() -> None:
     from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, Verifier
     from executorch.exir.passes import MemoryPlanningPass
 
-    planning = MemoryPlanningPass(MemoryPlanningAlgorithmSuite([by_size]))
+    planning = MemoryPlanningPass(MemoryPlanningAlgorithmSuite([by_lifetimes]))
     program = program_of({"learn": learn("everything", "executorch")}, delegate=False, planning=planning)
     found = program.exported_program("learn")
     pairs = Verifier(found.graph_module, True, True, True, found.graph_signature).verify_storage_reuse()
@@ -87,6 +87,7 @@ def in_use(step: BuiltStep, folder: Path) -> int:
     OnnxTarget().write({"learn": step}, folder)
     options = onnxruntime.SessionOptions()
     options.enable_mem_pattern = False  # it reserves everything at once
+    options.add_session_config_entry(*EQUAL_OPERATORS_STAY)
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     session = onnxruntime.InferenceSession(folder / "learn.onnx", options, providers=["CPUExecutionProvider"])

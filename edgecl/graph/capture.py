@@ -128,10 +128,10 @@ def trace(
     return StepGraph(name, module, tuple(ins), tuple(ports))
 
 
-aten = torch.ops.aten
-_DENSE = """conv1d conv2d batch_norm group_norm max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_max_pool1d adaptive_max_pool2d"""
-"""As a trunk in int8 calls them, which torch.export has traced."""
+_DENSE = (
+    *("conv1d", "conv2d", "batch_norm", "group_norm", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d"),
+)
 
 
 class _Layers(TorchFunctionMode):
@@ -143,9 +143,9 @@ class _Layers(TorchFunctionMode):
     """
 
     DENSE = frozenset({
-        F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.batch_norm, F.group_norm, F.max_pool1d, F.max_pool2d,
-        F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-        *(getattr(aten, name).default for name in _DENSE.split()), aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+        F.conv_transpose1d, F.conv_transpose2d, torch.ops.aten.conv_transpose1d.default, torch.ops.aten.conv_transpose2d.input,
+        *(getattr(F, name) for name in _DENSE),
+        *(getattr(torch.ops.aten, name).default for name in _DENSE),  # of a trunk in int8, which torch.export has traced
     })  # fmt: skip
 
     def __init__(self, step: str) -> None:

@@ -149,8 +149,9 @@ def least_bytes(graph: StepGraph) -> int:
         alive[buffer.last + 1] -= buffer.nbytes
         ending.setdefault(buffer.last, []).append(buffer.nbytes)
     alive = alive.cumsum()
+    named = {node.name: node for node in nodes}
     for buffer in buffers:
-        target = nodes[buffer.first].target
+        target = named[buffer.name].target
         elementwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
         if (elementwise or target in _IN_PLACE) and buffer.nbytes in ending.get(buffer.first, []):
             alive[buffer.first] -= buffer.nbytes
@@ -171,9 +172,10 @@ def kept_for_backward(graph: StepGraph) -> dict[str, int]:
         return {}
     end = nodes.index(losses[0])
     found: dict[str, int] = {}
+    named = {node.name: node for node in nodes}
     for buffer in lifetimes(graph):
         if buffer.first <= end < buffer.last:
-            name = str(_tensors(nodes[buffer.first])[0].dtype).removeprefix("torch.")
+            name = str(_tensors(named[buffer.name])[0].dtype).removeprefix("torch.")
             found[name] = found.get(name, 0) + buffer.nbytes
     return found
 

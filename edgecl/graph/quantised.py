@@ -24,6 +24,11 @@ DEQUANTIZES = frozenset({DEQUANTIZE, DEQUANTIZE_CHANNELS})
 LAYERS = frozenset({aten.convolution.default, aten.addmm.default, aten.mm.default, aten.add.Tensor, aten.mul.Tensor, aten.cat.default})
 """What both runtimes compute in integers."""
 
+_BIASES = {aten.convolution.default: 2, aten.addmm.default: 0}
+"""Places of what may be float."""
+
+_OF_TENSORS = frozenset({aten.add.Tensor, aten.mul.Tensor})
+
 ACTIVATIONS = frozenset({aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default})
 """What runtimes compute as the limits of a quantization."""
 
@@ -56,8 +61,10 @@ def quantization_of(node: fx.Node) -> fx.Node | None:
     layer = node.args[0] if node.target in ACTIVATIONS else node
     if not isinstance(layer, fx.Node) or layer.target not in LAYERS:
         return None
-    operands = [source_of(n) for n in layer.all_input_nodes]
-    if not any(map(is_dequantized, operands)) or not all(n.op == "get_attr" or is_dequantized(n) for n in operands):
+    operands = [n for i, n in enumerate(layer.args) if i != _BIASES.get(layer.target)]
+    tensors = [n for operand in operands for n in (operand if isinstance(operand, (list, tuple)) else [operand]) if isinstance(n, fx.Node)]
+    numbers = layer.target in _OF_TENSORS and len(tensors) < 2  # a sum or a product with a number
+    if numbers or not tensors or not all(is_dequantized(source_of(n)) for n in tensors):
         return None
     readers = list(layer.users)
     if len(readers) == 1 and readers[0].target in ACTIVATIONS:

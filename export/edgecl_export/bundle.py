@@ -106,6 +106,7 @@ def export(
     with _writing(destination):
         _check_free(destination, overwrite)
     steps = build(prepared, engine)
+    graphs = {name: _graph_hash(step) for name, step in steps.items()}  # of any budget: what is computed again is the same to the bit
     replay, replay_bytes = _replay(prepared, rows_in_file)
     part = partial(_ledger, prepared, replay_bytes=replay_bytes, pending=pending_capacity)
     others = part(steps, 0, 0)
@@ -118,7 +119,7 @@ def export(
         with tempfile.TemporaryDirectory(dir=nearest, prefix=SCRATCH) as scratch:
             folder = Path(scratch) / "bundle"
             folder.mkdir()
-            manifest = _write(prepared, engine, target, steps, folder, log_capacity_bytes, pending_capacity, replay, part)
+            manifest = _write(prepared, engine, target, steps, folder, log_capacity_bytes, pending_capacity, replay, part, graphs)
             gates = verify(folder, manifest, prepared, steps)
             _check_free(destination, overwrite)  # the gates take time
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +214,7 @@ def _write(
     pending_capacity: int,
     replay: ReplaySpec | None,
     part: Callable[[Mapping[str, BuiltStep], int, int], dict[str, Any]],
+    graphs: Mapping[str, str],
 ) -> Manifest:
     learner = prepared.learner
     written = target.write(steps, folder)
@@ -226,14 +228,14 @@ def _write(
         memory_ledger["runtime_plan"] = written.planned_bytes
     specs = state_specs(prepared.state)
     config = json.loads(json.dumps(learner.config_dict()))
-    # Every step counts: a store's state and rows mean something else behind another frozen layer or another codec range.
-    graphs = {name: _graph_hash(step) for name, step in steps.items()}
+    # Every step's graph counts: a store's state and rows mean something else behind another frozen layer or another codec range.
     contents = {p.name: FileEntry(sha256_file(p), p.stat().st_size) for p in sorted(folder.iterdir())}
     start = [contents[name].sha256 for name in (STATE_FILE, REPLAY_FILE) if name in contents]
     kind = learner.problem.target
     if kind.kind == "multilabel":  # on the device its threshold is one of scores
         kind = dataclasses.replace(kind, threshold=learner.threshold(kind.threshold))
-    identity = [learner.name, config, learner.problem.max_classes, graphs, start, *(["rows in file"] if replay and replay.in_file else [])]
+    in_file = ["rows in file"] if replay and replay.in_file else []
+    identity = [learner.name, config, learner.problem.max_classes, dict(graphs), start, *in_file]
     if kind.kind != "class":  # bundles of classes keep the identity that they had before there were other kinds, and so their stores
         identity.append(dataclasses.asdict(kind))
     manifest = Manifest(

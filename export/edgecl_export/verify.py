@@ -168,7 +168,7 @@ def _parity(case: _Case) -> str:
             state = eager.state()
     else:
         in_float = case.prepared.trunk.in_float
-        exact = None if in_float is None else EagerEngine(in_float, case.prepared.learner)
+        exact = EagerEngine(in_float[0], case.prepared.learner) if in_float else None
         for x in frames:
             pair = eager.run("encode", x), target.run("encode", x)
             if exact is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import build_step, canonicalise, lower
+from edgecl.graph.quantised import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecl.graph.step import UnsupportedOperatorError
 from edgecl.methods import METHODS
 from edgecl_device.engines.onnx import STATE_IN, STATE_OUT
@@ -264,6 +265,18 @@ CASES: dict[Any, list[Case]] = {
         (lambda x: aten.avg_pool2d.default(x, [2, 3], [1, 2], [1, 1]), IMAGE),
         (lambda x: aten.avg_pool2d.default(x, [2]), IMAGE),
         (lambda x: aten.avg_pool2d.default(x, [1, 1]), IMAGE),
+    ],
+}
+
+STEPS = (0.05, 3, -128, 127, torch.int8)
+"""Scale, zero point and limits of int8."""
+
+CASES |= {
+    QUANTIZE: [(lambda x: DEQUANTIZE(QUANTIZE(x, *STEPS), *STEPS), F), (lambda x: DEQUANTIZE(QUANTIZE(x, *STEPS), *STEPS) * x, IMAGE)],
+    DEQUANTIZE: [(lambda x: x * DEQUANTIZE(INT.to(torch.int8), 0.5, 0, *STEPS[2:]), F)],
+    DEQUANTIZE_CHANNELS: [
+        (lambda x: x * DEQUANTIZE_CHANNELS(INT.to(torch.int8), POSITIVE[:, 0], None, 0, *STEPS[2:]), F),
+        (lambda x: x * DEQUANTIZE_CHANNELS(INT.to(torch.int8), POSITIVE[0], None, 1, *STEPS[2:]), F),
     ],
 }
 

@@ -358,6 +358,24 @@ def test_a_choice_of_rows_for_executorch_copies_them(wide: str, bench: Any, gene
     assert torch.equal(graph.run(chosen, x, other)[0], torch.where(chosen, x, other))
 
 
+def test_a_choice_by_one_flag_keeps_its_shape_on_executorch(bench: Any, generator: torch.Generator) -> None:
+    for shape, flag in (((5, 64), (1, 1)), ((), ()), ((1, 64), (1, 1)), ((4, 64), (4, 1))):
+        x, other = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        for value in (True, False):
+            chosen = torch.full(flag, value)
+            graph = lower(canonicalise(bench.trace(torch.where, chosen, x, other)), "executorch")
+            assert torch.equal(graph.run(chosen, x, other)[0], torch.where(chosen, x, other))
+
+
+def test_sums_of_whole_numbers_are_exact_on_executorch(bench: Any) -> None:
+    """A method may compare them; the mean times the number of terms is not exact for 41 terms."""
+    for size in (16, 41, 47, 55, 61, 82, 256):
+        x = torch.zeros(8, size)
+        x[:, 0] = x[:, -1] = 1.0
+        graph = lower(canonicalise(bench.trace(lambda t: t.sum(1), x)), "executorch")
+        assert torch.equal(graph.run(x)[0], torch.full((8,), 2.0))
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 6), (2, 3)], ids=str)
 def test_batch_norm_in_eval_mode(affine: bool, shape: tuple[int, ...], bench: Any, generator: torch.Generator) -> None:

@@ -29,6 +29,9 @@ MEMORY: dict[str, dict[str, Any]] = {
 }
 """Options of a session by the setting ``memory``; those with a dot are configuration entries."""
 
+EQUAL_OPERATORS_STAY = ("optimization.disable_specified_optimizers", "CommonSubexpressionElimination")
+"""A setting of sessions: equal operators are there on purpose, one computes again what would have to be kept."""
+
 
 class OnnxEngine:
     """Runs a bundle's steps on stock ONNX Runtime, on the CPU.
@@ -64,8 +67,7 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
         options.log_severity_level = 4  # not errors: they are raised
-        # Equal operators are there on purpose: one computes again what would have to be kept.
-        options.add_session_config_entry("optimization.disable_specified_optimizers", "CommonSubexpressionElimination")
+        options.add_session_config_entry(*EQUAL_OPERATORS_STAY)
         for name, value in settings.items():
             if "." in name:
                 options.add_session_config_entry(name, value)

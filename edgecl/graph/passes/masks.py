@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgecl.graph.memory import views_of
+from edgecl.graph.memory import owner_of, views_of
 from edgecl.graph.passes.base import Pass
 from edgecl.graph.passes.fold import new_operator
 from edgecl.graph.quantised import DEQUANTIZE, QUANTIZE
@@ -30,7 +30,7 @@ class PackMasks(Pass):
     def rewrite(self, graph: StepGraph) -> StepGraph:
         """See the class."""
         for node in graph.nodes:
-            if _is_mask(node) and not any(_is_backward(user) for user in _others(node)):
+            if _is_mask(node) and not _waits_anyway(node):
                 [reader] = node.users
                 with graph.module.graph.inserting_before(reader):
                     packed = new_operator(graph, QUANTIZE, [node, *_BYTE], node)
@@ -45,15 +45,16 @@ def _is_mask(node: fx.Node) -> bool:
     return product.target is aten.mul.Tensor and product.args[1] == LARGE and value_of(node).numel() >= LEAST_VALUES
 
 
-def _others(mask: fx.Node) -> list[fx.Node]:
-    """What else reads the map that a mask is of."""
+def _waits_anyway(mask: fx.Node) -> bool:
+    """Whether the map that a mask is of is an input of the step, or read by something else in the backward pass."""
     own, queue = {mask}, [mask]
     while queue:  # what is computed for the mask alone
         sources = [n for n in queue.pop().all_input_nodes if n.op == "call_function" and own.issuperset(n.users)]
         own.update(sources)
         queue += sources
     read = {n for member in own for n in member.all_input_nodes if n not in own}
-    return [user for n in read for holder in (n, *views_of(n)) for user in holder.users if user not in own]
+    others = [user for n in read for holder in (n, *views_of(n)) for user in holder.users if user not in own]
+    return any(owner_of(n).op == "placeholder" for n in read) or any(map(_is_backward, others))
 
 
 def _is_backward(node: fx.Node) -> bool:

@@ -62,7 +62,8 @@ class _State:
     @classmethod
     def of(cls, graph: StepGraph) -> "_State":
         nodes = graph.nodes
-        buffers = {nodes[b.first]: b for b in lifetimes(graph)}
+        named = {node.name: node for node in nodes}
+        buffers = {named[b.name]: b for b in lifetimes(graph)}
         alive = np.zeros(len(nodes) + 1, np.int64)
         for buffer in buffers.values():
             alive[buffer.first] += buffer.nbytes

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import traceback
 
 LONG = 256
 """Terms in a row that float32 may add; rounding errors of more are worth a second operator."""
@@ -27,8 +28,9 @@ def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtyp
     count = prod(x.shape[axis] for axis in axes)
     if dtype not in (None, x.dtype) or count == 0:
         return NotImplemented
-    if x.dtype == torch.float32 and (first := _trailing(x.shape, axes)) is not None:
-        return _sum_of_rows(x, first, axes, keepdim)
+    if x.dtype == torch.float32 and _in_backward() and (first := _trailing(x.shape, axes)) is not None:
+        sums, others = _means_of_rows(x, first) * float(prod(x.shape[first:])), [axis for axis in axes if axis < first]
+        return _shaped(sums.sum(others, keepdim=True) if others else sums, axes, keepdim)
     if x.dtype == torch.float64:
         return x.mean(axes, keepdim) * float(count)
     parts = {axis: _divisor(x.shape[axis]) for axis in axes if x.shape[axis] > 1}
@@ -46,7 +48,17 @@ def sum_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtyp
             total = total.reshape([*before, whole // parts[axis], parts[axis], *after]).sum([axis + 1])
         total = total.sum([axis], keepdim=True)
         total = total if rest is None else total + rest
-    return total if keepdim else total.reshape([size for axis, size in enumerate(total.shape) if axis not in axes])
+    return _shaped(total, axes, keepdim)
+
+
+def _in_backward() -> bool:
+    """Whether the operator belongs to the backward pass, in whose sums the last digit does not matter: others may count whole numbers."""
+    return (traceback.current_meta.get("custom") or {}).get("phase") == "backward"
+
+
+def _shaped(result: Tensor, axes: Sequence[int], keepdim: bool) -> Tensor:
+    """A reduction of which every axis is left, without those that were reduced unless they stay."""
+    return result if keepdim else result.reshape([size for axis, size in enumerate(result.shape) if axis not in axes])
 
 
 def _trailing(shape: Sequence[int], axes: Sequence[int]) -> int | None:
@@ -57,20 +69,10 @@ def _trailing(shape: Sequence[int], axes: Sequence[int]) -> int | None:
     return first if LEAST_IN_ROWS <= prod(shape[first:]) <= LONG else None
 
 
-def _rows(shape: Sequence[int], first: int) -> list[int]:
-    """The shape of which XNNPACK takes a mean over the last two axes: channels, and their rows as maps one wide."""
-    return [1, prod(shape[:first]), prod(shape[first:]), 1]
-
-
-def _sum_of_rows(x: Tensor, first: int, axes: Sequence[int], keepdim: bool) -> Tensor:
-    """XNNPACK's mean over the last axes, times their size; then the sum of what is left of the axes before."""
-    length = prod(x.shape[first:])
-    total = x.reshape(_rows(x.shape, first)).mean((2, 3), keepdim=True) * float(length)
-    rest = [axis for axis in axes if axis < first]
-    total = total.reshape([*x.shape[:first], *[1] * (x.dim() - first)])
-    if rest:
-        total = total.sum(rest, keepdim=True)
-    return total if keepdim else total.reshape([size for axis, size in enumerate(total.shape) if axis not in axes])
+def _means_of_rows(x: Tensor, first: int) -> Tensor:
+    """Means over all axes from one on, as XNNPACK takes them: over the last two axes of maps, here one wide."""
+    rows = x.reshape(1, prod(x.shape[:first]), prod(x.shape[first:]), 1)
+    return rows.mean((2, 3), keepdim=True).reshape([*x.shape[:first], *[1] * (x.dim() - first)])
 
 
 def of_number(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
@@ -86,9 +88,13 @@ def mean_of(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dty
         return of_number(x, dims, keepdim, dtype=dtype)
     if x.dtype != torch.float32:
         return NotImplemented
-    first = _trailing(x.shape, [dim % x.dim() for dim in dims or range(x.dim())])
-    if first is not None and keepdim and list(x.shape) == _rows(x.shape, first):
-        return NotImplemented
+    axes = [dim % x.dim() for dim in dims or range(x.dim())]
+    first = _trailing(x.shape, axes)
+    if first is not None:
+        if x.dim() == 4 and keepdim and sorted(axes) == [2, 3]:
+            return NotImplemented
+        means, others = _means_of_rows(x, first), [axis for axis in axes if axis < first]
+        return _shaped(means.mean(others, keepdim=True) if others else means, axes, keepdim)
     total = sum_of(x, dims, keepdim, dtype=dtype)
     return total if total is NotImplemented else total / float(prod(x.shape[dim] for dim in dims or range(x.dim())))
 

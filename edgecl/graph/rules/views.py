@@ -56,10 +56,12 @@ def clamp_min(x: Tensor, low: float) -> Tensor:
 
 def where(chosen: Tensor, x: Tensor, other: Tensor) -> Any:
     """A choice between whole rows of some size as a copy of those chosen: the portable choice looks at each value."""
+    if not chosen.dim():
+        return NotImplemented
     rows, shape = chosen.numel(), torch.broadcast_shapes(chosen.shape, x.shape, other.shape)  # type: ignore[no-untyped-call]
     if chosen.dim() != x.dim() or chosen.shape[0] != rows or prod(shape[1:]) < LEAST_IN_ROW or x.dtype != other.dtype:
         return NotImplemented
-    if any(t.dim() != len(shape) or t.shape[1:] != shape[1:] for t in (x, other)):
+    if any(t.dim() != len(shape) or t.shape[1:] != shape[1:] or t.shape[0] not in (1, rows) for t in (x, other)):
         return NotImplemented
     places = torch.arange(rows)
     first, second = (places if t.shape[0] == rows else torch.zeros_like(places) for t in (x, other))

@@ -16,7 +16,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.utils import _pytree as pytree
 
 from edgecl.graph.capture import example
-from edgecl.graph.quantised import DEQUANTIZE, is_packed
+from edgecl.graph.quantised import DEQUANTIZES, is_packed
 from edgecl.graph.step import StepGraph
 
 aten = torch.ops.aten
@@ -72,15 +72,15 @@ def _copy(graph: fx.Graph, node: fx.Node, nodes: dict[fx.Node, fx.Node], mode: F
     """An operator; a reshape as a view, of a dense copy where it needs one."""
 
     def given(source: fx.Node) -> fx.Node:
-        if source.target is not DEQUANTIZE or len(source.users) == 1:
+        if source.target not in DEQUANTIZES or len(source.users) == 1:
             return nodes[source]
-        return _call(graph, DEQUANTIZE, nodes[source].args, {}, mode)  # of its own: XNNPACK takes it together with its reader
+        return _call(graph, source.target, nodes[source].args, nodes[source].kwargs, mode)  # of its own: XNNPACK takes it with its reader
 
     if node.target in (aten.addmm.default, aten.mm.default) and not node.kwargs and is_packed(node.args[-1]):
         arguments: Any = node.args
         *bias, x, weight = arguments
         if weight.target is aten.permute.default:  # a linear layer, whose matrix in int8 XNNPACK takes as the layer has it
-            return _call(graph, aten.linear.default, (given(x), nodes[weight.args[0]], *map(given, bias)), {}, mode)
+            return _call(graph, aten.linear.default, (given(x), given(weight.args[0]), *map(given, bias)), {}, mode)
     args: Any = fx.node.map_arg(node.args, given)
     kwargs: Any = fx.node.map_arg(node.kwargs, given)
     if node.target is not aten.reshape.default:

@@ -17,16 +17,16 @@ with warnings.catch_warnings():
 
 
 def planner(*, ports: bool = True) -> Any:
-    """The pass that plans a method's memory: by the better of ExecuTorch's own planner and :func:`by_size`.
+    """The pass that plans a method's memory: by the better of ExecuTorch's own planner and :func:`by_lifetimes`.
 
     Args:
         ports: Whether inputs and outputs lie in the arena too, as ExecuTorch has it by default.
     """
-    return MemoryPlanningPass(MemoryPlanningAlgorithmSuite([greedy, by_size]), alloc_graph_input=ports, alloc_graph_output=ports)
+    return MemoryPlanningPass(MemoryPlanningAlgorithmSuite([greedy, by_lifetimes]), alloc_graph_input=ports, alloc_graph_output=ports)
 
 
-def by_size(alignment: int, specs: Iterable[Any], module: Any, signature: Any, extra_padding: int = 0) -> Any:
-    """A planning algorithm of ExecuTorch: largest tensor first, at the lowest offset that is free while it lives."""
+def by_lifetimes(alignment: int, specs: Iterable[Any], module: Any, signature: Any, extra_padding: int = 0) -> Any:
+    """A planning algorithm of ExecuTorch: as :func:`edgecl.graph.memory.arrange` places tensors."""
     every = list(specs)
     for spec in every:
         spec.realign(alignment)
