@@ -189,20 +189,19 @@ def _compare_state(
         kind, bar = ("moments", MOMENTS) if name.startswith(("momentum.", "adam_")) else ("state", WEIGHTS)
         got = _without_lost_signs(name, state, new, other)
         wide, old = reference.astype(np.float64), state[name].astype(np.float64)  # the norm of float32 overflows from 1e19 on
-        size = _norm(wide)
+        size, apart = _norm(wide), _norm(wide - got)
+        plain = _norm(wide - other[name])
         # what little is left when the last sample leaves is a difference of large numbers: it is known relative to those
         whole = size if name.startswith(TRAINED) else max(size, _norm(old))
         widest = max(lost * bar, CONDITIONED)
-        _judge(step, name, _ratio(_norm(wide - got), whole), widest, kind, tally, _ratio(_norm(wide - other[name]), size) <= bar)
-        moved = (wide != old) | (got != old)
-        floor = ROUNDING[str(reference.dtype)] * _norm(wide[moved])
-        size = _norm(wide - old)
-        if size <= floor:  # a change that is itself all rounding
-            floor = 2 * ROUNDING[str(reference.dtype)] * _norm(wide)
-        relative = _ratio(max(_norm(wide - got) - floor, 0.0), size)
-        bare = _ratio(_norm(wide - other[name]), size) <= CHANGE
+        _judge(step, name, _ratio(apart, whole), widest, kind, tally, _ratio(plain, size) <= bar)
+        changed = _norm(wide - old)
+        floor = ROUNDING[str(reference.dtype)] * _norm(wide[(wide != old) | (got != old)])
+        if changed <= floor:  # a change that is itself all rounding
+            floor = 2 * ROUNDING[str(reference.dtype)] * size
+        relative = _ratio(max(apart - floor, 0.0), changed)
         bar = lost * CHANGE + (vanishing if name.startswith(TRAINED) else 0.0)
-        _judge(step, f"the change of {name}", relative, bar, "change", tally, bare)
+        _judge(step, f"the change of {name}", relative, bar, "change", tally, _ratio(plain, changed) <= CHANGE)
 
 
 def _compare_nudged(
