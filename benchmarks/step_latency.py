@@ -5,8 +5,10 @@
 The same update of the same weights by eager PyTorch, ``torch.compile``, ONNX Runtime's own training build, ExecuTorch's training
 extension, and edgecl's bundles on stock ONNX Runtime and ExecuTorch: one sample in, new weights out, one thread. First every engine
 makes one update, and the new weights are compared. Then they take turns (A B C A B C ...); a ratio is the median over the turns in which
-both took part. An engine whose updates take longer than ``--seconds`` together takes part in the first turns only. The forward pass is
-that of the network with all of its weights frozen, on stock ONNX Runtime.
+both took part. A turn is two updates, of which the second is timed: on a device one engine runs, so that its weights and code stay in the
+processor's caches, and a ratio must not depend on which other engines were measured. An engine whose updates take longer than
+``--seconds`` together takes part in the first turns only. The forward pass is that of the network with all of its weights frozen, on
+stock ONNX Runtime.
 
 The training build runs in a process and an environment of its own, which this command makes (``--environment``). It is given the frozen
 weights both as its documentation has it (``frozen_params``) and as constants of the model, which is faster.
@@ -64,6 +66,7 @@ def measure(of: Case, makers: dict[str, Callable[[Case], Engine]], repeats: int,
         for turn in range(repeats):
             for name, engine in made.items():
                 if sum(times[name]) < 1e3 * seconds or turn < 3:
+                    engine.update(turn % 10)
                     times[name].append(engine.update(turn % 10) * 1e3)
         step = made["onnx"]
         assert isinstance(step, Step)

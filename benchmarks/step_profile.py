@@ -1,6 +1,6 @@
 """Where the time of one update goes on ONNX Runtime, by operator.
 
-    python benchmarks/step_profile.py [--net mobilenet_v2] [--update W3] [--repeats 100] [--out FILE]
+    python benchmarks/step_profile.py [--net ds_cnn] [--update W3] [--repeats 100] [--out FILE]
 
 The update is one of ``step_latency.py``; its worst case by time over the forward pass for as many MACs is the default. The runtime's own
 profiler times each operator of ``learn``, which makes small ones slower than they are. Operators of one type are also split by the size of
@@ -68,7 +68,7 @@ def by_operator(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Profile, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", default="mobilenet_v2", choices=list(SHAPES))
+    parser.add_argument("--net", default="ds_cnn", choices=list(SHAPES))
     parser.add_argument("--update", default="W3", choices=list(UPDATES))
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--out", type=Path, default=OUT)

@@ -53,7 +53,8 @@ class Eager:
         self.inputs = [tensor.clone() for tensor in loss_inputs(of)]
         self.trained = trained_of(self.module)
         self.optimiser = torch.optim.SGD(list(self.trained.values()), LR)
-        self.loss: Callable[..., Tensor] = torch.compile(self.module) if compiled else self.module
+        torch.compiler.reset()  # after eight modules of one class it would silently run the next ones eagerly
+        self.loss: Callable[..., Tensor] = torch.compile(self.module, fullgraph=True) if compiled else self.module
 
     def update(self, label: int) -> float:
         """See :class:`Engine`."""

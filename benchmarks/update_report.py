@@ -69,11 +69,11 @@ def ratio_table(result: Row) -> str:
     meaning = "; ".join(f"{update} {UPDATES[update]}" for update in updates)
     return (
         markdown(["time of one update", *updates], lines)
-        + f"\n\nGeometric means over {', '.join(nets)}; targets in brackets. {meaning}. One sample, one thread; the engines took turns, "
-        "and a ratio is the median over the turns. All engines gave the same weights (largest difference beyond two roundings "
-        f"{max(value for row in rows for value in row['distance'].values()):.0e} of an update). The last line divides an update's time by "
-        "that of the network's forward pass with frozen weights, times the MACs of the update over those of the pass. "
-        f"`python benchmarks/step_latency.py`. {conditions(result)}"
+        + f"\n\nGeometric means over {', '.join(nets)}; targets in brackets. {meaning}. One sample, one thread; the engines took turns "
+        "of two updates, of which the second is timed, and a ratio is the median over the turns. All engines gave the same weights "
+        f"(largest difference beyond two roundings {max(value for row in rows for value in row['distance'].values()):.0e} of an update). "
+        "The last line divides an update's time by that of the network's forward pass with frozen weights, times the MACs of the update "
+        f"over those of the pass. `python benchmarks/step_latency.py`. {conditions(result)}"
     )
 
 

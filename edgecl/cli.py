@@ -24,6 +24,7 @@ from edgecl.commands import plan as planning
 from edgecl.commands import runs
 from edgecl.console import progress, show, show_rows
 from edgecl.graph.rules import RULES
+from edgecl.int8 import calibration_of
 from edgecl.learner import Problem
 from edgecl.methods import METHODS
 from edgecl.methods._suffix import SuffixLearner
@@ -269,6 +270,9 @@ def export(
             help="RAM of the learner, as edgecl plan counts it: 64MiB, 500KB or a number. To fit, activations are computed again.",
         ),
     ] = "128MiB",
+    trunk_dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="float32, or int8 for a frozen trunk in integers, calibrated on --data.")
+    ] = "float32",
     rows_in_file: Annotated[
         bool, typer.Option("--rows-in-file", help="Keep replay rows in a file on the device, not in its RAM (edgecl-device run --rows).")
     ] = False,
@@ -294,10 +298,22 @@ def export(
         raise InputError(f"--data: {data} must hold at least one sample; leave the option out to start from nothing")
     if xs is None and getattr(values, "codec", "float32") != "float32":
         raise InputError(f"--data: is needed, {method} fits its {values.codec} codec to base samples; or pass --config codec=float32")
+    if xs is None and trunk_dtype == "int8":
+        raise InputError("--data: is needed, --trunk-dtype int8 is calibrated on base samples; or leave --trunk-dtype out")
+    calibration = calibration_of(xs) if xs is not None and trunk_dtype == "int8" else None
     example = example_of(model, input, dtype, preprocess) if xs is None else xs[:1]
     with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
         prepared = prepare(
-            net, at=place(at), example=example, method=method, classes=classes, config=values, preprocess=preprocess, class_names=names
+            net,
+            at=place(at),
+            example=example,
+            method=method,
+            classes=classes,
+            config=values,
+            preprocess=preprocess,
+            class_names=names,
+            trunk_dtype=trunk_dtype,
+            calibration=calibration,
         )
         if xs is not None and ys is not None:
             prepared.fit(xs, ys, progress=lambda done, total: step("taking in base samples", done, total))

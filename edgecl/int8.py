@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -31,6 +32,9 @@ TRUNK_DTYPES = ("float32", "int8")
 
 BATCH = 64
 """Calibration samples a pass."""
+
+ENOUGH = 512
+"""Calibration samples that :func:`calibration_of` takes at most."""
 
 _SUMS = frozenset({
     aten.conv1d.default, aten.conv2d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.linear.default,
@@ -57,6 +61,18 @@ def check_trunk_dtype(trunk_dtype: Any, calibration: Any, stream: nn.Module | No
         raise InputError("calibration: must be raw samples [N, ...] for trunk_dtype='int8', got None; pass some hundred base samples")
     if trunk_dtype == "int8" and stream is not None:
         raise InputError("trunk_dtype: must be 'float32' for streams, whose state is float, got 'int8'; leave it out")
+
+
+def calibration_of(x: Samples) -> Samples:
+    """Up to :data:`ENOUGH` of the samples [N, ...] of a base set, evenly spaced, as they are often sorted by class.
+
+    >>> len(calibration_of(np.zeros((2000, 4))))
+    512
+    """
+    count = len(leaves(x)[0])
+    chosen = np.linspace(0, count - 1, min(count, ENOUGH)).astype(int)
+    found: Samples = map_tree(x, lambda part: part[chosen])
+    return found
 
 
 def to_int8(trunk: Trunk, calibration: Samples, wanted: TensorSpec | Mapping[str, TensorSpec]) -> Trunk:

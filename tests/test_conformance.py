@@ -250,6 +250,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy, method, tmp_path):
 
 
 @learning
+def test_a_store_in_memory_keeps_the_features_that_can_be_asked_for_again(toy, method):
+    """Nothing is recovered from it: features wait for ``forget`` and ``relabel`` alone."""
+    x, y = toy.helpers.samples(5, seed=8)
+    with toy.device(method, "onnx") as learner:
+        reports = [learner.learn(a, int(b)) for a, b in zip(x, y, strict=True)]
+        steps = learner.manifest.steps
+        features = sum(spec.nbytes for spec in steps["encode"].outputs) if {"forget", "relabel"} & steps.keys() else 0
+        assert learner.report()["log"]["bytes"] == 5 * (EVENT_OVERHEAD + features)
+        learner.save("five")
+        learner.learn(x[0], int(y[0]))
+        learner.rollback("five")
+        assert learner.report()["learned"] == 5 == len(reports)
+
+
+@learning
 def test_bytes_after_2n_samples_equal_those_after_n(toy, method, tmp_path):
     """State, rows, samples that wait for a label, log and file, with a log that holds 20 samples."""
     exported, ready = toy.bundle(method)

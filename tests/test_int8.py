@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgecl import ImageU8, Prepared, prepare
+from edgecl.cli import main
 from edgecl.graph.lowering import build
 from edgecl.graph.quantised import QUANTIZE
 from edgecl_device import Learner
 from edgecl_device.errors import EdgeclError, InputError
+from edgecl_device.manifest import read_manifest
 from edgecl_export import ExportError, export
 from edgecl_export.bundle import Exported
 from edgecl_export.latents import INT8, Latents
@@ -292,6 +294,23 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
     options: dict[str, Any] = {"at": "hidden", "trunk_dtype": "int8", "calibration": samples(4), **changes}
     with pytest.raises(InputError, match=message):
         prepare(options.pop("model", Net()), example=samples(1), method="ncm", classes=4, **options)
+
+
+def test_the_command_calibrates_on_the_base_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    np.savez(tmp_path / "base.npz", x=x, y=np.arange(20) % 4)
+    words = ["export", "small_cnn", "--at", "pool", "--method", "ncm", "--preprocess-u8", "HW", "--mean", "0.3", "--std", "0.3"]
+    sizes = {}
+    for dtype in ("float32", "int8"):
+        out = tmp_path / dtype
+        assert main([*words, "--data", str(tmp_path / "base.npz"), "--trunk-dtype", dtype, "--out", str(out)]) == 0
+        sizes[dtype] = read_manifest(out).ledger["frozen_weights"]
+    assert sizes["int8"] < 0.4 * sizes["float32"]
+    capsys.readouterr()
+    assert main([*words, "--trunk-dtype", "int8", "--out", str(tmp_path / "none")]) == 2
+    assert "--data: is needed, --trunk-dtype int8 is calibrated on base samples" in capsys.readouterr().err
+    assert main([*words, "--trunk-dtype", "int4", "--data", str(tmp_path / "base.npz"), "--out", str(tmp_path / "none")]) == 2
+    assert "trunk_dtype: must be one of float32, int8, got 'int4'" in capsys.readouterr().err
 
 
 def test_a_trunk_of_single_samples_is_refused() -> None:

@@ -88,8 +88,8 @@ class Learner(OneAtATime):
         self._pending = Pending(manifest.features, manifest.pending_capacity)
         self._session = {"predicted": 0, "learned": 0, "macs": 0}
         self._target = target_of(manifest.target, manifest.max_classes)
-        record = Record(manifest)
         self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
+        record = Record(manifest, self._store.persistent or manifest.forgets or "relabel" in manifest.steps)
         self._store.has_room(EVENT_OVERHEAD + record.nbytes)
         self._journal = Journal(self._core, self._pending, self._store, record)
         try:
@@ -115,7 +115,8 @@ class Learner(OneAtATime):
         Args:
             bundle: The folder that ``edgecl export`` wrote.
             store: File of the store, outside of the bundle, made when there is none. None keeps nothing beyond this process:
-                log and snapshots then take memory, up to the manifest's ``log_capacity_bytes`` and one state with its rows a snapshot.
+                log and snapshots then take memory, up to the manifest's ``log_capacity_bytes`` and one state with its rows a snapshot;
+                the log of a method without ``forget`` and ``relabel`` then holds no features.
             engine: ``onnx`` or ``executorch``; None is the one that the bundle was exported for, and there is no other for it.
             durability: ``normal``: a power cut may lose the samples since the last ``save``; ``full``: each one is synced to the disk.
             threads: Threads inside one operator, 1 to 64; above 1 a resumed run may differ in the last bits.

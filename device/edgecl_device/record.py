@@ -41,9 +41,11 @@ class Record:
 
     Args:
         manifest: Of the bundle; no store has entries of two bundles.
+        read: Whether anybody will read what was learned, to recover or to revise it; else an entry holds no features.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, read: bool = True) -> None:
+        self._read = read
         self._features = Layout(manifest.features)
         self._target = manifest.target
         stored = manifest.target.stored(manifest.max_classes)
@@ -53,11 +55,13 @@ class Record:
     @property
     def nbytes(self) -> int:
         """Bytes of a sample's features and of what is kept behind them."""
+        if not self._read:
+            return 0
         return self._features.nbytes + self._behind.nbytes + self._stream.nbytes
 
     def event(self, seq: int, sample: Sample, stream: Mapping[str, Array]) -> Event:
         """The entry of a learned sample, with the state of the stream at that time."""
-        kept = self._features.pack(sample.z) + self._kept(sample.target) + self._stream.pack(stream)
+        kept = self._features.pack(sample.z) + self._kept(sample.target) + self._stream.pack(stream) if self._read else None
         return Event(seq, "learn", sample.id, self._label(sample.target), sample.weight, sample.lr, None, kept)
 
     def sample(self, event: Event) -> Sample:

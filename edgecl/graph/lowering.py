@@ -25,6 +25,7 @@ from edgecl.graph.passes import (
     ScaleKernels,
     ScaleMaps,
     SinkExpand,
+    SinkIntoParts,
     UpdateEarly,
     WidenLate,
     WriteIntegers,
@@ -64,7 +65,7 @@ class BuiltStep:
 
 def canonicalise(graph: StepGraph) -> StepGraph:
     """Remove what is dead, fold what is frozen. The argument must not be used afterwards."""
-    for step in (Clean(), FoldConstants(), FoldConvolutionAffine(), Clean()):
+    for step in (Clean(), FoldConstants(), SinkIntoParts(), FoldConvolutionAffine(), Clean()):
         graph = step(graph)
     return graph
 

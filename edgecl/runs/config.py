@@ -118,6 +118,9 @@ class LearnerConfig(Section):
     method: str = Field(default="ridge", description="a method, see edgecl methods")
     at: str = Field(description="the last module of the frozen trunk, or several, as a,b; edgecl profile MODEL lists the places")
     config: dict[str, Any] = Field(default_factory=dict, description="a table of the method's hyperparameters")
+    trunk_dtype: Literal["int8"] | None = Field(
+        default=None, description="int8 for a frozen trunk in integers, calibrated on the base set; float32 by default"
+    )
 
 
 class Budget(Section):

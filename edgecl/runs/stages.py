@@ -31,7 +31,7 @@ from edgecl.streams import Dataset, Stream
 from edgecl.tally import Tally, tally_of
 from edgecl_device.checks import as_path
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import read_manifest
+from edgecl_device.manifest import Array, read_manifest
 
 START, RESULT = "start.json", "run.json"
 WRITTEN = (START, "config.toml", "cost.json", RESULT, "report.html")
@@ -164,8 +164,9 @@ class _Run:
         check_preprocess(self.config, self.data)
         streams = {seed: self.stream(seed) for seed in self.config.device.seeds}
         tasks = [self._tasks(stream) for stream in streams.values()]  # first of all: what no seed may lack is missed before any learns
-        self._check_base(next(iter(streams.values())))
-        profiles = self._budget()
+        first = next(iter(streams.values()))
+        self._check_base(first)
+        profiles = self._budget(first.base[0])
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in self.config.labels}
         networks = {}
         for seed, stream in streams.items():
@@ -212,15 +213,20 @@ class _Run:
                 raise InputError(
                     f"learner[{i}].config.codec: must be 'float32' without a base set, to which it is fitted, got {config.codec!r}; set it"
                 )
+            if entry.trunk_dtype is not None:
+                raise InputError(
+                    f"learner[{i}].trunk_dtype: must be left out without a base set, on which it is calibrated, got {entry.trunk_dtype!r}; "
+                    "leave it out, or give the scenario a base set"
+                )
 
-    def _budget(self) -> dict[str, Any]:
+    def _budget(self, base: Array) -> dict[str, Any]:
         def make() -> dict[str, Any]:
             net = build(self.config, self.data, torch.Generator().manual_seed(self.config.device.seeds[0]))
             found = {}
             for i, (label, entry) in enumerate(self.entries):
                 self.progress("counting costs", i, len(self.entries))
                 if not METHODS[entry.method].host_only:
-                    found[label] = dataclasses.asdict(check_budget(self.config, entry, label, net, self.data))
+                    found[label] = dataclasses.asdict(check_budget(self.config, entry, label, net, self.data, base))
             return found
 
         return stage(self.folder / "cost.json", make)
@@ -335,7 +341,7 @@ class _OnDevice:
         """The learner before it has seen a sample."""
         whole = self.whole
         net = load(whole.config, whole.data, self.seed, self.place / "network.pth")
-        return prepared_of(whole.config, self.entry, net, whole.data)
+        return prepared_of(whole.config, self.entry, net, whole.data, self.stream.base[0])
 
 
 class _Offline(_OnDevice):

@@ -90,7 +90,7 @@ def test_a_frozen_kernel_behind_a_trained_scale_stays(trained: list[str], bench:
 def test_the_input_gradient_of_a_frozen_layer_takes_its_scale_into_the_kernel(bench: Any) -> None:
     net, trained = block(**KINDS["pointwise"]), ["0.weight"]
     graph = bench.check(gradient_of(net, trained), *tensors_of(net, trained), bar=2e-5)
-    assert len(maps(graph, aten.mul.Tensor)) == 3, "those of the loss, and the mask of the rectifier"
+    assert len(maps(graph, aten.mul.Tensor)) == 2, "that of the loss, and the mask of the rectifier"
 
 
 def test_a_convolution_that_others_read_is_left(bench: Any) -> None:

@@ -15,7 +15,7 @@ from edgecl.graph.lowering import canonicalise, lower
 from edgecl.graph.memory import peak_bytes
 from edgecl.graph.passes import Clean, FoldConstants, FoldConvolutionAffine, Pass, UpdateEarly
 from edgecl.graph.phases import phase
-from edgecl.graph.step import GraphError, StepGraph
+from edgecl.graph.step import GraphError, StepGraph, shape_of
 from edgecl_device.manifest import TensorSpec
 
 aten = torch.ops.aten
@@ -311,3 +311,25 @@ def test_random_graphs_keep_their_values(data: st.DataObject, bench: Any, tools:
 def test_passes_need_no_convolution() -> None:
     graph = capture_encode(nn.Flatten(), TensorSpec("x", (1, 2, 3), "float32"))
     assert targets(FoldConvolutionAffine()(FoldConstants()(Clean()(graph)))) == [aten.reshape.default]
+
+
+@pytest.mark.parametrize("rectify", [torch.relu, F.hardtanh, torch.sigmoid])
+def test_what_follows_a_join_of_channels_goes_into_its_parts(bench: Any, tools: Any, generator: torch.Generator, rectify: Any) -> None:
+    frozen, behind = torch.randn(3, 4, 3, 3, generator=generator), torch.randn(2, 5, 3, 3, generator=generator)
+    scale, shift = torch.rand(5, 1, 1, generator=generator) + 0.5, torch.randn(5, 1, 1, generator=generator)
+    scale_behind = torch.rand(2, 1, 1, generator=generator) + 0.5
+
+    def layers(x: Tensor, trained: Tensor) -> Tensor:
+        joined = torch.cat([F.conv2d(x, trained, padding=1), F.conv2d(x, frozen, padding=1)], 1)
+        return F.conv2d(rectify(joined * scale + shift), behind) * scale_behind
+
+    x, trained = torch.randn(1, 4, 6, 6, generator=generator), torch.randn(2, 4, 3, 3, generator=generator)
+    cotangent = torch.randn(1, 2, 4, 4, generator=generator)
+    bench.check(layers, x, trained)
+    bench.check(tools.gradients(layers, x, trained), x, trained, cotangent)
+    for function, values in ((layers, (x, trained)), (tools.gradients(layers, x, trained), (x, trained, cotangent))):
+        graph = canonicalise(bench.trace(function, *values))
+        scaled = [shape_of(n) for n in graph.operators if n.target is aten.mul.Tensor and n.args[1].op == "get_attr"]  # type: ignore[union-attr]
+        assert set(scaled) == {(1, 2, 6, 6)}, "frozen kernels took their share of the scale, on the way back, too"
+    parts = [n.target for n in canonicalise(bench.trace(layers, x, trained)).operators]
+    assert parts.count(aten.relu.default) == (2 if rectify is torch.relu else 0)

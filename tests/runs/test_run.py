@@ -21,6 +21,7 @@ from edgecl.runs.model import build
 from edgecl.streams import ClassIncremental, load_windows
 from edgecl_device import Learner
 from edgecl_device.errors import InputError, UpdateRefusedError
+from edgecl_device.manifest import read_manifest
 
 KILLER = """
 import os, signal, sys
@@ -333,7 +334,7 @@ def test_a_budget_is_refused_before_anything_runs_and_its_mend_fits(config, whol
     config.write_text(config.read_text().replace("capacity_bytes = 2048", f"capacity_bytes = {capacity}"))
     read = read_config(config)
     data = load_windows(config.with_name("windows.npz"))
-    found = check_budget(read, read.learner[1], "replay", build(read, data, torch.Generator()), data)
+    found = check_budget(read, read.learner[1], "replay", build(read, data, torch.Generator()), data, data.x)
     assert limit - 100 < found.ledger["beyond_trunk"] <= limit
 
 
@@ -414,6 +415,20 @@ def test_a_normalisation_that_does_not_suit_the_samples_is_named_by_itself(confi
         run(read_config(config), config, config.with_suffix(".run"))
     with pytest.raises(InputError, match=rf"^model\.preprocess\.{said}"):
         source_of(read_config(config), 40, lambda *_: None)
+
+
+def test_a_trunk_in_int8_is_calibrated_on_the_base_set(config, whole):
+    config.write_text(config.read_text().replace('at = "2"', 'at = "2"\ntrunk_dtype = "int8"', 1))
+    folder = config.with_suffix(".int8")
+    run(read_config(config), config, folder)
+    float32, int8 = (read_manifest(place / "seed0" / "ridge" / "bundle") for place in (whole, folder))
+    assert int8.ledger["frozen_weights"] < float32.ledger["frozen_weights"]
+    other, same = (read_manifest(place / "seed0" / "replay" / "bundle").bundle_id for place in (whole, folder))
+    assert other == same
+    text = config.read_text().replace("base_classes = [0, 1, 2]", "base_classes = []").replace("steps = [[3]", "steps = [[0, 1, 2], [3]")
+    config.write_text(text.replace("[model.pretrain]\nepochs = 3\nlr = 0.02\n", ""))
+    with pytest.raises(InputError, match=r"^learner\[0\].trunk_dtype: must be left out without a base set"):
+        run(read_config(config), config, config.with_suffix(".none"))
 
 
 def test_a_run_where_joint_has_nothing_right_lacks_omega_all(config, small):

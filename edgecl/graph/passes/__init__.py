@@ -11,6 +11,7 @@ from edgecl.graph.passes.integers import WriteIntegers
 from edgecl.graph.passes.lower import ApplyRules
 from edgecl.graph.passes.masks import PackMasks
 from edgecl.graph.passes.merge import MergeEqual
+from edgecl.graph.passes.parts import SinkIntoParts
 from edgecl.graph.passes.recompute import Recompute
 from edgecl.graph.passes.rows import HoldRows
 from edgecl.graph.passes.scale import ScaleMaps
@@ -36,6 +37,7 @@ __all__ = [
     "ScaleKernels",
     "ScaleMaps",
     "SinkExpand",
+    "SinkIntoParts",
     "UpdateEarly",
     "WidenLate",
     "WriteIntegers",

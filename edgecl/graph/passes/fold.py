@@ -40,7 +40,7 @@ def _known(graph: StepGraph, node: fx.Node) -> Tensor:
 
 
 class FoldConvolutionAffine(Pass):
-    """``conv(x, W) * scale + shift`` with frozen factors becomes one convolution.
+    """``conv(x, W) * scale + shift`` with frozen factors becomes one convolution; on the way back the kernel takes the scale, too.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks", section 3.2.
     """
@@ -54,6 +54,8 @@ class FoldConvolutionAffine(Pass):
         for node in graph.nodes:
             if node.op == "call_function" and node.target in (aten.mul.Tensor, aten.add.Tensor) and not node.kwargs:
                 _fold_into_producer(graph, node)
+            elif node.target is aten.convolution_backward.default:
+                _fold_into_gradient(graph, node)
         return graph
 
 
@@ -81,6 +83,27 @@ def _fold_into_producer(graph: StepGraph, node: fx.Node) -> None:
     conv.args = (x, *new, *conv.args[3:])
     node.replace_all_uses_with(conv)
     graph.module.graph.erase_node(node)
+
+
+def _fold_into_gradient(graph: StepGraph, node: fx.Node) -> None:
+    """The input gradient of ``gradient * scale`` is that of ``gradient`` with the kernel's rows scaled."""
+    scaled, _, weight = node.args[:3]
+    if not isinstance(scaled, fx.Node) or scaled.target is not aten.mul.Tensor or len(scaled.users) != 1:
+        return
+    if not _frozen(weight) or bool(node.args[7]) or list(node.args[10]) != [True, False, False]:  # type: ignore[arg-type]
+        return
+    gradient: Any = scaled.args[0]
+    if (shape_of(gradient), value_of(gradient).dtype) != (shape_of(scaled), value_of(scaled).dtype):
+        return  # the factor widens the gradient
+    kernel = graph.constant(weight)  # type: ignore[arg-type]
+    vector = _channel_vector(graph, scaled.args[1], shape_of(scaled)[1], kernel)
+    if vector is None:
+        return
+    with graph.module.graph.inserting_before(node):
+        new = new_constant(graph, kernel * vector.reshape(-1, *[1] * (kernel.dim() - 1)), weight)  # type: ignore[arg-type]
+    node.update_arg(0, gradient)
+    node.update_arg(2, new)
+    graph.module.graph.erase_node(scaled)
 
 
 def _frozen(value: object) -> bool:
