@@ -22,6 +22,7 @@ def frost_texture(number: int, smallest: int) -> Floats:
     """A texture of ice that goes on over its edges, values 0 to 1.
 
     Crystals are needles with side needles at 60 degrees, which shorten towards the tip; a haze of several scales lies between them.
+    Brightness, contrast and tint were chosen such that frost is about as hard as snow for a ResNet-20 at severity 5.
 
     Args:
         number: Which one.
@@ -41,10 +42,10 @@ def frost_texture(number: int, smallest: int) -> Floats:
     for _ in range(CRYSTALS * (size // 128) ** 2):
         rows, columns, light = _crystal(generator, size)
         np.add.at(ice, (rows % size, columns % size), light)
-    ice = ndimage.gaussian_filter(ice, 0.7, mode="wrap")
-    value = np.clip(0.38 + 0.13 * haze + 0.5 * (1 - np.exp(-1.5 * ice)), 0, 1)[:, :, None]
+    ice = ndimage.gaussian_filter(ice, 0.6, mode="wrap")
+    value = np.clip(0.45 + 0.15 * haze + 0.5 * (1 - np.exp(-1.5 * ice)), 0, 1)[:, :, None]
     # From the blue of shadowed ice to white.
-    return np.asarray(value * (1 - (1 - value) * np.array([0.35, 0.12, 0.0])))
+    return np.asarray(value * (1 - (1 - value) * np.array([0.9, 0.4, 0.0])))
 
 
 def _crystal(generator: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
