@@ -18,7 +18,7 @@ SMALLEST = 8
 """Side of the smallest image, one block of JPEG."""
 
 TOGETHER = 256
-"""Images that are corrupted at once: what they need beside themselves stays below 200 MB."""
+"""Images that are corrupted at once: of 32 pixels, what they need beside themselves stays below 50 MB."""
 
 
 @dataclass(frozen=True)
