@@ -52,10 +52,11 @@ def costs(manifest: Manifest) -> dict[str, Any]:
     """What a bundle's learner costs, from its manifest: MACs of one update and of the trunk, bytes by the ledger."""
     canonical = {name: step.canonical_macs for name, step in manifest.steps.items()}
     executed = {name: step.executed_macs for name, step in manifest.steps.items()}
+    updates, shares = {"learn", "adapt"} & set(canonical), (manifest.refresh_every, manifest.adapt.every if manifest.adapt else 1)
     return {
         "learns": METHODS[manifest.method].summary,
-        "update_macs": None if "learn" not in canonical else update_macs(canonical, manifest.refresh_every),
-        "update_executed_macs": None if "learn" not in executed else update_macs(executed, manifest.refresh_every),
+        "update_macs": update_macs(canonical, *shares) if updates else None,
+        "update_executed_macs": update_macs(executed, *shares) if updates else None,
         "encode_macs": canonical["encode"],
         "bytes": manifest.ledger["beyond_trunk"],
         "second_buffer_bytes": manifest.ledger["state_second_buffers"],

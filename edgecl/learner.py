@@ -19,14 +19,14 @@ from torch import Tensor
 
 from edgecl.trees import flatten_tree
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import AGE, UNSEEN_SCORE, ReplaySpec, TargetSpec, TensorSpec
+from edgecl_device.manifest import AGE, UNSEEN_SCORE, AdaptSpec, ReplaySpec, TargetSpec, TensorSpec
 
 State = dict[str, Tensor]
 StepResult = tuple[dict[str, Tensor], State]
 Nested = Mapping[str, Any]
 """A tensor spec, or a mapping of names to such (any depth); flattened with dots."""
 
-STEPS = ("predict", "learn", "forget", "relabel", "refresh")
+STEPS = ("predict", "learn", "forget", "relabel", "refresh", "track", "adapt")
 """Names a method may give its steps, in the order in which they are listed."""
 
 
@@ -120,6 +120,16 @@ class Learner(ABC):
     def calibrate(self, latents: Any) -> None:  # noqa: B027  # most methods have nothing to fit
         """Fit what is frozen, such as a codec's range, on latents [N, ...] of the first base samples, before they are taken in."""
 
+    def warm_up(self, state: State, latents: Any, target: Tensor) -> State:
+        """What training on the labelled base samples of the first ``fit`` changes, before they are taken in; by default nothing.
+
+        Args:
+            state: As :meth:`init` made it.
+            latents: [N, ...], or a mapping of such.
+            target: As a step takes them, [N, ...].
+        """
+        return {}
+
     def reconstruction(self, latents: Any) -> float:
         """Squared error of latents [N, ...] as replay rows hold them, over their square; 0 for methods that store none or lose nothing."""
         return 0.0
@@ -160,6 +170,11 @@ class Learner(ABC):
         return None
 
     @property
+    def adaptation(self) -> AdaptSpec | None:
+        """When the device runs ``adapt``, for methods that have this step."""
+        return None
+
+    @property
     def forgets_exactly(self) -> bool:
         """Whether ``forget`` after ``learn`` equals never having learned."""
         return "forget" in self.steps
@@ -175,13 +190,16 @@ def call_step(learner: Learner, step: str, state: State, inputs: Mapping[str, An
     return ({**outputs, "finite": all_finite(new_state)} if new_state else outputs), new_state
 
 
-def update_macs(macs: Mapping[str, int], refresh_every: int) -> int:
-    """MACs of one update by those of the steps, 0 without ``learn``; a share of ``refresh``, which serves several, is rounded up.
+def update_macs(macs: Mapping[str, int], refresh_every: int, adapt_every: int = 1) -> int:
+    """MACs of one update by those of the steps, 0 where none updates; a share of ``refresh``, which serves several, is rounded up.
 
-    >>> update_macs({"learn": 100, "refresh": 30}, 4)
-    108
+    For methods that adapt those of one sample: ``track``, and its share of ``adapt``.
+
+    >>> update_macs({"learn": 100, "refresh": 30}, 4), update_macs({"track": 50, "adapt": 1000}, 0, 64)
+    (108, 66)
     """
-    return macs.get("learn", 0) + (-(-macs["refresh"] // refresh_every) if refresh_every else 0)
+    own = macs.get("learn", 0) + macs.get("track", 0) + -(-macs.get("adapt", 0) // adapt_every)
+    return own + (-(-macs["refresh"] // refresh_every) if refresh_every else 0)
 
 
 def refreshed(learner: Learner, state: State) -> State:

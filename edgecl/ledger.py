@@ -8,9 +8,10 @@ from torch import Tensor
 from edgecl.graph.lowering import BuiltStep
 from edgecl.graph.memory import kept_for_backward
 from edgecl.learner import State, dtype_name
+from edgecl_device.adapt_checks import ADAPT, TRACK
 from edgecl_device.manifest import TensorSpec
 
-RAM = ("state", "state_second_buffers", "replay", "activations_peak", "inputs_outputs", "pending_features")
+RAM = ("state", "state_second_buffers", "adaptation_start", "replay", "activations_peak", "inputs_outputs", "pending_features")
 """Entries that are written on the device and so lie in RAM: what every limit on RAM is about, in export, runs and plans.
 
 Frozen weights are read only, and count as flash; a runtime may copy them into RAM."""
@@ -49,14 +50,16 @@ def ledger(
         target: What the log keeps of a target behind the features (:meth:`edgecl_device.manifest.TargetSpec.stored`), or None.
 
     Returns:
-        ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``activations_peak``, of which
-        ``kept_for_backward``, of which ``kept_masks``, ``replay``, ``replay_file``, ``inputs_outputs``, ``pending_features``: RAM but for
-        ``graphs`` and ``replay_file``;
+        ``frozen_weights``, of which ``codebooks``, ``graphs``, ``state``, ``state_second_buffers``, ``adaptation_start`` (what a reset goes
+        back to), ``activations_peak``, of which ``kept_for_backward``, of which ``kept_masks``, ``replay``, ``replay_file``,
+        ``inputs_outputs``, ``pending_features``: RAM but for ``graphs`` and ``replay_file``;
         ``logged_features_per_update``: features of one sample, a target that is no class index, and a stream's state, as the log holds
         them, to which the store adds its own (``LearnReport.bytes_written`` is what it measured); ``beyond_trunk``: state once, replay with
         its file, and codebooks; ``not_counted``.
     """
     written = {p.name for step in steps.values() for p in step.graph.outputs if p.kind == "state"}
+    adapting = [step.graph for name, step in steps.items() if name in (TRACK, ADAPT)]
+    adapted = {p.name for graph in adapting for p in graph.outputs if p.kind == "state"}
     state_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     encoded = steps["encode"].graph.outputs
     features = sum(p.spec.nbytes for p in encoded if p.kind == "data" and p.name != "finite")
@@ -69,6 +72,7 @@ def ledger(
         "graphs": graph_bytes,
         "state": sum(state_bytes.values()),
         "state_second_buffers": sum(size for name, size in state_bytes.items() if name in written),
+        "adaptation_start": sum(size for name, size in state_bytes.items() if name in adapted),
         "activations_peak": max(step.plan.arena_bytes for step in steps.values()),
         "kept_for_backward": sum(kept.values()),
         "kept_masks": sum(kept.get(kind, 0) for kind in MASKS),

@@ -26,6 +26,7 @@ from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import DTYPES, Array, TensorSpec
 from edgecl_device.memory import ReplayMemory, row_of
 from edgecl_device.targets import target_of
+from edgecl_device.whole import memory_of
 
 KEPT = 32
 """Latents of base samples kept for the checks at export."""
@@ -64,7 +65,7 @@ class Prepared:
         self.reconstruction = 0.0
         self.memory: ReplayMemory | None = None
         if learner.replay is not None:
-            self.memory = ReplayMemory(learner.replay, learner.problem.max_classes)
+            self.memory = memory_of(learner.replay, learner.problem.max_classes)
 
     def known_names(self) -> tuple[str, ...]:
         """Names of the classes up to the highest that is named or was learned; one without a name is called by its index.
@@ -150,6 +151,8 @@ class Prepared:
             self.learner.calibrate(stacked(latents))
             self.reconstruction = self.learner.reconstruction(stacked(latents))
         state, rows = self.state, []
+        if not self.examples:
+            state = {**state, **self.learner.warm_up(state, stacked(latents), torch.from_numpy(np.concatenate(targets)))}
         for i, (z, target, one) in enumerate(zip(latents, targets, weights, strict=True)):
             with torch.no_grad():
                 outputs, new = self.learner.prime(state, z, torch.tensor(target), one)
@@ -169,7 +172,8 @@ class Prepared:
         self.examples = (self.examples + list(zip(latents, targets, strict=True)))[:KEPT]
         if self.memory is not None:
             for row, target in zip(rows, targets, strict=True):
-                self.memory.offer(row, target[0], -1)
+                if row:  # a method whose base samples give none starts with an empty memory
+                    self.memory.offer(row, target[0], -1)
         return self
 
     def reconstruction_of(self, x: Samples, batch: int = 64) -> float:

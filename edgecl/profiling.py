@@ -67,6 +67,7 @@ class Profile:
             the bundle's weight file adds padding. Sizes of graph files are not in it.
         reconstruction: Squared error of the first base samples' latents as replay rows hold them, over their square; None before ``fit``.
         refresh_every: Updates that share one run of the step ``refresh``; 0 without one.
+        adapt_every: Samples that share one run of the step ``adapt``.
     """
 
     method: str
@@ -76,6 +77,7 @@ class Profile:
     ledger: dict[str, Any]
     reconstruction: float | None = None
     refresh_every: int = 0
+    adapt_every: int = 1
 
 
 def profile(prepared: Prepared, engine: str = "onnx", pending: int = DEFAULT_PENDING) -> Profile:
@@ -125,6 +127,7 @@ def profile(prepared: Prepared, engine: str = "onnx", pending: int = DEFAULT_PEN
         found,
         prepared.reconstruction if prepared.examples else None,
         learner.refresh_every,
+        1 if learner.adaptation is None else learner.adaptation.every,
     )
 
 

@@ -23,6 +23,7 @@ LEDGER_WORDS = {
     "graphs": "graph files (flash)",
     "state": "what learning changes, once",
     "state_second_buffers": "second buffer of every tensor that a step writes",
+    "adaptation_start": "copy of what adaptation changes, for resets",
     "activations_peak": "intermediate tensors of the largest step",
     "kept_for_backward": "of those, what the forward pass leaves for the backward pass",
     "kept_masks": "of those, masks",

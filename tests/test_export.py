@@ -223,7 +223,7 @@ def test_a_newer_schema_is_refused(toy, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     data = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps({**data, "schema": data["schema"] + 1, "hologram": True}))
-    with pytest.raises(SchemaError, match="schema is 4, this package reads up to 3; update edgecl"):
+    with pytest.raises(SchemaError, match="schema is 5, this package reads up to 4; update edgecl"):
         Learner.load(tmp_path)
 
 

@@ -161,6 +161,9 @@ def test_single_steps_equal_eager(toy, tmp_path, method, config):
     learner = Learner(exported.manifest, witness, *initial(ready, toy))
     ids = []
     for sample, label in zip(x, y, strict=True):
+        if "adapt" in exported.manifest.steps:
+            learner.adapt(sample)
+            continue
         if "learn" not in exported.manifest.steps:
             learner.predict(sample)
             continue
@@ -175,7 +178,7 @@ def test_single_steps_equal_eager(toy, tmp_path, method, config):
     assert witness.compared >= STEPS
     assert witness.kinks <= KINKS
     replay = exported.manifest.replay
-    assert witness.batch == (0 if replay is None else 1 + replay.rows_per_step)
+    assert witness.batch == (0 if replay is None or "adapt" in exported.manifest.steps else 1 + replay.rows_per_step)
 
 
 @pytest.mark.parametrize(("method", "config"), [c for c in CASES if c[0] in ANALYTIC], ids=str)

@@ -20,11 +20,13 @@ from edgecl_device.errors import (
 )
 from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
-from edgecl_device.manifest import DrawSpec, Manifest, ReplaySpec, StepSpec, TensorSpec
+from edgecl_device.manifest import AdaptSpec, DrawSpec, Manifest, ReplaySpec, StepSpec, TensorSpec
 from edgecl_device.memory import ReplayMemory
-from edgecl_device.reports import LearnReport, Prediction
+from edgecl_device.reports import AdaptReport, LearnReport, Prediction
 
 __all__ = [
+    "AdaptReport",
+    "AdaptSpec",
     "BundleError",
     "BusyError",
     "ClosedError",

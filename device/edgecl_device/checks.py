@@ -10,9 +10,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from edgecl_device.adapt_checks import adapting_fault, adapting_outputs
 from edgecl_device.errors import BundleError, InputError, PredictionError
 from edgecl_device.generator import WORD
-from edgecl_device.manifest import AGE, DTYPES, UNSEEN_SCORE, Array, Manifest, TargetSpec, TensorSpec
+from edgecl_device.manifest import AGE, DTYPES, UNSEEN_SCORE, WHOLE, Array, Manifest, TargetSpec, TensorSpec
 
 TARGET = "target"
 REVISIONS = ("forget", "relabel")
@@ -138,8 +139,12 @@ def check_steps(manifest: Manifest) -> None:
         "predict": [manifest.target.scores(classes)],
         "learn": [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
         **{name: [TensorSpec("finite", (), "bool")] for name in (*REVISIONS, REFRESH)},
+        **adapting_outputs(manifest),
     }
-    if replay is not None:
+    fault = adapting_fault(manifest)
+    if fault:
+        raise BundleError(f"{fault}; export the bundle again")
+    if replay is not None and replay.policy not in WHOLE:
         stored = manifest.target.stored(classes)
         if [f for f in replay.fields if f.name == TARGET] != ([] if stored is None else [stored]):
             raise BundleError(

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from edgecl_device.adapt_checks import ADAPT
+from edgecl_device.adaptation import Adaptation, Adapted, health_of
 from edgecl_device.checks import REFRESH, check_state, short
 from edgecl_device.engines import Engine
 from edgecl_device.errors import RESTORE, BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
@@ -16,6 +18,7 @@ from edgecl_device.record import Sample
 from edgecl_device.rows import RowFile
 from edgecl_device.snapshot import Snapshot
 from edgecl_device.targets import target_of
+from edgecl_device.whole import WholeMemory, memory_of
 
 
 class Core:
@@ -24,12 +27,14 @@ class Core:
     Attributes:
         names: Class names by index, None where a class has none.
         counts: Samples learned by class or label, less the forgotten: int64 [K]; a map counts for every class that it shows.
-        totals: ``learned``, ``forgotten`` and ``relabelled`` over the learner's life.
+        totals: ``learned``, ``forgotten`` and ``relabelled`` over the learner's life; with a step ``adapt`` also samples ``adapted``,
+            ``updates`` and ``resets``.
         health: The method's figures after the last update.
         refused: Updates refused in this session.
         refreshes: Runs of the step ``refresh`` in this session.
         memory: The replay memory, if the method has one.
         stream_start: What :attr:`stream` was before the first frame.
+        adaptation: What is done with samples without a target; None without a step ``adapt``.
     """
 
     def __init__(
@@ -72,6 +77,11 @@ class Core:
         self.health: dict[str, float] = {}
         self.refused = 0
         self.refreshes = 0
+        self.adaptation: Adaptation | None = None
+        if manifest.adapt is not None:
+            self.totals |= {"adapted": 0, "updates": 0, "resets": 0}
+            memory = self.memory if isinstance(self.memory, WholeMemory) else None
+            self.adaptation = Adaptation(manifest, engine, memory, state, self._run)
         engine.load(state)
 
     @property
@@ -150,11 +160,28 @@ class Core:
         """Make what :meth:`propose` found the present."""
         self._engine.commit()
         self._refresh()
+        assert sample.target is not None
         if self.memory is not None:
             self.memory.offer(row_of(outputs), sample.target[0], sample.id)
         self.counts[self._target.classes_of(sample.target)] += 1
         self.totals["learned"] += 1
-        self.health = _health(outputs)
+        self.health = health_of(outputs)
+
+    def keep_adapted(self, sample: Sample, adapted: Adapted) -> None:
+        """Make what :meth:`Adaptation.propose` found the present."""
+        assert self.adaptation is not None
+        self.adaptation.keep(sample, adapted)
+        self.totals["adapted"] += 1
+        self.totals["updates"] += adapted.loss is not None
+        self.totals["resets"] += adapted.reset
+        self.health = {**self.health, **adapted.health}
+
+    def reset_adaptation(self) -> None:
+        """Go back to the bundle's initial state, with an empty memory."""
+        assert self.adaptation is not None
+        self.adaptation.reset()
+        self.totals["resets"] += 1
+        self.health = {}
 
     def revise(self, sample: Sample, step: str, target: Array | None, what: str) -> None:
         """Unlearn a sample (``target`` None) or give it another target. Not undone on failure: see :meth:`reverting`."""
@@ -165,7 +192,8 @@ class Core:
             self._run(REFRESH, {}, what)
             self._keep_refreshed()
         self._refresh()
-        self.health = _health(outputs)
+        self.health = health_of(outputs)
+        assert sample.target is not None
         self.counts[self._target.classes_of(sample.target)] -= 1
         if target is None:
             self.totals["forgotten"] += 1
@@ -183,7 +211,8 @@ class Core:
         if self.memory is not None:
             tensors |= self.memory.snapshot()
         meta = {"class_names": list(self.names), "class_counts": self.counts.tolist(), "totals": dict(self.totals)}
-        return Snapshot(tensors, {**meta, "health": dict(self.health)})
+        adaptation = {} if self.adaptation is None else {"adaptation": self.adaptation.progress()}
+        return Snapshot(tensors, {**meta, "health": dict(self.health), **adaptation})
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, bit for bit.
@@ -199,6 +228,8 @@ class Core:
             self._check_classes(names, counts)
             if not isinstance(totals, dict) or totals.keys() != self.totals.keys() or not isinstance(health, dict):
                 raise InputError(f"totals and health: must be objects, the first with {', '.join(self.totals)}, got {totals} and {health}")
+            if self.adaptation is not None:
+                self.adaptation.restore(snapshot.meta["adaptation"])
             if self.memory is not None:
                 self.memory.restore(snapshot.tensors)
         except (EdgeclError, KeyError) as error:
@@ -252,12 +283,14 @@ class Core:
         outputs = self._engine.run(step, values)
         loss = float(outputs.get("loss", np.float32(0)))
         cause = None
-        if not outputs["finite"] or not np.isfinite(loss):
+        if not outputs.get("finite", np.True_) or not np.isfinite(loss):
             cause = f"the new state or the loss ({loss:.4g}) is not finite; lower the learning rate or check the sample's scale"
+            if step == ADAPT and self.memory is not None:
+                cause += ", or call reset_adaptation() where a row of the memory is what is wrong"
         elif not np.isfinite(outputs.get("scores", np.float32(0))).all():
             cause = "the scores before the update are not finite: the state has grown too large; roll back, and lower the learning rate"
         elif not outputs.get("guard", np.True_):
-            figures = ", ".join(f"health.{name} = {value:.4g}" for name, value in _health(outputs).items()) or "no health figures"
+            figures = ", ".join(f"health.{name} = {value:.4g}" for name, value in health_of(outputs).items()) or "no health figures"
             cause = f"the method's guard failed ({figures}); keeping it would spoil the state, leave this sample as it is"
         if cause is not None:
             self.refused += 1
@@ -266,13 +299,9 @@ class Core:
         return outputs
 
 
-def _health(outputs: Mapping[str, Array]) -> dict[str, float]:
-    return {name.removeprefix("health."): float(value) for name, value in outputs.items() if name.startswith("health.")}
-
-
 def _memory(spec: ReplaySpec, classes: int, row_file: Path | None, token: bytes | None) -> ReplayMemory:
     file = None if row_file is None else RowFile(row_file, spec.fields, memory_layout(spec, classes)[0], token)
-    return ReplayMemory(spec, classes, file)
+    return memory_of(spec, classes, file)
 
 
 def _empty_rows(manifest: Manifest) -> dict[str, Array]:

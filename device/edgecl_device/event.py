@@ -13,8 +13,8 @@ class Event:
 
     Attributes:
         seq: Its number; they rise by one.
-        kind: ``learn``, ``add_class`` or ``reset_stream``. Forgetting and relabelling change the log itself and renew the snapshot, so that
-            nothing is left to replay.
+        kind: ``learn``, ``adapt``, ``add_class``, ``reset_stream`` or ``reset_adaptation``. Forgetting and relabelling change the log
+            itself and renew the snapshot, so that nothing is left to replay.
         sample_id: The sample, or None.
         label: Class index, or None.
         weight: Sample weight, or None.

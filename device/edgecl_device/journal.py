@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from edgecl_device.adaptation import Adapted
 from edgecl_device.core import Core
 from edgecl_device.errors import RESTORE, EdgeclError, ForgetRefusedError, StoreError, UpdateRefusedError
 from edgecl_device.event import Event
@@ -71,6 +72,39 @@ class Journal:
             raise
         self.changed = True
         return outputs
+
+    def adapt(self, sample: Sample) -> Adapted:
+        """Adapt to a sample without a target, log it and keep what it found.
+
+        Raises:
+            UpdateRefusedError: when its result must not be kept.
+            StoreFullError: when it cannot be logged.
+        """
+        assert self._core.adaptation is not None
+        event = self._record.event(self._store.seq + 1, sample, self._core.stream)
+        renewed = self._room(event)
+        commits = self._store.commits
+        adapted = self._core.adaptation.propose(sample)
+        try:
+            with self._whole():
+                self._append(event, renewed)
+                self._core.keep_adapted(sample, adapted)
+                self._pending.discard(sample.id)
+        except BaseException:
+            if self._store.commits == commits:
+                adapted.take_back()
+            raise
+        self.changed = True
+        return adapted
+
+    def reset_adaptation(self) -> None:
+        """Go back to the bundle's initial state."""
+        event = Event(self._store.seq + 1, "reset_adaptation")
+        renewed = self._room(event)
+        with self._whole():
+            self._append(event, renewed)
+            self._core.reset_adaptation()
+        self.changed = True
 
     def add_class(self, name: str, label: int) -> None:
         """Name a class."""
@@ -171,9 +205,15 @@ class Journal:
             if event.kind == "reset_stream":
                 self._core.stream = self._core.stream_start
                 continue
+            if event.kind == "reset_adaptation":
+                self._core.reset_adaptation()
+                continue
             sample = self._record.sample(event)
             try:
-                self._core.keep(sample, self._core.propose(sample))
+                if self._core.adaptation is not None and sample.target is None:
+                    self._core.keep_adapted(sample, self._core.adaptation.propose(sample))
+                else:
+                    self._core.keep(sample, self._core.propose(sample))
             except UpdateRefusedError as error:
                 raise StoreError(f"store: event {event.seq} cannot be replayed ({error}); use the runtime version that wrote it") from error
             self._core.stream = self._record.stream(event)

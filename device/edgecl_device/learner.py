@@ -1,10 +1,10 @@
-"""The loop: predict, learn, forget, save and roll back, one sample at a time, on any engine.
+"""The loop: predict, learn, adapt, forget, save and roll back, one sample at a time, on any engine.
 
 The loop keeps what is not a fixed-shape tensor function out of the graphs: random draws, replay rows, labels that arrive
 later, the log. Call one learner from one thread at a time; a call from a second one is refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from edgecl_device.adapt_checks import ADAPT, TRACK
 from edgecl_device.checks import (
     REFRESH,
     as_float32,
@@ -37,7 +38,7 @@ from edgecl_device.journal import Journal
 from edgecl_device.manifest import Array, Manifest, check_files, read_manifest
 from edgecl_device.pending import Pending
 from edgecl_device.record import Record, Sample
-from edgecl_device.reports import LearnReport, Prediction, predicted
+from edgecl_device.reports import AdaptReport, LearnReport, Prediction, predicted
 from edgecl_device.rows import row_file_of
 from edgecl_device.store import AUTOMATIC, Store
 from edgecl_device.targets import target_of
@@ -86,7 +87,7 @@ class Learner(OneAtATime):
         self._x = manifest.steps["encode"].inputs
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
         self._pending = Pending(manifest.features, manifest.pending_capacity)
-        self._session = {"predicted": 0, "learned": 0, "macs": 0}
+        self._session = {"predicted": 0, "learned": 0, "adapted": 0, "macs": 0}
         self._target = target_of(manifest.target, manifest.max_classes)
         self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
         record = Record(manifest, self._store.persistent or manifest.forgets or "relabel" in manifest.steps)
@@ -208,21 +209,10 @@ class Learner(OneAtATime):
         start, written = perf_counter(), self._written
         self._check_step("learn")
         target = self._target.array(y, self._core.names)
-        weight, lr = self._check_options(weight, lr)
-        if isinstance(x, np.ndarray | Mapping):
-            if self.manifest.stream:
-                raise InputError("x: a stream's frames go through predict, each once and in order; pass the sample_id that it returned")
-            z = self._encode(x)
-            sample_id = self._store.new_id()
-            macs = self._macs("encode", "learn")
-        else:
-            if not isinstance(x, int | np.integer):
-                raise InputError(
-                    f"x: must be a numpy array, or a sample_id of predict, got {type(x).__name__}; convert it with numpy.asarray"
-                )
-            sample_id = as_int("x (a numpy array, or a sample_id)", x)
-            z = self._pending.get(sample_id)
-            macs = self._macs("learn")
+        weight = as_weight(weight, self.manifest.method, self._options)
+        lr = self._rate(lr, self._options)
+        sample_id, z, macs = self._sample(x)
+        macs += self._macs("learn")
         self._store.fold()
         refreshes = self._core.refreshes
         outputs = self._journal.learn(Sample(sample_id, z, target, weight, lr))
@@ -233,6 +223,52 @@ class Learner(OneAtATime):
         before, told, written = self._target.read(outputs["scores"]), self._target.told(target), self._written - written
         loss = float(outputs["loss"])
         return LearnReport(sample_id, loss, before, told, dict(self._core.health), macs, written, perf_counter() - start)
+
+    @verb
+    def adapt(self, x: Array | Mapping[str, Array] | int, lr: float | None = None) -> AdaptReport:
+        """Predict one sample and adapt to it, without a target.
+
+        The sample is encoded once and predicted. A method with a memory then offers it, under the class predicted, unless its own filter
+        leaves it out; when the manifest's ``adapt.every`` samples have been offered since the last update, and the memory is full, an
+        update runs on all of its rows. A method without one updates on every sample.
+
+        Args:
+            x: A sample, or the ``sample_id`` of an earlier prediction; for a stream the latter.
+            lr: At least 0, of an update that runs now; None is the bundle's; only for methods whose ``adapt`` takes it.
+
+        Raises:
+            InputError: when the sample, its id or an option does not fit, or the learner knows no class.
+            UpdateRefusedError: when the new state is not finite; state and memory are then what they were, the sample not among it.
+            PredictionError: when a score is not finite.
+            StoreFullError: when the sample cannot be logged.
+            StepMissingError: when the method does not adapt.
+        """
+        start, written = perf_counter(), self._written
+        self._check_step(ADAPT)
+        lr = self._rate(lr, {spec.name for spec in self.manifest.steps[ADAPT].inputs})
+        sample_id, z, macs = self._sample(x)
+        self._store.fold()
+        adapted = self._journal.adapt(Sample(sample_id, z, None, 1.0, lr))
+        macs += self._macs(TRACK) if TRACK in self.manifest.steps else 0
+        macs += self._macs(ADAPT) if adapted.loss is not None else 0
+        self._session["adapted"] += 1
+        self._session["macs"] += macs
+        scores = adapted.outputs["scores"][0]
+        prediction = predicted(self.manifest.target.kind, scores, adapted.found, self._core.names, sample_id)
+        updated, written = adapted.loss is not None, self._written - written
+        health, seconds = dict(self._core.health), perf_counter() - start
+        return AdaptReport(sample_id, prediction, adapted.loss, updated, adapted.selected, adapted.reset, health, macs, written, seconds)
+
+    @verb
+    def reset_adaptation(self) -> None:
+        """Go back to the bundle's initial state, with an empty memory: for a shift that the caller knows of.
+
+        Raises:
+            StepMissingError: when the method does not adapt.
+            StoreFullError: when it cannot be logged.
+        """
+        self._check_step(ADAPT)
+        self._journal.reset_adaptation()
 
     @verb
     def forget(self, sample_id: int) -> bool:
@@ -359,7 +395,7 @@ class Learner(OneAtATime):
 
     @verb
     def report(self) -> dict[str, Any]:
-        """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health.
+        """Figures of this learner: totals of its life, counts of this session, log, replay memory, snapshots, health, adaptation.
 
         ``session.bytes_written`` is everything that the store has written since it was opened: log, snapshots, blocks of sample
         ids, and each page once more when the write-ahead log is moved into the file; of replay rows in a file the pages that each snapshot
@@ -378,6 +414,7 @@ class Learner(OneAtATime):
             "snapshots": store.snapshots(),
             "state_bytes": sum(spec.nbytes for spec in self.manifest.state),
             "health": dict(core.health),
+            "adaptation": None if core.adaptation is None else core.adaptation.progress(),
         }
 
     @property
@@ -402,6 +439,18 @@ class Learner(OneAtATime):
             stack.callback(self._core.close)
             stack.callback(self._store.close)
 
+    def _sample(self, x: Array | Mapping[str, Array] | int) -> tuple[int, dict[str, Array], int]:
+        """Number and features of a sample or of an earlier prediction, and the MACs that they took now."""
+        if isinstance(x, np.ndarray | Mapping):
+            if self.manifest.stream:
+                raise InputError("x: a stream's frames go through predict, each once and in order; pass the sample_id that it returned")
+            z = self._encode(x)
+            return self._store.new_id(), z, self._macs("encode")
+        if not isinstance(x, int | np.integer):
+            raise InputError(f"x: must be a numpy array, or a sample_id of predict, got {type(x).__name__}; convert it with numpy.asarray")
+        sample_id = as_int("x (a numpy array, or a sample_id)", x)
+        return sample_id, self._pending.get(sample_id), 0
+
     def _encode(self, x: Array | Mapping[str, Array]) -> dict[str, Array]:
         outputs = self._engine.run("encode", as_inputs(x, self._x))
         z = {spec.name: outputs[spec.name] for spec in self._pending.specs}
@@ -416,11 +465,10 @@ class Learner(OneAtATime):
         names = self._core.names
         return names[index] or (str(index) if str(index) not in names else f"{index} (no name)")
 
-    def _check_options(self, weight: float, lr: float | None) -> tuple[float, float]:
-        weight = as_weight(weight, self.manifest.method, self._options)
-        if lr is not None and "lr" not in self._options:
+    def _rate(self, lr: float | None, options: Collection[str]) -> float:
+        if lr is not None and "lr" not in options:
             raise InputError(f"lr: {self.manifest.method} has no learning rate, got {lr}; leave it out")
-        return weight, as_float32("lr", self.manifest.learning_rate if lr is None else lr, positive=False)
+        return as_float32("lr", self.manifest.learning_rate if lr is None else lr, positive=False)
 
     def _check_step(self, step: str) -> None:
         if step not in self.manifest.steps:

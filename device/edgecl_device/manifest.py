@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from edgecl_device.errors import BundleError, InputError, SchemaError
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the manifest that is written.
 
-Versions 1, in which ``target`` is the word ``class``, and 2, without ``refresh_every``, are read as well."""
+Versions 1, in which ``target`` is the word ``class``, 2, without ``refresh_every``, and 3, without ``adapt``, are read as well."""
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"
@@ -35,6 +35,8 @@ STREAM = "encode."
 """Start of the names of state that ``encode`` carries from frame to frame, and that no other step reads or writes."""
 AGE = "age"
 """State float32 []: updates since the last ``refresh``, for methods that have such a step."""
+WHOLE = ("ring", "balanced")
+"""Policies of replay memories all of whose rows ``adapt`` gets (:mod:`edgecl_device.whole`)."""
 UNSEEN_SCORE = -1e30
 """Score of a class that has not been learned yet: finite, so that it passes every check, and below any real score."""
 
@@ -153,7 +155,7 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class DrawSpec:
-    """Random integers that ``learn`` takes, drawn anew for every update from the replay memory's generator.
+    """Random integers that ``learn`` or ``adapt`` takes, drawn anew for every update from the replay memory's generator.
 
     Attributes:
         name: The input is ``draw.NAME``, int64.
@@ -176,16 +178,17 @@ class ReplaySpec:
     """Replay memory: what one row holds, how many fit, and which row goes when it is full.
 
     Attributes:
-        fields: One row's tensors as the ``learn`` step returns them (``row.NAME``), without a batch dimension. A field ``target`` comes
-            from the loop: the sample's target (:meth:`TargetSpec.stored`) where that is no class index.
+        fields: One row's tensors as the step ``learn`` or ``track`` returns them (``row.NAME``), without a batch dimension. A field
+            ``target`` comes from the loop: the sample's target (:meth:`TargetSpec.stored`) where that is no class index.
         rows_per_step: Rows drawn for one update.
         capacity_bytes: Budget for the whole memory, labels and bookkeeping included.
-        policy: ``reservoir`` or ``largest-class``.
+        policy: ``reservoir`` or ``largest-class``, of which ``learn`` gets rows by chance; ``ring`` or ``balanced``, of which ``adapt``
+            gets all.
         seed: Key of the counter-based generator.
         counter: Words of the generator already drawn when the bundle was written.
         seen: Samples already offered to the memory when the bundle was written.
         reconstruction: Squared error of the calibration latents as rows hold them, over their square.
-        draws: Random integers that ``learn`` takes beside the rows, in the order in which they are drawn.
+        draws: Random integers that ``learn`` or ``adapt`` takes beside the rows, in the order in which they are drawn.
         in_file: Whether the rows lie in a file beside the store, not in memory.
     """
 
@@ -199,6 +202,24 @@ class ReplaySpec:
     reconstruction: float = 0.0
     draws: tuple[DrawSpec, ...] = ()
     in_file: bool = False
+
+
+@dataclass(frozen=True)
+class AdaptSpec:
+    """When the loop runs ``adapt``, and when it goes back to the start.
+
+    Attributes:
+        every: Samples that enter the memory from one update to the next; 1 for methods without a memory, which adapt on every sample.
+        reset: ``never``; ``every``: behind so many updates (``reset_every``); ``loss``: when the running mean of the loss falls below
+            ``reset_below`` (a collapse, after which every sample is of one class).
+        reset_every: Updates.
+        reset_below: Loss.
+    """
+
+    every: int = 1
+    reset: str = "never"
+    reset_every: int = 0
+    reset_below: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -235,6 +256,7 @@ class Manifest:
         versions: Versions of what wrote the bundle.
         engine: ``onnx`` or ``executorch``: which runtime the graphs are for.
         refresh_every: Updates after which the loop runs the step ``refresh``; 0 without one.
+        adapt: When the loop runs the step ``adapt``; None without one.
     """
 
     method: str
@@ -257,6 +279,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = "onnx"
     refresh_every: int = 0
+    adapt: AdaptSpec | None = None
     schema: int = SCHEMA
 
     @property

@@ -16,10 +16,12 @@ import numpy as np
 
 from edgecl_device.errors import InputError
 from edgecl_device.generator import WORD, Generator
-from edgecl_device.manifest import Array, ReplaySpec, TensorSpec
+from edgecl_device.manifest import WHOLE, Array, ReplaySpec, TensorSpec
 from edgecl_device.rows import HEADER_BYTES, RowFile, Rows
 
 POLICIES = ("reservoir", "largest-class")
+"""Of memories from which ``learn`` gets rows by chance."""
+
 _ROW_OVERHEAD = 8 + 4  # sample id int64 and slot int32
 _MOST_ROWS = (1 << 31) - 1  # what a slot number can be
 _MOST_BYTES = 1 << 40
@@ -38,13 +40,15 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
     >>> memory_layout(spec, classes=10)
     (57, 992)
     """
-    if spec.policy not in POLICIES:
-        raise InputError(f"policy: must be one of {', '.join(POLICIES)}, got {spec.policy!r}; export the bundle again")
+    if spec.policy not in POLICIES + WHOLE:
+        raise InputError(f"policy: must be one of {', '.join(POLICIES + WHOLE)}, got {spec.policy!r}; export the bundle again")
     if spec.rows_per_step < 1:
         raise InputError(f"rows_per_step: must be at least 1, got {spec.rows_per_step}; export the bundle again")
     field_bytes = sum(field.nbytes for field in spec.fields)
     if has_targets(spec) and spec.policy == "largest-class":
         raise InputError("policy: must be 'reservoir' for rows whose target is no class index, got 'largest-class'; take 'reservoir'")
+    if spec.policy in WHOLE:
+        return _whole_layout(spec, classes)
     drawn = sum(draw.tensor.nbytes for draw in spec.draws)
     fixed = spec.rows_per_step * (field_bytes + (4 if has_targets(spec) else 8 + 4)) + 4 * (_segments(spec, classes) + 2) + drawn
     row = field_bytes + _ROW_OVERHEAD
@@ -60,6 +64,32 @@ def memory_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
             f"got {spec.capacity_bytes}; lower it"
         )
     return rows, fixed + rows * row
+
+
+def whole_bytes(spec: ReplaySpec, classes: int) -> int:
+    """Bytes of a memory that hands out all of its ``rows_per_step`` rows as they lie, without buffers.
+
+    >>> spec = ReplaySpec((TensorSpec("z", (4,), "uint8"),), rows_per_step=8, capacity_bytes=0, policy="ring", seed=0)
+    >>> whole_bytes(spec, classes=10)
+    140
+    """
+    row = sum(field.nbytes for field in spec.fields) + _ROW_OVERHEAD
+    offered = 8 * classes if spec.policy == "balanced" else 0
+    drawn = sum(draw.tensor.nbytes for draw in spec.draws)
+    return spec.rows_per_step * row + 4 * (_segments(spec, classes) + 2) + offered + drawn
+
+
+def _whole_layout(spec: ReplaySpec, classes: int) -> tuple[int, int]:
+    nbytes = whole_bytes(spec, classes)
+    if has_targets(spec) or spec.in_file:
+        what = "a field 'target'" if has_targets(spec) else "a file of their own"
+        raise InputError(f"policy: must be one of {', '.join(POLICIES)} for rows with {what}, got {spec.policy!r}; export the bundle again")
+    if nbytes > min(spec.capacity_bytes, _MOST_BYTES) or spec.rows_per_step > _MOST_ROWS:
+        raise InputError(
+            f"capacity_bytes: must be at least {nbytes} and at most {_MOST_BYTES} for {spec.rows_per_step} rows, "
+            f"got {spec.capacity_bytes}; take fewer rows, or raise it"
+        )
+    return spec.rows_per_step, nbytes
 
 
 def memory_bytes(spec: ReplaySpec, classes: int) -> tuple[int, int]:
@@ -91,7 +121,7 @@ def has_targets(spec: ReplaySpec) -> bool:
 
 
 def _segments(spec: ReplaySpec, classes: int) -> int:
-    return 1 if has_targets(spec) else classes
+    return 1 if has_targets(spec) or spec.policy == "ring" else classes
 
 
 class ReplayMemory:
@@ -135,9 +165,10 @@ class ReplayMemory:
         self._starts = np.zeros(classes + 2, np.int32)
         self._starts[-1] = self.rows
         r = spec.rows_per_step
-        self._batch = {f"replay.{field.name}": np.zeros((r, *field.shape), field.dtype) for field in spec.fields}
-        self._target = np.zeros(r if self._labelled else 0, np.int64)
-        self._weight = np.zeros(r, np.float32)
+        buffered = 0 if spec.policy in WHOLE else r
+        self._batch = {f"replay.{field.name}": np.zeros((buffered, *field.shape), field.dtype) for field in spec.fields}
+        self._target = np.zeros(buffered if self._labelled else 0, np.int64)
+        self._weight = np.zeros(buffered, np.float32)
         self._draws = {draw.tensor.name: draw.tensor.zeros() for draw in spec.draws}
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""One learned sample as the steps take it, and its entry in the store's log."""
+"""One sample as the steps take it, and its entry in the store's log."""
 
 import dataclasses
 import math
@@ -14,26 +14,27 @@ from edgecl_device.manifest import Array, Manifest, TensorSpec
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sample with its target.
+    """A sample, with its target where there is one.
 
     Attributes:
         id: Its number, by which it can be forgotten.
         z: Its features by name.
-        target: As a step takes it.
+        target: As a step takes it; None for a sample to adapt to.
         weight: Its weight.
-        lr: The learning rate with which it is learned.
+        lr: The learning rate of its update.
     """
 
     id: int
     z: Mapping[str, Array]
-    target: Array
+    target: Array | None
     weight: float
     lr: float
 
     def inputs(self) -> dict[str, Array]:
         """What every step may name, by name."""
         weight, lr = np.array([self.weight], np.float32), np.array(self.lr, np.float32)
-        return {**self.z, "target": self.target, "weight": weight, "lr": lr}
+        target = {} if self.target is None else {"target": self.target}
+        return {**self.z, **target, "weight": weight, "lr": lr}
 
 
 class Record:
@@ -60,9 +61,10 @@ class Record:
         return self._features.nbytes + self._behind.nbytes + self._stream.nbytes
 
     def event(self, seq: int, sample: Sample, stream: Mapping[str, Array]) -> Event:
-        """The entry of a learned sample, with the state of the stream at that time."""
+        """The entry of a sample that was learned or adapted to, with the state of the stream at that time."""
         kept = self._features.pack(sample.z) + self._kept(sample.target) + self._stream.pack(stream) if self._read else None
-        return Event(seq, "learn", sample.id, self._label(sample.target), sample.weight, sample.lr, None, kept)
+        kind = "adapt" if sample.target is None else "learn"
+        return Event(seq, kind, sample.id, self._label(sample.target), sample.weight, sample.lr, None, kept)
 
     def sample(self, event: Event) -> Sample:
         """The sample of an entry.
@@ -72,6 +74,8 @@ class Record:
         """
         features, behind, _ = self._parts(event)
         z, kept = self._features.unpack(features), self._behind.unpack(behind)
+        if event.kind == "adapt":
+            return Sample(int(event.sample_id or 0), z, None, _number(event.weight), _number(event.lr))
         target = kept["target"][None].astype(self._target.dtype) if kept else np.array([event.label], np.int64)
         return Sample(int(event.sample_id or 0), z, target, _number(event.weight), _number(event.lr))
 
@@ -96,11 +100,12 @@ class Record:
         first, second = self._features.nbytes, self._features.nbytes + self._behind.nbytes
         return data[:first], data[first:second], data[second:]
 
-    def _label(self, target: Array) -> int | None:
-        return None if self._behind.specs else int(target[0])
+    def _label(self, target: Array | None) -> int | None:
+        return None if target is None or self._behind.specs else int(target[0])
 
-    def _kept(self, target: Array) -> bytes:
-        return b"".join(target.astype(spec.dtype).tobytes() for spec in self._behind.specs)
+    def _kept(self, target: Array | None) -> bytes:
+        """What is kept of a target behind the features; zeros in the place of none, so that all entries are of one length."""
+        return b"".join((spec.zeros() if target is None else target).astype(spec.dtype).tobytes() for spec in self._behind.specs)
 
 
 def _number(value: float | None) -> float:

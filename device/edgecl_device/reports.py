@@ -56,6 +56,35 @@ def predicted(kind: str, scores: Array, found: Any, names: Sequence[str | None],
 
 
 @dataclass(frozen=True)
+class AdaptReport:
+    """One sample that the learner has adapted to, or taken into its memory for later.
+
+    Attributes:
+        sample_id: Its number.
+        prediction: From the one forward pass that the sample got; with statistics that follow each sample, from those that it has moved.
+        loss: Of the update, as the method defines it; None when none ran.
+        updated: Whether an update ran.
+        selected: Whether the sample entered the memory; True for methods without one.
+        reset: Whether the loop went back to the start behind the update, by its reset policy.
+        health: The method's health figures.
+        macs: Canonical multiply-accumulates spent: ``encode`` when it ran, ``track``, and ``adapt`` when it ran.
+        bytes_written: As in :class:`LearnReport`.
+        seconds: Wall time of the call.
+    """
+
+    sample_id: int
+    prediction: Prediction
+    loss: float | None
+    updated: bool
+    selected: bool
+    reset: bool
+    health: dict[str, float]
+    macs: int
+    bytes_written: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class LearnReport:
     """One update.
 

@@ -34,34 +34,37 @@ class Rows:
     Args:
         fields: One row's tensors.
         count: Rows that there is room for.
+
+    Attributes:
+        arrays: Every row by field, [count, ...].
     """
 
     def __init__(self, fields: tuple[TensorSpec, ...], count: int) -> None:
-        self._arrays = {field.name: np.zeros((count, *field.shape), field.dtype) for field in fields}
+        self.arrays = {field.name: np.zeros((count, *field.shape), field.dtype) for field in fields}
         self._fields = fields
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(array.nbytes for array in self.arrays.values())
 
     def write(self, slot: int, row: Mapping[str, Array]) -> None:
         """Replace one row."""
-        for name, array in self._arrays.items():
+        for name, array in self.arrays.items():
             array[slot] = row[name]
 
     def read(self, slots: Array) -> dict[str, Array]:
         """Copies of some rows: [n, ...] by field."""
-        return {name: array[slots] for name, array in self._arrays.items()}
+        return {name: array[slots] for name, array in self.arrays.items()}
 
     def fill(self, values: Mapping[str, Array]) -> None:
         """Set the first rows."""
-        for name, array in self._arrays.items():
+        for name, array in self.arrays.items():
             array[: len(values[name])] = values[name]
 
     def snapshot(self, used: int) -> dict[str, Array]:
         """Copies of the first ``used`` rows."""
-        return {f"{ROW}{name}": array[:used].copy() for name, array in self._arrays.items()}
+        return {f"{ROW}{name}": array[:used].copy() for name, array in self.arrays.items()}
 
     def specs(self, snapshot: Mapping[str, Array], used: int) -> list[TensorSpec]:
         """What a snapshot must hold of the rows."""
@@ -69,7 +72,7 @@ class Rows:
 
     def restore(self, snapshot: Mapping[str, Array], used: int) -> None:
         """Take over a snapshot, checked against :meth:`specs`; other rows become zero."""
-        for name, array in self._arrays.items():
+        for name, array in self.arrays.items():
             array[:used] = snapshot[f"{ROW}{name}"]
             array[used:] = 0
 

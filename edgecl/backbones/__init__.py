@@ -12,6 +12,7 @@ from edgecl.backbones.sensors import Cnn1d, GruClassifier
 from edgecl.backbones.small_cnn import SmallCnn
 from edgecl.backbones.vit import VisionTransformer
 from edgecl.backbones.weights import WeightsError, load_weights
+from edgecl.backbones.wide_resnet import WideResNet, wrn_28_10, wrn_40_2
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": SmallCnn,
@@ -25,6 +26,8 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "ds_cnn": DsCnn,
     "cnn1d": Cnn1d,
     "gru": GruClassifier,
+    "wrn_28_10": wrn_28_10,
+    "wrn_40_2": wrn_40_2,
 }
 """Constructors by name; each takes ``classes`` and ``generator`` by keyword."""
 
@@ -39,10 +42,13 @@ __all__ = [
     "SmallCnn",
     "VisionTransformer",
     "WeightsError",
+    "WideResNet",
     "load_weights",
     "resnet18",
     "resnet20",
     "resnet32",
     "resnet44",
     "resnet56",
+    "wrn_28_10",
+    "wrn_40_2",
 ]

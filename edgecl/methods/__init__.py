@@ -1,6 +1,10 @@
 """The methods, one file each. A new method enters by one line in :data:`METHODS`."""
 
 from edgecl.learner import Learner
+from edgecl.methods.affine_warmup import AffineWarmup
+from edgecl.methods.bn_stats import BatchStatistics
+from edgecl.methods.eata import Eata
+from edgecl.methods.ecotta import EcoTTA
 from edgecl.methods.finetune import Finetune
 from edgecl.methods.frozen import Frozen
 from edgecl.methods.joint import Joint
@@ -8,10 +12,39 @@ from edgecl.methods.latent_replay import LatentReplay
 from edgecl.methods.ncm import NearestMean
 from edgecl.methods.ridge import Ridge
 from edgecl.methods.slda import StreamingLDA
+from edgecl.methods.tent import Tent
 
 METHODS: dict[str, type[Learner]] = {
-    method.name: method for method in (Frozen, Finetune, NearestMean, StreamingLDA, Ridge, LatentReplay, Joint)
+    method.name: method
+    for method in (
+        Frozen,
+        Finetune,
+        NearestMean,
+        StreamingLDA,
+        Ridge,
+        LatentReplay,
+        Joint,
+        BatchStatistics,
+        Tent,
+        Eata,
+        AffineWarmup,
+        EcoTTA,
+    )
 }
 """Every method by name."""
 
-__all__ = ["METHODS", "Finetune", "Frozen", "Joint", "LatentReplay", "NearestMean", "Ridge", "StreamingLDA"]
+__all__ = [
+    "METHODS",
+    "AffineWarmup",
+    "BatchStatistics",
+    "Eata",
+    "EcoTTA",
+    "Finetune",
+    "Frozen",
+    "Joint",
+    "LatentReplay",
+    "NearestMean",
+    "Ridge",
+    "StreamingLDA",
+    "Tent",
+]

@@ -50,7 +50,7 @@ class SuffixLearner(Learner):
             raise InputError(f"masks: must be a mapping of parameter names to bool tensors, got {type(masks).__name__}; pass a dict")
         self.masks = dict(masks or {})
         self._lstm = any(isinstance(part, nn.LSTM) for part in self.suffix.modules())
-        scores = self.suffix(_zeros(problem.features))
+        scores = self.suffix(zeros(problem.features))
         wanted = problem.target.scores(problem.max_classes).shape
         if tuple(scores.shape) != wanted:
             raise InputError(f"suffix: must return scores {list(wanted)}, got {list(scores.shape)}; {_HEADS[problem.target.kind]}")
@@ -141,7 +141,8 @@ def check_training(config: Any) -> None:
     require(ok, "trainable", "be None or a tuple of patterns", patterns, "use ('fc.*',) for one")
 
 
-def _zeros(features: Any) -> Any:
+def zeros(features: Any) -> Any:
+    """Zeros [1, ...] in the shape of a latent."""
     if isinstance(features, Mapping):
-        return {key: _zeros(value) for key, value in features.items()}
+        return {key: zeros(value) for key, value in features.items()}
     return torch.zeros(features.shape, dtype=getattr(torch, features.dtype))

@@ -20,6 +20,7 @@ LEDGER = {
     "frozen_weights": ("frozen weights", GREY),
     "state": ("state", BLUE),
     "state_second_buffers": ("second buffers", SKY),
+    "adaptation_start": ("start of adaptation", GREY),
     "replay": ("replay rows", ORANGE),
     "activations_peak": ("activations, at peak", GREEN),
     "inputs_outputs": ("inputs and outputs", PURPLE),

@@ -54,7 +54,7 @@ def used(found: Profile) -> dict[str, int]:
     return {
         "beyond_trunk": found.ledger["beyond_trunk"],
         "ram": ram_bytes(found.ledger),
-        "update_macs": update_macs({step.step: step.canonical_macs for step in found.steps}, found.refresh_every),
+        "update_macs": update_macs({step.step: step.canonical_macs for step in found.steps}, found.refresh_every, found.adapt_every),
     }
 
 

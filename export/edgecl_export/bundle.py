@@ -258,6 +258,7 @@ def _write(
         files=contents,
         engine=engine,
         refresh_every=learner.refresh_every,
+        adapt=learner.adaptation,
         versions={name: version(name) for name in ("edgecl", "torch", *target.packages)},
     )
     (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")

@@ -16,10 +16,12 @@ from edgecl.graph.passes.integers import stored
 from edgecl.prepare import Prepared
 from edgecl.targets import drawn_target
 from edgecl.trees import flatten_tree
+from edgecl_device.adapt_checks import ADAPT, TRACK
 from edgecl_device.checks import REFRESH, REVISIONS
 from edgecl_device.engines import Engine
 from edgecl_device.errors import EdgeclError
 from edgecl_device.manifest import AGE, Array, Manifest, TensorSpec, check_files, read_manifest
+from edgecl_device.memory import row_of
 from edgecl_device.targets import example_target
 from edgecl_device.trial import tried
 from edgecl_export.errors import refuse
@@ -186,7 +188,13 @@ def _parity(case: _Case) -> str:
 
 
 def _learned(case: _Case, eager: EagerEngine, state: Mapping[str, Array], inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-    """The state after learning a sample, or the same state where there is no such step or it refuses."""
+    """The state after learning a sample, or adapting to it, or the same state where there is no such step or it refuses."""
+    for step in (TRACK, ADAPT):
+        if step in case.manifest.steps:
+            eager.load(state)
+            if bool(eager.run(step, inputs).get("finite", True)):
+                eager.commit()
+            state = eager.state()
     if "learn" not in case.manifest.steps:
         return state
     eager.load(state)
@@ -220,15 +228,18 @@ def _samples(case: _Case, eager: EagerEngine) -> list[dict[str, Array]]:
 
 
 def _loads(case: _Case) -> str:
-    """The device's own loop loads the bundle, predicts, and learns."""
+    """The device's own loop loads the bundle, predicts, and learns or adapts."""
     try:
         with tried(case.folder) as learner:
             seen = learner.predict(case.prepared.example)
             if "learn" in case.manifest.steps:
                 learner.learn(seen.sample_id, example_target(case.manifest) if seen.label is None else seen.label)
+            if ADAPT in case.manifest.steps:
+                learner.adapt(seen.sample_id)
     except EdgeclError as error:
         raise refuse("loads", f"the device's loop refuses the bundle or its first sample ({error})", UNLESS) from error
-    return "loaded, predicted" + (", learned" if "learn" in case.manifest.steps else "")
+    done = {"learn": ", learned", ADAPT: ", adapted"}
+    return "loaded, predicted" + "".join(word for step, word in done.items() if step in case.manifest.steps)
 
 
 def _check_clean_runs(case: _Case, state: Mapping[str, Array], inputs: Mapping[str, Array], target: Engine) -> None:
@@ -261,6 +272,7 @@ def _inputs(case: _Case) -> Any:
     target, examples = learner.problem.target, list[tuple[Any, Array] | None](prepared.examples) or [None]
     specs = {spec.name: spec for step in case.manifest.steps.values() for spec in step.inputs}
     stored = prepared.memory.rows_by_name() if prepared.memory is not None else {}
+    stored |= _tracked(case)
     draws = prepared.memory.spec.draws if prepared.memory is not None else ()
     for i, example in enumerate(itertools.cycle(examples)):
         if example is None:
@@ -282,8 +294,8 @@ def _inputs(case: _Case) -> Any:
                 rows = spec.shape[0]
                 if name == "replay.weight":
                     inputs[name] = (np.arange(rows) < (rows if i % 3 else i % rows)).astype(np.float32)
-                elif len(stored.get("replay.target", ())) >= rows:
-                    picked = np.random.default_rng(i).integers(0, len(stored["replay.target"]), rows)
+                elif len(stored.get(name, ())) >= (1 if ADAPT in case.manifest.steps else rows):
+                    picked = np.random.default_rng(i).integers(0, len(stored[name]), rows)
                     inputs[name] = stored[name][picked]
                 elif name == "replay.target":
                     drawn = [drawn_target(target, classes, int(k), generator) for k in generator.integers(0, classes, rows)]
@@ -291,6 +303,16 @@ def _inputs(case: _Case) -> Any:
                 else:
                     inputs[name] = _example_of(spec, generator)
         yield inputs
+
+
+def _tracked(case: _Case) -> dict[str, Array]:
+    """Rows [n, ...] of the base samples kept, of methods whose memory is empty at the start."""
+    if TRACK not in case.manifest.steps:
+        return {}
+    eager = EagerEngine(case.prepared.trunk, case.prepared.learner)
+    eager.load({name: t.detach().numpy() for name, t in case.prepared.state.items()})
+    found = [row_of(eager.run(TRACK, {n: t.numpy() for n, t in flatten_tree({"z": z}).items()})) for z, _ in case.prepared.examples]
+    return {f"replay.{name}": np.stack([row[name] for row in found]) for name in (found[0] if found else {})}
 
 
 def _example_of(spec: TensorSpec, generator: np.random.Generator) -> Array:

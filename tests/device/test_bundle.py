@@ -41,8 +41,8 @@ def test_a_missing_or_altered_file_is_named_and_the_store_is_left_alone(means, l
 def test_a_newer_schema_is_refused(means, load):
     data = json.loads((means / "manifest.json").read_text())
     # A newer schema may hash in another way: it comes first.
-    (means / "manifest.json").write_text(json.dumps({**data, "schema": 4}))
-    with pytest.raises(SchemaError, match="schema is 4, this package reads up to 3; update edgecl on the device"):
+    (means / "manifest.json").write_text(json.dumps({**data, "schema": 5}))
+    with pytest.raises(SchemaError, match="schema is 5, this package reads up to 4; update edgecl on the device"):
         load(means)
 
 

@@ -130,7 +130,7 @@ def test_a_removed_row_leaves_no_trace():
     content = b"".join(array.tobytes() for array in memory.snapshot().values())
     assert np.int64(202).tobytes() not in content
     assert not any((array == 202).any() for array in memory.rows_by_name().values())
-    assert not any((array == 202).any() for array in memory._rows._arrays.values())
+    assert not any((array == 202).any() for array in memory._rows.arrays.values())
 
 
 def test_reservoir_is_algorithm_r():

@@ -17,6 +17,7 @@ from edgecl.graph.passes import Clean, FoldConstants
 from edgecl.graph.step import StepGraph
 from edgecl.learner import Learner, Problem, dtype_name
 from edgecl.methods import METHODS
+from edgecl.methods._adapt import AdaptiveLearner
 from edgecl.methods._suffix import SuffixLearner
 from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.engines.onnx import STATE_OUT
@@ -151,7 +152,8 @@ def make_learner(name: str, **config: Any) -> Learner:
     kind = METHODS[name]
     if not issubclass(kind, SuffixLearner):
         return kind(Problem(TensorSpec("z", (1, 6), "float32"), 4), kind.Config(**config))
-    learner = kind(Problem(TensorSpec("z", (1, 4, 7, 7), "float32"), 5), kind.Config(**config), suffix=small_net())
+    few = {"rows_per_step": 3} if issubclass(kind, AdaptiveLearner) else {}
+    learner = kind(Problem(TensorSpec("z", (1, 4, 7, 7), "float32"), 5), kind.Config(**{**few, **config}), suffix=small_net())
     learner.calibrate(torch.linspace(-3.0, 3.0, 2 * 4 * 49).reshape(2, 4, 7, 7))
     return learner
 

@@ -1,0 +1,175 @@
+"""A suffix in parts, each with a meta network beside it, by editing its graph; and how far these go from what is frozen."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from edgecl.backbones.initialise import initialise
+from edgecl.methods._features import require
+from edgecl.splitting import recorded
+
+META = "meta"
+"""Start of the names of the meta networks' modules."""
+
+
+class Branch(nn.Module):
+    """``ReLU(BN(Conv3x3(x)))`` without a bias, from one map's shape to another's.
+
+    Args:
+        inputs: Channels of ``x``.
+        outputs: Channels of the result.
+        stride: Of the convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [N, C, H, W] as [N, outputs, H / stride, W / stride]."""
+        found: Tensor = self.norm(self.conv(x)).relu()
+        return found
+
+
+class Sum(nn.Module):
+    """``normed + branch``.
+
+    Attributes:
+        gaps: While this is a list, the mean distance of the sum to the frozen part's own output goes there.
+        bypassed: Gives that output itself: the network without its meta networks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gaps: list[Tensor] | None = None
+        self.bypassed = False
+
+    def forward(self, normed: Tensor, branch: Tensor, frozen: Tensor) -> Tensor:
+        """Three maps of one shape as one."""
+        if self.bypassed:
+            return frozen
+        found = normed + branch
+        if self.gaps is not None:
+            self.gaps.append((found - frozen.detach()).abs().mean())
+        return found
+
+
+def with_meta(suffix: nn.Module, z: Tensor, names: Sequence[str], detached: bool, seed: int) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """The suffix with a meta network beside each part: ``x_k = BN(E_k(x_{k-1})) + ReLU(BN(Conv(x_{k-1})))``.
+
+    Args:
+        suffix: Left as it is.
+        z: One latent [1, C, H, W]; its values do not matter.
+        names: Where parts end: modules, in the order in which they run; the first part begins with the latent.
+        detached: Whether frozen parts pass no gradient to what lies before them.
+        seed: Of the meta networks' initial weights.
+
+    Returns:
+        The suffix, whose new modules are ``meta.K.branch``, ``meta.K.norm`` and ``meta.K.sum``, and the elements [1, ...] of the maps
+        between parts, the latent's first.
+
+    Raises:
+        InputError: when the model cannot be cut there, or a map's size is not a whole multiple of the next one's.
+    """
+    graph = deepcopy(suffix.graph) if isinstance(suffix, fx.GraphModule) else recorded(suffix)
+    whole = fx.GraphModule(deepcopy(suffix), graph)
+    ShapeProp(whole).propagate(z)
+    ends = [_end(graph, name) for name in names]
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    require(
+        [calls.index(e) for e in ends] == sorted({calls.index(e) for e in ends}), "parts", "run one behind the other", names, "sort them"
+    )
+    before = next(node for node in graph.nodes if node.op == "placeholder")
+    shapes = [tuple(node.meta["tensor_meta"].shape) for node in (before, *ends)]
+    meta = nn.ModuleDict()
+    for k, (name, end) in enumerate(zip(names, ends, strict=True)):
+        stride = _stride(name, shapes[k], shapes[k + 1])
+        channels = shapes[k + 1][1]
+        meta[str(k)] = nn.ModuleDict({"branch": Branch(shapes[k][1], channels, stride), "norm": nn.BatchNorm2d(channels), "sum": Sum()})
+        readers = list(before.users)
+        with graph.inserting_after(before):
+            branch = _placed(graph.call_module(f"{META}.{k}.branch", (before,)), f"{META}.{k}.branch")
+            if detached and k:
+                apart = graph.call_method("detach", (before,))
+                for reader in readers:
+                    reader.replace_input_with(before, apart)
+        followers = list(end.users)
+        with graph.inserting_after(end):
+            normed = _placed(graph.call_module(f"{META}.{k}.norm", (end,)), f"{META}.{k}.norm")
+        with graph.inserting_after(normed):
+            found = graph.call_module(f"{META}.{k}.sum", (normed, branch, end))
+        for follower in followers:
+            follower.replace_input_with(end, found)
+        before = found
+    initialise(meta, torch.Generator().manual_seed(seed))
+    whole.add_module(META, meta)
+    whole.recompile()
+    graph.lint()
+    return whole.eval().requires_grad_(False), tuple(int(torch.Size(shape).numel()) for shape in shapes)
+
+
+def default_parts(suffix: nn.Module) -> tuple[str, ...]:
+    """The containers at the top of a suffix that hold a batch norm, such as ``layer1``, ``layer2``, ``layer3``."""
+    norm = nn.modules.batchnorm._BatchNorm
+    inside = {
+        name: [module for module in child.modules() if isinstance(module, norm) and module is not child]
+        for name, child in suffix.named_children()
+    }
+    return tuple(name for name, found in inside.items() if found)
+
+
+def _end(graph: fx.Graph, name: str) -> fx.Node:
+    """The node whose value a module's part ends with, which is all that is left of what ran before."""
+    nodes = list(graph.nodes)
+    inside = [i for i, node in enumerate(nodes) if node.op not in ("placeholder", "output") and _is_inside(node, name)]
+    require(bool(inside), "parts", "name modules behind the cut", name, "pass containers such as 'layer1', in their order")
+    front = set(nodes[: inside[-1] + 1])
+    crossing = [node for node in nodes if node in front and any(user not in front for user in node.users)]
+    shape: Any = getattr(crossing[0].meta.get("tensor_meta"), "shape", ()) if len(crossing) == 1 else ()
+    require(len(shape) == 4, "parts", "end where one map [N, C, H, W] is all that goes on", name, "cut at the end of a block")
+    end: fx.Node = crossing[0]
+    return end
+
+
+def _is_inside(node: fx.Node, name: str) -> bool:
+    paths = [*(node.meta.get("nn_module_stack") or {}), str(node.target) if node.op == "call_module" else ""]
+    return any(path == name or path.startswith(f"{name}.") for path in paths)
+
+
+def _stride(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> int:
+    stride = round(before[2] / after[2])
+    fits = stride >= 1 and all(-(-size // stride) == new for size, new in zip(before[2:], after[2:], strict=True))
+    require(
+        fits,
+        "parts",
+        f"end at a map whose sides are those of {list(before)} by one whole number",
+        list(after),
+        f"cut elsewhere than at {name!r}",
+    )
+    return stride
+
+
+def _placed(node: fx.Node, path: str) -> fx.Node:
+    """The node, under its module's path in costs and errors."""
+    node.meta["nn_module_stack"] = {path: None}
+    return node
+
+
+def kept_elements(maps: Sequence[int]) -> int:
+    """Elements of one sample that an update keeps where no gradient passes the frozen parts: ``sum_k |x_{k-1}| + 2 |x_k|``.
+
+    They are each meta convolution's input, and the inputs of its two norms; masks are not counted.
+
+    Args:
+        maps: Elements of the maps between parts, the latent's first.
+
+    >>> kept_elements((16384, 32768, 32768, 16384, 8192))  # WRN-40-2 in four parts
+    278528
+    """
+    return sum(before + 2 * after for before, after in pairwise(maps))
