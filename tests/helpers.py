@@ -29,7 +29,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "joint": {"epochs": 3},
     "tent": {"rows_per_step": 6, "every": 4, "lr": 0.01},
     "affine_warmup": {"rows_per_step": 6, "every": 4, "lr": 0.01, "batch": 12},
-    "ecotta": {"rows_per_step": 6, "every": 4, "batch": 12, "margin": 2.0},
+    "ecotta": {"rows_per_step": 6, "every": 4, "batch": 12, "margin": 2.0, "optimizer": "adam", "lr": 1e-3},
     "eata": {"rows_per_step": 6, "every": 4, "lr": 0.01, "margin": 1.0, "redundancy": 1.1},  # the toy is sure of nothing
 }
 """Where the toy differs from a method's defaults: a memory that is full after some 30 samples."""

@@ -13,7 +13,7 @@ from edgecl.backbones.initialise import initialise
 from edgecl.methods._features import require
 from edgecl.splitting import recorded
 
-META = "meta"
+META = "metas"
 """Start of the names of the meta networks' modules."""
 
 
@@ -71,7 +71,7 @@ def with_meta(suffix: nn.Module, z: Tensor, names: Sequence[str], detached: bool
         seed: Of the meta networks' initial weights.
 
     Returns:
-        The suffix, whose new modules are ``meta.K.branch``, ``meta.K.norm`` and ``meta.K.sum``, and the elements [1, ...] of the maps
+        The suffix, whose new modules are ``metas.K.branch``, ``metas.K.norm`` and ``metas.K.sum``, and the elements [1, ...] of the maps
         between parts, the latent's first.
 
     Raises:
@@ -87,28 +87,27 @@ def with_meta(suffix: nn.Module, z: Tensor, names: Sequence[str], detached: bool
     )
     before = next(node for node in graph.nodes if node.op == "placeholder")
     shapes = [tuple(node.meta["tensor_meta"].shape) for node in (before, *ends)]
+    strides = [_stride(name, *pair) for name, pair in zip(names, pairwise(shapes), strict=True)]
     meta = nn.ModuleDict()
-    for k, (name, end) in enumerate(zip(names, ends, strict=True)):
-        stride = _stride(name, shapes[k], shapes[k + 1])
-        channels = shapes[k + 1][1]
-        meta[str(k)] = nn.ModuleDict({"branch": Branch(shapes[k][1], channels, stride), "norm": nn.BatchNorm2d(channels), "sum": Sum()})
-        readers = list(before.users)
+    for k, (stride, (one, other)) in enumerate(zip(strides, pairwise(shapes), strict=True)):
+        parts = {"branch": Branch(one[1], other[1], stride), "norm": nn.BatchNorm2d(other[1]), "sum": Sum()}
+        meta[str(k)] = nn.ModuleDict(parts)
+    initialise(meta, torch.Generator().manual_seed(seed))
+    whole.add_module(META, meta)
+    for k, end in enumerate(ends):
+        readers, followers = list(before.users), list(end.users)
         with graph.inserting_after(before):
-            branch = _placed(graph.call_module(f"{META}.{k}.branch", (before,)), f"{META}.{k}.branch")
+            branch = _called(graph, f"{META}.{k}.branch", before)
             if detached and k:
                 apart = graph.call_method("detach", (before,))
                 for reader in readers:
                     reader.replace_input_with(before, apart)
-        followers = list(end.users)
         with graph.inserting_after(end):
-            normed = _placed(graph.call_module(f"{META}.{k}.norm", (end,)), f"{META}.{k}.norm")
+            normed = _called(graph, f"{META}.{k}.norm", end)
         with graph.inserting_after(normed):
-            found = graph.call_module(f"{META}.{k}.sum", (normed, branch, end))
+            before = _called(graph, f"{META}.{k}.sum", normed, branch, end)
         for follower in followers:
-            follower.replace_input_with(end, found)
-        before = found
-    initialise(meta, torch.Generator().manual_seed(seed))
-    whole.add_module(META, meta)
+            follower.replace_input_with(end, before)
     whole.recompile()
     graph.lint()
     return whole.eval().requires_grad_(False), tuple(int(torch.Size(shape).numel()) for shape in shapes)
@@ -155,8 +154,9 @@ def _stride(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> int:
     return stride
 
 
-def _placed(node: fx.Node, path: str) -> fx.Node:
-    """The node, under its module's path in costs and errors."""
+def _called(graph: fx.Graph, path: str, *inputs: fx.Node) -> fx.Node:
+    """A call of a module, under its path in costs and errors."""
+    node = graph.call_module(path, inputs)
     node.meta["nn_module_stack"] = {path: None}
     return node
 

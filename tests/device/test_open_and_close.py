@@ -8,6 +8,8 @@ from edgecl_device import ClosedError, InputError, Learner, StoreError
 CALLS = {
     "predict": lambda a, x: a.predict(x),
     "learn": lambda a, x: a.learn(x, 1),
+    "adapt": lambda a, x: a.adapt(x),
+    "reset_adaptation": lambda a, x: a.reset_adaptation(),
     "learn by id": lambda a, x: a.learn(0, 1),
     "forget": lambda a, x: a.forget(0),
     "relabel": lambda a, x: a.relabel(0, 1),
