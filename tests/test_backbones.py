@@ -35,6 +35,8 @@ def parameters(model: nn.Module) -> int:
         ("resnet32", 464_154),
         ("resnet44", 658_586),
         ("resnet56", 853_018),
+        ("wrn_40_2", 2_243_546),  # 2.2 M and 36.5 M in the paper's table
+        ("wrn_28_10", 36_479_194),
         ("mobilenet_v2", 3_504_872),  # torchvision's documentation
         ("resnet18", 11_689_512),  # torchvision's documentation
         ("ds_cnn", 23_756),  # MLPerf Tiny's reference: 24,908 with 1,152 stored statistics

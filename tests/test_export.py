@@ -20,10 +20,11 @@ from edgecl import METHODS, prepare
 from edgecl.graph.lowering import build, within
 from edgecl.graph.step import UnsupportedOperatorError
 from edgecl.ledger import RAM
-from edgecl_device import Learner, ReplayMemory, SchemaError
+from edgecl_device import Learner, SchemaError
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import MANIFEST, from_json, read_manifest, to_json
+from edgecl_device.whole import memory_of
 from edgecl_export import ExportError, export, place
 
 torch.set_num_threads(1)
@@ -172,10 +173,10 @@ def test_the_ledger_is_real_sizes(toy, method):
     assert ledger["graphs"] == sum(p.stat().st_size for p in path.glob("*.onnx"))
     assert ledger["state"] == sum(a.nbytes for a in load_file(path / manifest.state_file).values())
     with Learner.load(path) as learner:
-        real = learner._core.memory.nbytes if learner._core.memory else 0
+        real = 0 if learner._core.memory is None else learner._core.memory.nbytes
         assert ledger["replay"] == real == (learner.report()["replay"] or {"bytes": 0})["bytes"]
     if manifest.replay is not None:
-        memory = ReplayMemory(manifest.replay, manifest.max_classes)
+        memory = memory_of(manifest.replay, manifest.max_classes)
         memory.fill(load_file(path / manifest.replay_file))
         assert memory.nbytes == ledger["replay"] <= manifest.replay.capacity_bytes
     engine = OnnxEngine(path, manifest)
@@ -346,7 +347,10 @@ def test_a_learner_that_was_never_fitted_ships(toy, tmp_path, method):
     x, _ = toy.helpers.samples(3)
     with Learner.load(tmp_path / "empty") as learner:
         assert np.all(learner.predict(x[0]).scores < -1e29), "no class is known"
-        if method != "frozen":
+        if "adapt" in learner.manifest.steps:
+            with pytest.raises(InputError, match=r"^x: needs a class that was learned"):
+                learner.adapt(x[1])
+        elif method != "frozen":
             learner.learn(x[1], 4)
             assert learner.predict(x[1]).label == 4
 

@@ -170,7 +170,7 @@ def kept_for_backward(graph: StepGraph) -> dict[str, int]:
     losses = [node for port, node in zip(graph.outputs, graph.results, strict=True) if port.name == "loss"]
     if not losses or not any((node.meta.get("custom") or {}).get("phase") == "backward" for node in nodes):
         return {}
-    end = nodes.index(losses[0])
+    end = nodes.index(_part_of_samples(graph, losses[0]))
     found: dict[str, int] = {}
     named = {node.name: node for node in nodes}
     for buffer in lifetimes(graph):
@@ -178,6 +178,22 @@ def kept_for_backward(graph: StepGraph) -> dict[str, int]:
             name = str(_tensors(named[buffer.name])[0].dtype).removeprefix("torch.")
             found[name] = found.get(name, 0) + buffer.nbytes
     return found
+
+
+def _part_of_samples(graph: StepGraph, loss: fx.Node) -> fx.Node:
+    """The loss, without what is added to it of weights alone: no backward pass waits for that, and it may come last."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    free = {node for node in graph.nodes if node.op == "get_attr"}
+    free |= {node for port, node in zip(graph.inputs, graph.placeholders, strict=True) if port.kind == "state"}
+    for node in graph.nodes:
+        if node.op == "call_function" and free.issuperset(node.all_input_nodes):
+            free.add(node)
+    while any(node in free and node.op == "call_function" for node in loss.all_input_nodes):
+        others = [node for node in loss.all_input_nodes if node not in free]
+        if not others:
+            break
+        loss = max(others, key=position.__getitem__)
+    return loss
 
 
 def _peak(buffers: Collection[Buffer]) -> int:

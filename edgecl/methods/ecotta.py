@@ -50,7 +50,7 @@ class EcoTTA(Tent):
         """Hyperparameters, beside those of tent.
 
         Attributes:
-            parts: Names of the modules behind the cut where parts end, in their order; () for the containers with batch norms at the top.
+            parts: Names of the modules behind the cut where parts end, in their order; None for the containers with batch norms at the top.
             detached: Frozen parts pass no gradient back.
             margin: Of ln C: the entropy below which a row is reliable.
             pull: ``weights``, to those behind the warm-up, or ``outputs``, to the frozen parts' own (the paper's).
@@ -62,7 +62,7 @@ class EcoTTA(Tent):
 
         lr: float = 5e-3
         optimizer: str = "momentum"
-        parts: tuple[str, ...] = ()
+        parts: tuple[str, ...] | None = None
         detached: bool = True
         margin: float = 0.4
         pull: str = "weights"
@@ -74,7 +74,7 @@ class EcoTTA(Tent):
         def __post_init__(self) -> None:
             super().__post_init__()
             parts: Any = self.parts  # the values of a configuration are of any type
-            ok = isinstance(parts, tuple) and all(isinstance(name, str) for name in parts)
+            ok = parts is None or (isinstance(parts, tuple) and all(isinstance(name, str) for name in parts))
             require(ok, "parts", "be a tuple of module names", parts, "use ('layer1', 'layer2')")
             require(0 < self.margin < math.inf, "margin", "be finite and above 0", self.margin, "0.4 is the authors'")
             require(self.pull in PULLS, "pull", f"be one of {', '.join(PULLS)}", self.pull, "use 'weights'")

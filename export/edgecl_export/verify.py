@@ -234,7 +234,7 @@ def _loads(case: _Case) -> str:
             seen = learner.predict(case.prepared.example)
             if "learn" in case.manifest.steps:
                 learner.learn(seen.sample_id, example_target(case.manifest) if seen.label is None else seen.label)
-            if ADAPT in case.manifest.steps:
+            if ADAPT in case.manifest.steps and seen.outcome is not None:  # without source samples no class is known
                 learner.adapt(seen.sample_id)
     except EdgeclError as error:
         raise refuse("loads", f"the device's loop refuses the bundle or its first sample ({error})", UNLESS) from error
