@@ -20,8 +20,8 @@ from torch import nn
 
 from edgecl import tables
 from edgecl.backbones import BACKBONES
+from edgecl.commands import bench, runs
 from edgecl.commands import plan as planning
-from edgecl.commands import runs
 from edgecl.console import progress, show, show_rows
 from edgecl.graph.rules import RULES
 from edgecl.int8 import calibration_of
@@ -344,6 +344,7 @@ app.command(
 )(planning.plan)
 app.command(epilog=_examples("edgecl run --init", "edgecl run run.toml", "edgecl run run.toml --out elsewhere --fresh"))(runs.run)
 app.command(epilog=_examples("edgecl report run.run", "edgecl report run.run other.run --out both.html"))(runs.report)
+app.add_typer(bench.app, name="bench")
 
 
 if __name__ == "__main__":

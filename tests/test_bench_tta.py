@@ -1,0 +1,109 @@
+"""``edgecl bench tta``: its figures against plain loops over PyTorch's own batch norm, and a run that goes on where it was stopped."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgecl.backbones.resnet_cifar import ResNetCifar
+from edgecl.bench import tta
+from edgecl.bench.adapting import BATCHES, Entry, learner_of, saved_bytes
+from edgecl.bench.jitter import jittered
+from edgecl.bench.quick import GREY, colour_fashion
+from edgecl.bench.tta import Plan, run_tta
+from edgecl.bench.tta_tables import cost_table, error_tables
+from edgecl.cli import main
+from edgecl.streams import Corrupted
+from edgecl_device.errors import InputError
+
+torch.set_num_threads(1)
+PLAN = Plan((12,), False, ("contrast", "pixelate"), 30, 2, 4, 2, ("source", "batch statistics", "TENT"))
+
+
+def network() -> nn.Module:
+    """Of six layers, random weights, statistics of its own."""
+    net = ResNetCifar(1)
+    with torch.no_grad():
+        net.train()(GREY(torch.from_numpy(colour_fashion().x[:64])))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    return run_tta(colour_fashion(), network(), GREY, PLAN, folder), folder
+
+
+def error(net: nn.Module, seed: int) -> dict[str, float]:
+    """Error in % of each corruption, in batches of 12, the last of 6."""
+    data = colour_fashion()
+    stream = Corrupted(
+        type(data)(data.x, data.y, data.x_test[:30], data.y_test[:30], data.class_names), corruptions=["contrast", "pixelate"], seed=seed
+    )
+    wrong = {}
+    for stretch in stream.stretches:
+        x = GREY(torch.from_numpy(stream.images(stretch)))
+        with torch.no_grad():
+            guess = torch.cat([net(part).argmax(1) for part in x.split(12)])
+        wrong[str(stretch.corruption[0])] = 100 * float((guess.numpy() != stream.dataset.y_test[stretch.index]).mean())
+    return wrong
+
+
+def test_errors_are_those_of_plain_loops(found: Any) -> None:
+    rows = {row["label"]: row for row in found[0]["tables"]["batch 12"]}
+    plain, batch = network(), copy.deepcopy(network())
+    for module in batch.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    for label, net in (("source", plain), ("batch statistics", batch)):
+        for seed in range(2):
+            assert rows[label]["errors"][seed] == pytest.approx(np.mean(list(error(net, seed).values())))
+    assert rows["TENT"]["by_corruption"].keys() == {"contrast", "pixelate"} and rows["TENT"]["error_sd"] is not None
+
+
+def test_rounds_begin_with_the_first_pass(found: Any) -> None:
+    rows = {row["label"]: row for row in found[0]["tables"]["rounds"]}
+    assert all(len(row["rounds"]) == 2 for row in rows.values())
+    assert rows["source"]["rounds"][0] == rows["source"]["rounds"][1], "nothing moves it"
+
+
+def test_a_second_run_computes_nothing_and_another_plan_is_refused(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, folder = found
+    monkeypatch.setattr(tta, "in_batches", None)
+    monkeypatch.setattr(tta, "profile", None)
+    assert run_tta(colour_fashion(), network(), GREY, PLAN, folder) == result
+    with pytest.raises(InputError, match=r"^--out: .* holds figures of another plan, network, data or version; choose another folder"):
+        run_tta(colour_fashion(), network(), GREY, Plan((10,)), folder)
+
+
+def test_what_is_kept_for_the_backward_pass() -> None:
+    """EcoTTA keeps less when no gradient passes its frozen parts, and CoTTA's student the most."""
+    data, z, kept = colour_fashion(), torch.randn(2, 16, 28, 28), {}
+    for label in ("TENT", "EcoTTA, released", "EcoTTA, detached"):
+        entry = next(entry for entry in BATCHES if entry.label == label)
+        prepared = learner_of(entry, network(), GREY, data)
+        kept[label] = saved_bytes(prepared.learner, prepared.state, z)
+    norms = 2 * 4 * 28 * 28 * (16 * 3 + 32 // 4 * 2 + 64 // 16 * 2)  # the input of each, of two images
+    assert norms <= kept["TENT"] < 3 * norms
+    assert kept["EcoTTA, detached"] < kept["EcoTTA, released"]
+    assert saved_bytes(learner_of(Entry("", "bn_stats"), network(), GREY, data).learner, {}, z) == 0
+
+
+def test_augmentation_is_the_images_own() -> None:
+    images = colour_fashion().x[:60].transpose(0, 2, 3, 1)
+    made = jittered(images, seed=1)
+    assert made.dtype == np.uint8 and np.array_equal(made, jittered(images, seed=1))
+    assert np.array_equal(made[:7], jittered(images[:7], seed=1))
+    changed = (made != images).any((1, 2, 3)).mean()  # of grey images neither saturation, hue nor grey shows
+    assert 0.3 < changed < 0.75, "1 - 0.6 * 0.8 = 0.52"
+
+
+def test_tables_and_command(found: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    titles = [table.title for table in error_tables(found[0])]
+    assert titles == ["batch 12: mean error over corruptions", "rounds: mean error over corruptions"]
+    assert cost_table(found[0]).row_count == 3
+    assert main(["bench", "tta"]) == 2
+    assert "--data, --weights: must be given, or --quick" in capsys.readouterr().err
