@@ -28,6 +28,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "latent_replay": {"rows_per_step": 4, "capacity_bytes": 4096},
     "joint": {"epochs": 3},
     "tent": {"rows_per_step": 6, "every": 4, "lr": 0.01},
+    "cotta": {"rows_per_step": 6, "every": 4, "views": 2, "lr": 0.05, "optimizer": "sgd"},
     "affine_warmup": {"rows_per_step": 6, "every": 4, "lr": 0.01, "batch": 12},
     "ecotta": {"rows_per_step": 6, "every": 4, "batch": 12, "margin": 2.0, "optimizer": "adam", "lr": 1e-3},
     "eata": {"rows_per_step": 6, "every": 4, "lr": 0.01, "margin": 1.0, "redundancy": 1.1},  # the toy is sure of nothing

@@ -3,6 +3,7 @@
 from edgecl.learner import Learner
 from edgecl.methods.affine_warmup import AffineWarmup
 from edgecl.methods.bn_stats import BatchStatistics
+from edgecl.methods.cotta import CoTTA
 from edgecl.methods.eata import Eata
 from edgecl.methods.ecotta import EcoTTA
 from edgecl.methods.finetune import Finetune
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Learner]] = {
         Eata,
         AffineWarmup,
         EcoTTA,
+        CoTTA,
     )
 }
 """Every method by name."""
@@ -37,6 +39,7 @@ __all__ = [
     "METHODS",
     "AffineWarmup",
     "BatchStatistics",
+    "CoTTA",
     "Eata",
     "EcoTTA",
     "Finetune",

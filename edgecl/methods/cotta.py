@@ -7,7 +7,8 @@ source network, all with the statistics of the rows, an update is
     loss = mean CE(softmax(y), s(x));  one step on all of s;  t <- d t + (1 - d) s
     each weight of s goes back to a's with chance ``restore``
 
-Scores are y; single samples are predicted by the teacher. Deviations: views are zoom, shift, mirror image, brightness and contrast
+Scores are y; single samples are predicted by the teacher. Deviations: the loss that is reported is less by y's own entropy, which has no
+gradient, so that it is zero where both agree; views are zoom, shift, mirror image, brightness and contrast
 (:mod:`edgecl.methods._views`), without rotation, blur, noise and hue; statistics of the views are of all together. A graph does not branch,
 so that views are computed in every update, as in the authors' code for CIFAR. Which weights go back is a frozen table of random numbers
 plus one drawn number a tensor, modulo one: each with the same chance, not independent of each other.
@@ -123,11 +124,11 @@ class CoTTA(Tent):
                 source, _ = self.scored(state, rows, ROWS, parameters=self._of(state, "anchor"))
                 confidence = torch.softmax(self.masked(source, state), 1).amax(1).mean()
                 y = torch.where(confidence < config.threshold, averaged, y)
-        truth = torch.softmax(self.masked(y, state), 1)
+        truth, own = torch.softmax(self.masked(y, state), 1), self.entropy(y, state)
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             scores, _ = self.scored(state, rows, ROWS, parameters=parameters)
-            return soft_cross_entropy(scores, truth, state["count"] > 0).mean(), scores
+            return (soft_cross_entropy(scores, truth, state["count"] > 0) - own).mean(), scores
 
         value, _, new = self.descend(state, loss, lr)
         for i, name in enumerate(self.trained):
