@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edgecl.learner import State
+from edgecl.splitting import recorded
 from edgecl_device.errors import InputError
 
 STORED, ROWS, MOVED, MIXED = "stored", "rows", "moved", "mixed"
@@ -102,6 +103,19 @@ class StatNorm(nn.Module):
             if now.reports:
                 now.found[f"{self.name}.mean"], now.found[f"{self.name}.var"] = mean, var
         return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def biases_before_norms(suffix: nn.Module) -> frozenset[str]:
+    """Names of the biases of layers whose result goes to one batch norm and nowhere else."""
+    graph = suffix.graph if isinstance(suffix, fx.GraphModule) else recorded(suffix)
+    modules = dict(suffix.named_modules())
+    found = set()
+    for node in graph.nodes:
+        if node.op == "call_module" and getattr(modules[node.target], "bias", None) is not None and len(node.users) == 1:
+            [reader] = node.users
+            if reader.op == "call_module" and isinstance(modules[reader.target], nn.modules.batchnorm._BatchNorm):
+                found.add(f"{node.target}.bias")
+    return frozenset(found)
 
 
 def statistics_of(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from edgecl.learner import Problem, State, StepResult
 from edgecl.methods._adapt import TrainedConfig
 from edgecl.methods._features import require
 from edgecl.methods._losses import soft_cross_entropy
-from edgecl.methods._norms import ROWS, STORED
+from edgecl.methods._norms import ROWS, STORED, biases_before_norms
 from edgecl.methods._views import GRAIN, view_draw, views
 from edgecl.methods.tent import Tent
 from edgecl_device.manifest import DrawSpec, ReplaySpec, TensorSpec
@@ -77,8 +77,9 @@ class CoTTA(Tent):
         self._table = {name: torch.rand(value.shape, generator=generator) for name, value in weights.items()} if self.config.restore else {}
 
     def _patterns(self) -> list[str]:
-        """Everything."""
-        return [name for name, _ in self.suffix.named_parameters()]
+        """All but biases right in front of a batch norm, which takes them away: of a gradient that is a rounding Adam makes a step."""
+        idle = biases_before_norms(self.suffix)
+        return [name for name, _ in self.suffix.named_parameters() if name not in idle]
 
     def init(self) -> State:
         """Tent's state for the student; the teacher's and the source's weights."""

@@ -197,7 +197,7 @@ def test_graphs_equal_the_eager_function(method: str, tools: Any, bench: Any, ge
         lowered = lower(graph)
         for form in (graph, lowered):
             for got, reference in zip(form.run(*(values[p.name] for p in form.inputs)), want, strict=True):
-                tools.assert_close(got, reference, 1e-5)
+                tools.assert_close(got, reference, 1e-4 if step == "adapt" else 1e-5)
         prefixed = {("state." if p.kind == "state" else "") + p.name: values[p.name] for p in lowered.inputs}
         for got, reference, port in zip(bench.onnx(lowered, prefixed), want, lowered.outputs, strict=True):
             if port.spec.dtype == "uint8":
