@@ -67,6 +67,7 @@ WRONG = {
     "tau": (0.0, 1.0),
     "every": (0, -1, 2.5),
     "parts": ("mid", ("nothing",), (1,), ("fc",)),
+    "stem": ("nothing", 1, "fc"),
     "detached": ("yes", 1),
     "pull": ("gradients",),
     "views": (-1, 257, 1.5),

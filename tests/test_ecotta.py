@@ -214,7 +214,7 @@ def test_parts_that_do_not_fit_are_refused(net):
     ]:
         with pytest.raises(InputError, match=message):
             prepared(net, x, at="stem", classes=3, parts=parts)
-    with pytest.raises(InputError, match=r"^features: must be one map"):
+    with pytest.raises(InputError, match=r"^features: must be one float32 map"):
         prepare(
             nn.Sequential(nn.Flatten(), nn.Linear(128, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
             at="0",
@@ -222,5 +222,11 @@ def test_parts_that_do_not_fit_are_refused(net):
             method="ecotta",
             classes=3,
         )
+    whole = nn.Sequential(nn.Identity(), net)
+    parts = ("1.one", "1.two")
+    deeper = prepared(whole, x, at="0", classes=3, stem="1.stem", parts=parts).learner
+    assert deeper.maps == prepared(net, x, at="stem", classes=3).learner.maps
+    with pytest.raises(InputError, match=r"^parts: must run one behind the other, and behind the stem"):
+        prepared(whole, x, at="0", classes=3, stem="1.two", parts=parts)
     assert prepared(net, x, at="stem", classes=3).learner.maps == prepared(net, x, at="stem", classes=3, parts=("one", "two")).learner.maps
     assert prepared(wrn_40_2(10), torch.zeros(1, 3, 32, 32)).learner.maps == (16384, 32768, 16384, 8192)

@@ -170,7 +170,7 @@ def kept_for_backward(graph: StepGraph) -> dict[str, int]:
     losses = [node for port, node in zip(graph.outputs, graph.results, strict=True) if port.name == "loss"]
     if not losses or not any((node.meta.get("custom") or {}).get("phase") == "backward" for node in nodes):
         return {}
-    end = nodes.index(_part_of_samples(graph, losses[0]))
+    end = _before_backward(graph, losses[0])
     found: dict[str, int] = {}
     named = {node.name: node for node in nodes}
     for buffer in lifetimes(graph):
@@ -180,20 +180,30 @@ def kept_for_backward(graph: StepGraph) -> dict[str, int]:
     return found
 
 
-def _part_of_samples(graph: StepGraph, loss: fx.Node) -> fx.Node:
-    """The loss, without what is added to it of weights alone: no backward pass waits for that, and it may come last."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    free = {node for node in graph.nodes if node.op == "get_attr"}
-    free |= {node for port, node in zip(graph.inputs, graph.placeholders, strict=True) if port.kind == "state"}
-    for node in graph.nodes:
-        if node.op == "call_function" and free.issuperset(node.all_input_nodes):
-            free.add(node)
-    while any(node in free and node.op == "call_function" for node in loss.all_input_nodes):
-        others = [node for node in loss.all_input_nodes if node not in free]
-        if not others:
-            break
-        loss = max(others, key=position.__getitem__)
-    return loss
+def _before_backward(graph: StepGraph, loss: fx.Node) -> int:
+    """Index of the node behind which the backward pass begins: the loss, unless it waits longer, as where weights alone add to it.
+
+    What it begins with is a backward operator that needs the last product of the forward pass, which masks and the like do not.
+    """
+    nodes = graph.nodes
+    needed, waiting = {loss}, [loss]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in needed:
+                needed.add(source)
+                waiting.append(source)
+    products = [i for i, node in enumerate(nodes) if node in needed and node.target in _PRODUCTS]
+    end = nodes.index(loss)
+    behind = {nodes[products[-1]]} if products else set()
+    for i in range(products[-1] + 1 if products else end, end):
+        if behind.intersection(nodes[i].all_input_nodes):
+            if (nodes[i].meta.get("custom") or {}).get("phase") == "backward":
+                return i - 1
+            behind.add(nodes[i])
+    return end
+
+
+_PRODUCTS = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
 def _peak(buffers: Collection[Buffer]) -> int:

@@ -60,19 +60,22 @@ class Sum(nn.Module):
         return found
 
 
-def with_meta(suffix: nn.Module, z: Tensor, names: Sequence[str], detached: bool, seed: int) -> tuple[fx.GraphModule, tuple[int, ...]]:
+def with_meta(
+    suffix: nn.Module, z: Any, names: Sequence[str], stem: str | None, detached: bool, seed: int
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
     """The suffix with a meta network beside each part: ``x_k = BN(E_k(x_{k-1})) + ReLU(BN(Conv(x_{k-1})))``.
 
     Args:
         suffix: Left as it is.
-        z: One latent [1, C, H, W]; its values do not matter.
-        names: Where parts end: modules, in the order in which they run; the first part begins with the latent.
+        z: One latent; its values do not matter.
+        names: Where parts end: modules, in the order in which they run.
+        stem: The module behind which the first part begins; None for the latent, which is one map [1, C, H, W] then.
         detached: Whether frozen parts pass no gradient to what lies before them.
         seed: Of the meta networks' initial weights.
 
     Returns:
         The suffix, whose new modules are ``metas.K.branch``, ``metas.K.norm`` and ``metas.K.sum``, and the elements [1, ...] of the maps
-        between parts, the latent's first.
+        between parts, that before the first one at the start.
 
     Raises:
         InputError: when the model cannot be cut there, or a map's size is not a whole multiple of the next one's.
@@ -80,12 +83,12 @@ def with_meta(suffix: nn.Module, z: Tensor, names: Sequence[str], detached: bool
     graph = deepcopy(suffix.graph) if isinstance(suffix, fx.GraphModule) else recorded(suffix)
     whole = fx.GraphModule(deepcopy(suffix), graph)
     ShapeProp(whole).propagate(z)
-    ends = [_end(graph, name) for name in names]
-    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    require(
-        [calls.index(e) for e in ends] == sorted({calls.index(e) for e in ends}), "parts", "run one behind the other", names, "sort them"
-    )
-    before = next(node for node in graph.nodes if node.op == "placeholder")
+    start = [] if stem is None else [_end(graph, stem, "stem")]
+    ends = [_end(graph, name, "parts") for name in names]
+    nodes = list(graph.nodes)
+    order = [nodes.index(node) for node in (*start, *ends)]
+    require(order == sorted(set(order)), "parts", "run one behind the other, and behind the stem", names, "sort them")
+    before = start[0] if start else next(node for node in nodes if node.op == "placeholder")
     shapes = [tuple(node.meta["tensor_meta"].shape) for node in (before, *ends)]
     strides = [_stride(name, *pair) for name, pair in zip(names, pairwise(shapes), strict=True)]
     meta = nn.ModuleDict()
@@ -123,15 +126,15 @@ def default_parts(suffix: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, found in inside.items() if found)
 
 
-def _end(graph: fx.Graph, name: str) -> fx.Node:
+def _end(graph: fx.Graph, name: str, parameter: str) -> fx.Node:
     """The node whose value a module's part ends with, which is all that is left of what ran before."""
     nodes = list(graph.nodes)
     inside = [i for i, node in enumerate(nodes) if node.op not in ("placeholder", "output") and _is_inside(node, name)]
-    require(bool(inside), "parts", "name modules behind the cut", name, "pass containers such as 'layer1', in their order")
+    require(bool(inside), parameter, "name modules behind the cut", name, "pass containers such as 'layer1', in their order")
     front = set(nodes[: inside[-1] + 1])
     crossing = [node for node in nodes if node in front and any(user not in front for user in node.users)]
     shape: Any = getattr(crossing[0].meta.get("tensor_meta"), "shape", ()) if len(crossing) == 1 else ()
-    require(len(shape) == 4, "parts", "end where one map [N, C, H, W] is all that goes on", name, "cut at the end of a block")
+    require(len(shape) == 4, parameter, "end where one map [N, C, H, W] is all that goes on", name, "cut at the end of a block")
     end: fx.Node = crossing[0]
     return end
 

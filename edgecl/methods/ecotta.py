@@ -51,6 +51,7 @@ class EcoTTA(Tent):
 
         Attributes:
             parts: Names of the modules behind the cut where parts end, in their order; None for the containers with batch norms at the top.
+            stem: Name of the module behind which the first part begins, for latents that are no map, as raw images; None for the latent.
             detached: Frozen parts pass no gradient back.
             margin: Of ln C: the entropy below which a row is reliable.
             pull: ``weights``, to those behind the warm-up, or ``outputs``, to the frozen parts' own (the paper's).
@@ -63,6 +64,7 @@ class EcoTTA(Tent):
         lr: float = 5e-3
         optimizer: str = "momentum"
         parts: tuple[str, ...] | None = None
+        stem: str | None = None
         detached: bool = True
         margin: float = 0.4
         pull: str = "weights"
@@ -84,11 +86,11 @@ class EcoTTA(Tent):
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         config = self.Config() if config is None else config
         latent = problem.features
-        map_like = isinstance(latent, TensorSpec) and len(latent.shape) == 4
-        require(map_like, "features", "be one map [1, C, H, W]", latent, "cut the model further up")
+        map_like = config.stem is not None or (isinstance(latent, TensorSpec) and len(latent.shape) == 4 and latent.dtype == "float32")
+        require(map_like, "features", "be one float32 map [1, C, H, W]", latent, "cut elsewhere, or name a stem")
         parts = config.parts or default_parts(suffix)
         require(bool(parts), "parts", "name a module where a part ends", parts, "pass containers such as 'layer1', in their order")
-        whole, self.maps = with_meta(suffix, zeros(latent), parts, config.detached, config.seed)
+        whole, self.maps = with_meta(suffix, zeros(latent), parts, config.stem, config.detached, config.seed)
         super().__init__(problem, config, suffix=whole, masks=masks)
 
     def _patterns(self) -> list[str]:
