@@ -26,7 +26,7 @@ StepResult = tuple[dict[str, Tensor], State]
 Nested = Mapping[str, Any]
 """A tensor spec, or a mapping of names to such (any depth); flattened with dots."""
 
-STEPS = ("predict", "learn", "forget", "relabel", "refresh", "track", "adapt")
+STEPS = ("predict", "learn", "forget", "relabel", "refresh", "track", "adapt", "identify")
 """Names a method may give its steps, in the order in which they are listed."""
 
 
@@ -70,6 +70,8 @@ class Learner(ABC):
     """Kinds of targets (:class:`edgecl_device.manifest.TargetSpec`) that the method learns."""
     host_only: ClassVar[bool] = False
     """Whether the method has no step for the device, as offline training."""
+    tasks: ClassVar[bool] = False
+    """Whether all of its state is one task's, so that the device may keep one for each of several tasks."""
 
     def __init__(self, problem: Problem, config: Any = None) -> None:
         if problem.target.kind not in self.targets:
@@ -173,6 +175,11 @@ class Learner(ABC):
     def adaptation(self) -> AdaptSpec | None:
         """When the device runs ``adapt``, for methods that have this step."""
         return None
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """State that a new task of a method with ``tasks`` starts with zeros; the rest starts as in the bundle."""
+        return ()
 
     @property
     def forgets_exactly(self) -> bool:

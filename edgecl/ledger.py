@@ -22,7 +22,7 @@ MASKS = ("bool", "int8")
 NOT_COUNTED = (
     "runtime scratch, packed copies of frozen weights, the runtime's own code; the log's RAM without a store; "
     "copies of state and replay rows made by save, close, forget, relabel, rollback and a learn that finds the log full; "
-    "of replay rows in a file those that changed since the last snapshot"
+    "of replay rows in a file those that changed since the last snapshot; of a method with tasks the state that new ones start from"
 )
 
 

@@ -22,7 +22,7 @@ from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
 from edgecl_device.manifest import AdaptSpec, DrawSpec, Manifest, ReplaySpec, StepSpec, TensorSpec
 from edgecl_device.memory import ReplayMemory
-from edgecl_device.reports import AdaptReport, LearnReport, Prediction
+from edgecl_device.reports import AdaptReport, Identified, LearnReport, Prediction, TaskReport
 
 __all__ = [
     "AdaptReport",
@@ -34,6 +34,7 @@ __all__ = [
     "EdgeclError",
     "ForgetRefusedError",
     "Generator",
+    "Identified",
     "InputError",
     "LearnReport",
     "Learner",
@@ -48,6 +49,7 @@ __all__ = [
     "StoreError",
     "StoreFullError",
     "StoreMismatchError",
+    "TaskReport",
     "TensorSpec",
     "UpdateRefusedError",
 ]

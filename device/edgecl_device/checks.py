@@ -18,6 +18,8 @@ from edgecl_device.manifest import AGE, DTYPES, UNSEEN_SCORE, WHOLE, Array, Mani
 TARGET = "target"
 REVISIONS = ("forget", "relabel")
 REFRESH = "refresh"
+IDENTIFY = "identify"
+LIKELIHOOD = "likelihood"
 MOST_ELEMENTS = 1 << 40
 MOST_THREADS = 64
 MOST_DRAWS = 1 << 20
@@ -108,7 +110,7 @@ def check_steps(manifest: Manifest) -> None:
     stream = {spec.name for spec in manifest.stream}
     for name, step in manifest.steps.items():
         written = set(step.state_out) - (stream if name == "encode" else set())
-        if name in ("encode", "predict") and written:
+        if name in ("encode", "predict", IDENTIFY) and written:
             raise BundleError(f"step {name!r}: must not write state, got {short(sorted(written))}; export the bundle again")
         heard = stream & {*step.state_in, *step.state_out}
         if name != "encode" and heard:
@@ -116,6 +118,7 @@ def check_steps(manifest: Manifest) -> None:
                 f"step {name!r}: must leave the stream's state to encode, got {short(sorted(heard))}; export the bundle again"
             )
     _check_refresh(manifest)
+    _check_tasks(manifest)
     classes, names = manifest.max_classes, list(manifest.class_names)
     known = {
         spec.name: spec
@@ -140,6 +143,7 @@ def check_steps(manifest: Manifest) -> None:
         "learn": [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
         **{name: [TensorSpec("finite", (), "bool")] for name in (*REVISIONS, REFRESH)},
         **adapting_outputs(manifest),
+        IDENTIFY: [TensorSpec(LIKELIHOOD, (), "float32")],
     }
     fault = adapting_fault(manifest)
     if fault:
@@ -176,6 +180,26 @@ def _check_refresh(manifest: Manifest) -> None:
     if step is not None and (TensorSpec(AGE, (), "float32") not in manifest.state or step.inputs or AGE not in step.state_out):
         got = short([*(spec.name for spec in step.inputs), *step.state_out])
         raise BundleError(f"step {REFRESH!r}: must take state alone and write {AGE!r}, float32 [], got {got}; export the bundle again")
+
+
+def _check_tasks(manifest: Manifest) -> None:
+    """What is done for a task that is not the present one can be done without running a step on each."""
+    if manifest.tasks is None:
+        if IDENTIFY in manifest.steps:
+            raise BundleError(f"step {IDENTIFY!r}: must not be there without tasks, of which it tells one; export the bundle again")
+        return
+    fresh, known = manifest.tasks.fresh, {spec.name for spec in manifest.state} - {spec.name for spec in manifest.stream}
+    if len(set(fresh)) < len(fresh) or not known.issuperset(fresh):
+        raise BundleError(f"tasks: fresh must name state tensors, each once, got {short(fresh)}; export the bundle again")
+    if set(REVISIONS) & set(manifest.steps) or manifest.refresh_every:
+        got = short(sorted(manifest.steps))
+        raise BundleError(f"tasks: must be null for a method that forgets, relabels or refreshes, got steps {got}; export the bundle again")
+    if manifest.replay is not None and manifest.replay.in_file:
+        raise BundleError("tasks: must be null where replay rows lie in a file, which holds those of one task; export the bundle again")
+    try:
+        as_name(manifest.tasks.first)
+    except InputError as error:
+        raise BundleError(f"tasks: first: {error}") from error
 
 
 def check_state(manifest: Manifest, state: Mapping[str, Array]) -> None:

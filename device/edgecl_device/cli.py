@@ -32,6 +32,8 @@ EXAMPLES = """examples:
   edgecl-device verify bundle/                                hashes, schema, one prediction, one update
   edgecl-device run bundle/ --data stream.npz                 predict, then learn, sample by sample
   edgecl-device run bundle/ --data stream.npz --store l.db    the same; the learner stays in l.db
+  edgecl-device tasks bundle/ --store l.db                    the tasks of a learner, for methods that have them
+  edgecl-device tasks bundle/ --store l.db --add kitchen --switch kitchen
 """
 
 
@@ -57,12 +59,19 @@ def _main(argv: Sequence[str] | None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | verify | run")
-    for name, call, text in (("info", info, "show a bundle"), ("verify", verify, "check a bundle"), ("run", run, "run a stream")):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | verify | run | tasks")
+    for name, call, text in COMMANDS:
         command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter)
         command.add_argument("bundle", type=Path, help="folder that edgecl export wrote")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
         command.set_defaults(call=call)
+    tasks_of = commands.choices["tasks"]
+    tasks_of.add_argument("--store", type=Path, required=True, help="store file, made when there is none")
+    tasks_of.add_argument("--add", metavar="NAME", help="add a task")
+    tasks_of.add_argument("--like", metavar="NAME", help="the task that the added one is a copy of; without it the bundle's start")
+    tasks_of.add_argument("--drop", metavar="NAME", help="drop a task that is not in use")
+    tasks_of.add_argument("--switch", metavar="NAME", help="make a task the one in use; --add comes before it, --drop behind it")
+    command = commands.choices["run"]
     command.add_argument("--data", type=Path, required=True, help="npz file with x [n, ...], y [n, ...] and, if wanted, weight [n]")
     command.add_argument("--store", type=Path, help="store file, made when there is none; without it nothing is kept")
     command.add_argument("--rows", type=Path, help="file of the replay rows, for a bundle that keeps them in one; goes with --store")
@@ -84,6 +93,31 @@ def _main(argv: Sequence[str] | None) -> int:
         _say(f"the output cannot be written ({error})")
         return 2
     return 0
+
+
+def tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """The tasks of a learner, behind what is asked for."""
+    if args.like is not None and args.add is None:
+        raise InputError(f"--like: is for a task that --add adds, got {args.like!r} without one; pass --add NAME, too")
+    with Learner.load(args.bundle, args.store) as learner:
+        if args.add is not None:
+            learner.add_task(args.add, args.like)
+        if args.switch is not None:
+            learner.switch_task(args.switch)
+        if args.drop is not None:
+            learner.drop_task(args.drop)
+        found = learner.tasks()
+    rows = [
+        {
+            "task": name,
+            "in_use": one.active,
+            "bytes": one.nbytes,
+            "samples": sum(one.class_counts.values()),
+            "classes": list(one.class_counts),
+        }
+        for name, one in found.items()
+    ]
+    return {"task": learner.task, "tasks": rows}
 
 
 def info(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +143,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
         "classes": f"{len(manifest.class_names)} named of {manifest.max_classes}",
         "class_names": list(manifest.class_names),
         "forgets": manifest.forgets,
+        "tasks": manifest.tasks is not None,
         "replay": None if replay is None else f"{replay.capacity_bytes} bytes, {replay.policy}" + ", rows in a file" * replay.in_file,
         "state_bytes": sum(spec.nbytes for spec in manifest.state),
         "file_bytes": sum(entry.bytes for entry in manifest.files.values()),
@@ -356,6 +391,14 @@ def _digest(folder: Path) -> str:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
+
+
+COMMANDS = (
+    ("info", info, "show a bundle"),
+    ("verify", verify, "check a bundle"),
+    ("run", run, "run a stream"),
+    ("tasks", tasks, "show a learner's tasks, add, switch and drop them"),
+)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class Core:
         refused: Updates refused in this session.
         refreshes: Runs of the step ``refresh`` in this session.
         memory: The replay memory, if the method has one.
+        task: The task in use, for methods whose state is one task's; else empty.
+        unchanged: Whether that task is as the store has it.
         stream_start: What :attr:`stream` was before the first frame.
         adaptation: What is done with samples without a target; None without a step ``adapt``.
     """
@@ -82,6 +84,9 @@ class Core:
             self.totals |= {"adapted": 0, "updates": 0, "resets": 0}
             memory = self.memory if isinstance(self.memory, WholeMemory) else None
             self.adaptation = Adaptation(manifest, engine, memory, state, self._run)
+        self.task = manifest.tasks.first if manifest.tasks is not None else ""
+        self.unchanged = False
+        self._first = state if manifest.tasks is not None else {}
         engine.load(state)
 
     @property
@@ -164,6 +169,7 @@ class Core:
         if self.memory is not None:
             self.memory.offer(row_of(outputs), sample.target[0], sample.id)
         self.counts[self._target.classes_of(sample.target)] += 1
+        self.unchanged = False
         self.totals["learned"] += 1
         self.health = health_of(outputs)
 
@@ -210,9 +216,10 @@ class Core:
         tensors = {f"state.{name}": array for name, array in self._engine.state().items()}
         if self.memory is not None:
             tensors |= self.memory.snapshot()
-        meta = {"class_names": list(self.names), "class_counts": self.counts.tolist(), "totals": dict(self.totals)}
+        meta: dict[str, Any] = {"class_names": list(self.names), "class_counts": self.counts.tolist(), "totals": dict(self.totals)}
+        task = {"task": self.task} if self.task else {}
         adaptation = {} if self.adaptation is None else {"adaptation": self.adaptation.progress()}
-        return Snapshot(tensors, {**meta, "health": dict(self.health), **adaptation})
+        return Snapshot(tensors, {**meta, "health": dict(self.health), **task, **adaptation})
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, bit for bit.
@@ -230,12 +237,85 @@ class Core:
                 raise InputError(f"totals and health: must be objects, the first with {', '.join(self.totals)}, got {totals} and {health}")
             if self.adaptation is not None:
                 self.adaptation.restore(snapshot.meta["adaptation"])
+            task = snapshot.meta["task"] if self.task else ""
+            if not isinstance(task, str):
+                raise InputError(f"task: must be a name, got {short(task)}; write the snapshot again")
             if self.memory is not None:
                 self.memory.restore(snapshot.tensors)
         except (EdgeclError, KeyError) as error:
             raise StoreError(f"snapshot: does not fit the bundle ({error}); {RESTORE}") from error
         self._engine.load(state)
+        self.task, self.unchanged = task, False
         self.names, self.counts, self.totals, self.health = list(names), np.array(counts, np.int64), dict(totals), dict(health)
+
+    def new_task(self) -> bytes:
+        """A task in which nothing was learned, as :meth:`pack_task` has one."""
+        assert self._manifest.tasks is not None
+        fresh = self._manifest.tasks.fresh
+        state = {name: np.zeros_like(array) if name in fresh else array for name, array in self._first.items() if name not in self._stream}
+        return _task(state, [None] * len(self.names), [0] * len(self.counts), {}).pack()
+
+    def pack_task(self) -> bytes:
+        """The task in use: its state, classes and health figures."""
+        return _task(self._engine.state(self._own), self.names, self.counts.tolist(), self.health).pack()
+
+    def read_task(self, blob: bytes, foreign: bool = False) -> Snapshot:
+        """What :meth:`pack_task` wrote.
+
+        Args:
+            blob: Its bytes; of the store's own ones CRC-32 and bundle are right.
+            foreign: Whether it is from elsewhere, so that its tensors are to be checked as well.
+
+        Raises:
+            StoreError: when it does not fit the manifest.
+        """
+        task = Snapshot.unpack(blob)
+        try:
+            if foreign:
+                check_state(self._manifest, {**task.under("state."), **self.stream})
+            self._check_classes(task.meta["class_names"], task.meta["class_counts"])
+        except (EdgeclError, KeyError) as error:
+            raise StoreError(f"task: does not fit the bundle ({error}); {RESTORE}") from error
+        return task
+
+    def enter(self, name: str, task: Snapshot) -> None:
+        """Make a task the one in use, as the store has it. The replay memory is of one task, and starts empty."""
+        self._show(task)
+        self.task, self.unchanged = name, True
+        if self.memory is not None:
+            self.memory.clear()
+
+    @contextmanager
+    def visiting(self, task: Snapshot | None) -> Iterator[None]:
+        """Inside, state and classes are those of another task; None is the one in use."""
+        if task is None:
+            yield
+            return
+        own = _task(self._engine.state(self._own), self.names, self.counts.tolist(), self.health)
+        try:
+            self._show(task)
+            yield
+        finally:
+            self._show(own)
+
+    @contextmanager
+    def holding(self, state: Mapping[str, Array]) -> Iterator[None]:
+        """Inside, some state tensors are others."""
+        own = self._engine.state(state)
+        try:
+            self._engine.put(state)
+            yield
+        finally:
+            self._engine.put(own)
+
+    @property
+    def _own(self) -> list[str]:
+        return [spec.name for spec in self._manifest.state if spec.name not in self._stream]
+
+    def _show(self, task: Snapshot) -> None:
+        self._engine.put(task.under("state."))
+        self.names, self.counts = list(task.meta["class_names"]), np.array(task.meta["class_counts"], np.int64)
+        self.health = dict(task.meta.get("health", {}))
 
     def _check_classes(self, names: Any, counts: Any) -> None:
         most = self._manifest.max_classes
@@ -297,6 +377,11 @@ class Core:
             but = "but for changes that waited and were taken in" if late else ""
             raise UpdateRefusedError(f"{step}: refused for {what}: {cause}; the state is unchanged{but and f', {but}'}")
         return outputs
+
+
+def _task(state: Mapping[str, Array], names: list[str | None], counts: list[int], health: Mapping[str, float]) -> Snapshot:
+    tensors = {f"state.{name}": array for name, array in state.items()}
+    return Snapshot(tensors, {"class_names": list(names), "class_counts": counts, "health": dict(health)})
 
 
 def _memory(spec: ReplaySpec, classes: int, row_file: Path | None, token: bytes | None) -> ReplayMemory:

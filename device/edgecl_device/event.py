@@ -13,15 +13,15 @@ class Event:
 
     Attributes:
         seq: Its number; they rise by one.
-        kind: ``learn``, ``adapt``, ``add_class``, ``reset_stream`` or ``reset_adaptation``. Forgetting and relabelling change the log
-            itself and renew the snapshot, so that nothing is left to replay.
+        kind: ``learn``, ``adapt``, ``add_class``, ``reset_stream``, ``reset_adaptation``, ``add_task``, ``switch_task`` or ``drop_task``.
+            Forgetting and relabelling change the log itself and renew the snapshot, so that nothing is left to replay.
         sample_id: The sample, or None.
         label: Class index, or None.
         weight: Sample weight, or None.
         lr: Learning rate, or None.
-        name: Class name, or None.
+        name: Name of a class or task, or None.
         features: The encoded sample's raw little-endian bytes, behind them those of a target that is no class index and of
-            a stream's state (:class:`edgecl_device.record.Record`), or None.
+            a stream's state (:class:`edgecl_device.record.Record`); of a new task the name of the one that it is a copy of; or None.
     """
 
     seq: int

@@ -1,6 +1,6 @@
 """Keeps what a learner knows and its store in step: every change is in both or in neither."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from edgecl_device.adaptation import Adapted
@@ -12,6 +12,8 @@ from edgecl_device.pending import Pending
 from edgecl_device.record import Record, Sample
 from edgecl_device.snapshot import Snapshot
 from edgecl_device.store import AUTOMATIC, Store
+
+TASK_KINDS = ("add_task", "switch_task", "drop_task")
 
 
 class Journal:
@@ -112,8 +114,70 @@ class Journal:
         renewed = self._room(event)
         with self._whole():
             self._append(event, renewed)
-            self._core.names[label] = name
+            self._name(label, name)
         self.changed = True
+
+    def tasks(self) -> list[str]:
+        """Names of all tasks, the one in use among them."""
+        return sorted({self._core.task, *self._store.tasks.versions()})
+
+    def task(self, name: str) -> bytes:
+        """One of them, as :meth:`edgecl_device.core.Core.read_task` reads it."""
+        if name == self._core.task:
+            return self._core.pack_task()
+        return self._store.tasks.blob(name, self._store.tasks.versions()[name])
+
+    def add_task(self, name: str, like: str | None) -> None:
+        """Add a task that starts as the bundle does, or as another one is now."""
+        event = Event(self._store.seq + 1, "add_task", name=name, features=None if like is None else like.encode())
+        blob = self._core.new_task() if like is None else self.task(like)
+        self._log(event, lambda: self._store.tasks.put(name, event.seq, blob))
+
+    def bring_task(self, name: str, blob: bytes) -> None:
+        """Add a task that no event can make again: the automatic snapshot is renewed, so that none has to."""
+        event = Event(self._store.seq + 1, "add_task", name=name)
+
+        def write() -> None:
+            self._store.tasks.put(name, event.seq, blob)
+            self._checkpoint()
+
+        self._log(event, write)
+        self._core.settle()
+
+    def switch_task(self, name: str) -> None:
+        """Write the task in use to the store, if it is not there as it is, and go on with another one."""
+        core, table = self._core, self._store.tasks
+        event = Event(self._store.seq + 1, "switch_task", name=name)
+        entered, left, before = core.read_task(self.task(name)), core.task, None if core.unchanged else core.pack_task()
+
+        def write() -> None:
+            if before is not None:
+                table.put(left, event.seq, before)
+
+        self._log(event, write, lambda: core.enter(name, entered))
+
+    def drop_task(self, name: str) -> None:
+        """Drop a task that is not in use."""
+        event = Event(self._store.seq + 1, "drop_task", name=name)
+
+        def drop() -> None:
+            self._store.tasks.drop(name, event.seq)
+            self._store.erasure_due = True
+
+        self._log(event, drop)
+        self._store.fold(force=True)
+
+    def _log(self, event: Event, write: Callable[[], None], then: Callable[[], None] = lambda: None) -> None:
+        """Append an event and do what else it writes in one transaction, then make it the present."""
+        renewed = self._room(event)
+        with self._whole():
+            self._append(event, renewed, write)
+            then()
+        self.changed = True
+
+    def _name(self, label: int, name: str | None) -> None:
+        self._core.names[label] = name
+        self._core.unchanged = False
 
     def reset_stream(self) -> None:
         """Let the stream begin anew."""
@@ -196,11 +260,15 @@ class Journal:
         snapshot = Snapshot.unpack(self._store.snapshot(AUTOMATIC))
         self._core.restore(snapshot)
         self._pending.restore(snapshot.tensors)
+        left: dict[str, bytes] = {}
         for number, event in enumerate(self._store.events_after(seq), start=seq + 1):
             if event.seq != number:  # a write-ahead log beside a file that is not its own can do that
                 raise StoreError(f"store: is damaged (event {number} is missing); {RESTORE}")
             if event.kind == "add_class":
-                self._core.names[int(event.label or 0)] = event.name
+                self._name(int(event.label or 0), event.name)
+                continue
+            if event.kind in TASK_KINDS:
+                self._repeat(event, seq, left)
                 continue
             if event.kind == "reset_stream":
                 self._core.stream = self._core.stream_start
@@ -219,15 +287,41 @@ class Journal:
             self._core.stream = self._record.stream(event)
             self._pending.discard(sample.id)
 
+    def _repeat(self, event: Event, seq: int, left: dict[str, bytes]) -> None:
+        """Do again what an event behind the snapshot of number ``seq`` did to tasks.
+
+        Args:
+            event: The event.
+            seq: Of the snapshot.
+            left: Tasks that were written behind it; the store may have newer versions of them by now.
+        """
+        core, name = self._core, str(event.name)
+
+        def found(task: str) -> bytes:
+            if task == core.task:
+                return core.pack_task()
+            return left[task] if task in left else self._store.tasks.blob(task, self._store.tasks.versions(seq)[task])
+
+        if event.kind == "add_task":
+            left[name] = core.new_task() if event.features is None else found(event.features.decode())
+        elif event.kind == "switch_task":
+            entered = core.read_task(found(name))
+            left[core.task] = core.pack_task()
+            core.enter(name, entered)
+            core.unchanged = False  # the store may have an older version of it
+        else:
+            left.pop(name, None)
+
     def _room(self, event: Event) -> bytes | None:
         """A new automatic snapshot, packed, when the log has no room for the event without one."""
         return None if self._store.has_room(event.nbytes) else self._pack(AUTOMATIC)
 
-    def _append(self, event: Event, renewed: bytes | None) -> None:
+    def _append(self, event: Event, renewed: bytes | None, write: Callable[[], None] = lambda: None) -> None:
         with self._store.transaction(sync=renewed is not None):
             if renewed is not None:
                 self._store.put_snapshot(AUTOMATIC, self._store.seq, renewed)
             self._store.append(event)
+            write()
         if renewed is not None:
             self._core.settle()
 

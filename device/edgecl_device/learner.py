@@ -42,12 +42,13 @@ from edgecl_device.reports import AdaptReport, LearnReport, Prediction, predicte
 from edgecl_device.rows import row_file_of
 from edgecl_device.store import AUTOMATIC, Store
 from edgecl_device.targets import target_of
-from edgecl_device.turns import OneAtATime, verb
+from edgecl_device.tasks import TaskVerbs
+from edgecl_device.turns import verb
 
 ENGINES: dict[str, Callable[[Path, Manifest, int, str], Engine]] = {"onnx": OnnxEngine, "executorch": ExecutorchEngine}
 
 
-class Learner(OneAtATime):
+class Learner(TaskVerbs):
     """A learner on an engine, with a store that survives crashes.
 
     Load a bundle with :meth:`load`. The constructor drives any engine with the same loop. A closed learner raises ClosedError.
@@ -166,28 +167,31 @@ class Learner(OneAtATime):
         return learner
 
     @verb
-    def predict(self, x: Array | Mapping[str, Array]) -> Prediction:
+    def predict(self, x: Array | Mapping[str, Array], task: str | None = None) -> Prediction:
         """Predict one sample and keep its features, so that its label may arrive later.
 
         Args:
             x: One sample, or the next frame of a stream, as the bundle's ``encode`` takes it; its batch dimension of 1 may be left out.
                 Of a model of several inputs a mapping of their names.
+            task: Predict as this task does, which then still is not the one in use; None is the one that is.
 
         Raises:
-            InputError: when shape, dtype or values do not fit.
+            InputError: when shape, dtype or values do not fit, or there is no such task.
             PredictionError: when a score is not finite.
             StoreFullError: when the disk is full and the next 1,024 sample ids cannot be reserved.
         """
+        other = None if task is None or task == self._core.task else self._core.read_task(self._journal.task(self._task("task", task)))
         with self._core.hearing():
             z = self._encode(x)
-            scores = self._engine.run("predict", z)["scores"]
+            with self._core.visiting(other):
+                scores, names = self._engine.run("predict", z)["scores"], self._core.names
             found = self._target.read(scores)
             sample_id = self._store.new_id()
         self._pending.add(sample_id, z)
         self._journal.changed = True
         self._session["predicted"] += 1
         self._session["macs"] += self._macs("encode", "predict")
-        return predicted(self.manifest.target.kind, scores[0], found, self._core.names, sample_id)
+        return predicted(self.manifest.target.kind, scores[0], found, names, sample_id)
 
     @verb
     def learn(self, x: Array | Mapping[str, Array] | int, y: Any, weight: float = 1.0, lr: float | None = None) -> LearnReport:
@@ -382,6 +386,7 @@ class Learner(OneAtATime):
             there = short([n for n in known if n]) if any(known) else "none"
             raise InputError(f"name: no snapshot {short(name)}, there are {there}; save one first")
         self._journal.rollback(key)
+        self._forget_traits()
 
     @verb
     def state(self) -> dict[str, Array]:
@@ -413,6 +418,7 @@ class Learner(OneAtATime):
             "replay": None if memory is None else memory.report(),
             "snapshots": store.snapshots(),
             "state_bytes": sum(spec.nbytes for spec in self.manifest.state),
+            **({"task": core.task, "tasks": self._journal.tasks()} if core.task else {}),
             "health": dict(core.health),
             "adaptation": None if core.adaptation is None else core.adaptation.progress(),
         }

@@ -23,7 +23,8 @@ from edgecl_device.errors import BundleError, InputError, SchemaError
 SCHEMA = 4
 """Version of the manifest that is written.
 
-Versions 1, in which ``target`` is the word ``class``, 2, without ``refresh_every``, and 3, without ``adapt``, are read as well."""
+Versions 1, in which ``target`` is the word ``class``, 2, without ``refresh_every``, and 3, without ``adapt`` and ``tasks``, are read as
+well."""
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"
@@ -223,6 +224,19 @@ class AdaptSpec:
 
 
 @dataclass(frozen=True)
+class TaskSpec:
+    """How the device keeps several tasks: each is a state of its own, but for what a stream carries from frame to frame.
+
+    Attributes:
+        first: Name of the task that the bundle's state is.
+        fresh: State tensors that a new task starts with zeros; the others start as in the bundle.
+    """
+
+    first: str
+    fresh: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """Size and SHA-256 of one file of the bundle."""
 
@@ -257,6 +271,7 @@ class Manifest:
         engine: ``onnx`` or ``executorch``: which runtime the graphs are for.
         refresh_every: Updates after which the loop runs the step ``refresh``; 0 without one.
         adapt: When the loop runs the step ``adapt``; None without one.
+        tasks: Set for methods whose whole state is one task's, of which the device may then keep several.
     """
 
     method: str
@@ -280,6 +295,7 @@ class Manifest:
     engine: str = "onnx"
     refresh_every: int = 0
     adapt: AdaptSpec | None = None
+    tasks: TaskSpec | None = None
     schema: int = SCHEMA
 
     @property

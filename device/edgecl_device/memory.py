@@ -301,6 +301,13 @@ class ReplayMemory:
         self._ids[:n] = checked["sample_id"][order]
         self._starts[1:-1] = np.cumsum(np.bincount(target, minlength=self.classes))
 
+    def clear(self) -> None:
+        """Drop all rows, as if none had been offered; the generator's counter stays."""
+        self._ids[:] = -1
+        self._slots[:] = np.arange(self.rows)
+        self._starts[:-1] = 0
+        self._seen = self._gone_inside = self._gone_outside = 0
+
     def snapshot(self) -> dict[str, Array]:
         """Copies of everything that :meth:`restore` needs, rows beyond the last kept one left out.
 

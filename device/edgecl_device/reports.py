@@ -7,6 +7,38 @@ from typing import Any
 from edgecl_device.manifest import Array
 
 
+@dataclass(frozen=True)
+class TaskReport:
+    """One task of a learner.
+
+    Attributes:
+        active: Whether it is the one in use.
+        nbytes: Bytes of its blob in the store.
+        class_counts: Samples learned by class, less the forgotten; a class without a name is called by its index.
+    """
+
+    active: bool
+    nbytes: int
+    class_counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Identified:
+    """Which task samples are of.
+
+    Attributes:
+        task: The one with the highest likelihood.
+        likelihoods: Of each task, the mean over the samples of the logarithm of their density, as the method defines it.
+        samples: Samples that count.
+        sample_id: The last one: pass it to ``learn`` when its target arrives.
+    """
+
+    task: str
+    likelihoods: dict[str, float]
+    samples: int
+    sample_id: int
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """One prediction.

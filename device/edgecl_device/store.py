@@ -22,6 +22,7 @@ from edgecl_device import database
 from edgecl_device.checks import as_path, short
 from edgecl_device.errors import RESTORE, InputError, StoreError, StoreFullError
 from edgecl_device.event import EVENT_OVERHEAD, Event, crc
+from edgecl_device.task_table import TaskTable
 
 AUTOMATIC = ""
 _ID_BLOCK = 1024
@@ -45,6 +46,7 @@ class Store:
     Attributes:
         erasure_due: Something was removed that the write-ahead log may still hold; set it inside the transaction, and call
             :meth:`fold` after it.
+        tasks: Blobs of the tasks that are not in use. Only the journal may use it.
         commits: Transactions done. After an exception that a signal handler raised, it tells whether the last one was.
         written: Bytes written so far: what each transaction appended to the write-ahead log, and what :meth:`fold` moved into
             the database.
@@ -68,6 +70,7 @@ class Store:
         self._where = str(self.path or "store in memory")
         new = self.path is not None and not self.path.exists()
         self._db = database.connect(self.path, bundle_id, self._synchronous)
+        self.tasks = TaskTable(self._db, self.path)
         self.written = self.path.stat().st_size if new and self.path is not None else 0
         self.erasure_due = self.wal_bytes() > 0  # a process that died may have erased something and not emptied it
         try:
@@ -286,6 +289,7 @@ class Store:
         """Write or replace a snapshot; the automatic one is of the present. Call inside a transaction."""
         values = (name, seq, blob, _snapshot_crc(name, seq, blob))
         self._db.execute("INSERT OR REPLACE INTO snapshots (name, seq, blob, crc) VALUES (?, ?, ?, ?)", values)
+        self.tasks.tidy()
         if name == AUTOMATIC:
             self._replayed_bytes = 0
 
@@ -296,6 +300,7 @@ class Store:
         """
         self._db.execute("DELETE FROM events WHERE seq > ?", (seq,))
         self._db.execute("DELETE FROM snapshots WHERE seq > ?", (seq,))
+        self.tasks.go_back(seq)
         self._seq = seq
         self._log_bytes = self._sum_bytes("1")
         self.erasure_due = True

@@ -3,6 +3,7 @@
 from edgecl.learner import Learner
 from edgecl.methods.affine_warmup import AffineWarmup
 from edgecl.methods.bn_stats import BatchStatistics
+from edgecl.methods.clr import Clr
 from edgecl.methods.cotta import CoTTA
 from edgecl.methods.eata import Eata
 from edgecl.methods.ecotta import EcoTTA
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Learner]] = {
         StreamingLDA,
         Ridge,
         LatentReplay,
+        Clr,
         Joint,
         BatchStatistics,
         Tent,
@@ -39,6 +41,7 @@ __all__ = [
     "METHODS",
     "AffineWarmup",
     "BatchStatistics",
+    "Clr",
     "CoTTA",
     "Eata",
     "EcoTTA",

@@ -31,6 +31,7 @@ from edgecl_device.manifest import (
     Manifest,
     ReplaySpec,
     StepSpec,
+    TaskSpec,
     read_manifest,
     sha256_file,
     to_json,
@@ -42,6 +43,8 @@ from edgecl_export.verify import Gate, verify
 
 STATE_FILE = "state.safetensors"
 REPLAY_FILE = "replay.safetensors"
+FIRST_TASK = "base"
+"""Name of the task that is the bundle's own state, for methods with tasks."""
 SCRATCH = ".edgecl-new-"
 """Start of the scratch folder's name; the destination's own name with more before it could be too long for the file system."""
 
@@ -101,6 +104,10 @@ def export(
     target = target_of(engine)
     if rows_in_file and prepared.memory is None:
         raise InputError(f"rows_in_file: must be False for {prepared.learner.name}, which stores no rows, got True; leave it out")
+    if rows_in_file and prepared.learner.tasks:
+        raise InputError(
+            f"rows_in_file: must be False for {prepared.learner.name}, whose rows are those of one task, got True; leave it out"
+        )
     if prepared.learner.host_only:
         raise InputError(f"method: {prepared.learner.name!r} trains offline and has no step for the device; export another method")
     with _writing(destination):
@@ -259,6 +266,7 @@ def _write(
         engine=engine,
         refresh_every=learner.refresh_every,
         adapt=learner.adaptation,
+        tasks=TaskSpec(FIRST_TASK, learner.fresh) if learner.tasks else None,
         versions={name: version(name) for name in ("edgecl", "torch", *target.packages)},
     )
     (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")

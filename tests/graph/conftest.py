@@ -167,7 +167,7 @@ def random_state(learner: Learner, generator: torch.Generator) -> dict[str, Tens
     for i in range(12):
         values = {**random_values(specs, generator), "target": torch.tensor([i % 4]), "lr": torch.tensor(0.01)}
         with torch.no_grad():
-            _, new = getattr(learner, step)(state, **unflatten_like(tree, values))
+            _, new = {"prime": learner.prime, **learner.steps}[step](state, **unflatten_like(tree, values))
         state = {**state, **new}
     if "adapt" in learner.steps:  # which has not run: somewhere else than at the source, where a teacher and its student agree
         state |= {n: t + torch.randn(t.shape, generator=generator) * 0.1 for n, t in state.items() if n.startswith("param.")}
