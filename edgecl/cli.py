@@ -155,8 +155,8 @@ def methods(as_json: Json = False) -> None:
     found = []
     for name, kind in METHODS.items():
         suffix = issubclass(kind, SuffixLearner)
-        net = nn.Sequential(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), nn.Flatten(), nn.Linear(4, 2))
-        learner = kind(Problem(TensorSpec("z", (1, 1, 4, 4), "float32"), 2), **({"suffix": net} if suffix else {}))
+        net = nn.Sequential(nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)), nn.Flatten(), nn.Linear(2, 2))
+        learner = kind(Problem(TensorSpec("z", (1, 2, 3, 3), "float32"), 2), **({"suffix": net} if suffix else {}))
         found.append(
             {
                 "method": name,

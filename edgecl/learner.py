@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from edgecl.trees import flatten_tree
+from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import AGE, UNSEEN_SCORE, AdaptSpec, ReplaySpec, TargetSpec, TensorSpec
 
@@ -26,7 +26,7 @@ StepResult = tuple[dict[str, Tensor], State]
 Nested = Mapping[str, Any]
 """A tensor spec, or a mapping of names to such (any depth); flattened with dots."""
 
-STEPS = ("predict", "learn", "forget", "relabel", "refresh", "track", "adapt", "identify")
+STEPS = ("predict", "learn", "forget", "relabel", "refresh", "gate", "track", "adapt", "identify")
 """Names a method may give its steps, in the order in which they are listed."""
 
 
@@ -198,22 +198,31 @@ def call_step(learner: Learner, step: str, state: State, inputs: Mapping[str, An
 
 
 def update_macs(macs: Mapping[str, int], refresh_every: int, adapt_every: int = 1) -> int:
-    """MACs of one update by those of the steps, 0 where none updates; a share of ``refresh``, which serves several, is rounded up.
+    """MACs of one update by those of the steps: ``learn`` and ``gate``, and a share of ``refresh``, which serves several, rounded up.
 
     For methods that adapt those of one sample: ``track``, and its share of ``adapt``.
 
     >>> update_macs({"learn": 100, "refresh": 30}, 4), update_macs({"track": 50, "adapt": 1000}, 0, 64)
     (108, 66)
     """
-    own = macs.get("learn", 0) + macs.get("track", 0) + -(-macs.get("adapt", 0) // adapt_every)
+    own = sum(macs.get(step, 0) for step in ("gate", "learn", "track")) + -(-macs.get("adapt", 0) // adapt_every)
     return own + (-(-macs["refresh"] // refresh_every) if refresh_every else 0)
 
 
-def refreshed(learner: Learner, state: State) -> State:
-    """The state behind an update: ``refresh`` has run where it is due."""
+def refreshed(learner: Learner, state: State, draw: Callable[[str], Mapping[str, Any]] | None = None) -> State:
+    """The state behind an update: ``refresh`` has run where it is due.
+
+    Args:
+        learner: The method.
+        state: Its state.
+        draw: Gives rows and integers by name to a ``refresh`` that takes any (:meth:`edgecl_device.memory.ReplayMemory.draw_aside`).
+    """
     if not learner.refresh_every or state[AGE] < learner.refresh_every:
         return state
-    return {**state, **call_step(learner, "refresh", state, {})[1]}
+    specs, drawn = learner.inputs_of("refresh"), {}
+    if specs and draw is not None:
+        drawn = {name: torch.from_numpy(array) for name, array in draw("refresh").items()}
+    return {**state, **call_step(learner, "refresh", state, unflatten_like(specs, drawn))[1]}
 
 
 def call_encode(trunk: Any, x: Any, stream: State) -> StepResult:

@@ -156,7 +156,7 @@ class Prepared:
         for i, (z, target, one) in enumerate(zip(latents, targets, weights, strict=True)):
             with torch.no_grad():
                 outputs, new = self.learner.prime(state, z, torch.tensor(target), one)
-            state = refreshed(self.learner, {**state, **new})
+            state = refreshed(self.learner, {**state, **new}, None if self.memory is None else self.memory.draw_aside)
             if not bool(outputs.get("guard", True)) or not _finite(new.values()):
                 raise InputError(f"x: sample {i} must leave a finite state within the method's guard, it does not; scale the features")
             rows.append(to_arrays(row_of(outputs)))

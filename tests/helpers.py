@@ -32,6 +32,18 @@ CONFIG: dict[str, dict[str, Any]] = {
     "affine_warmup": {"rows_per_step": 6, "every": 4, "lr": 0.01, "batch": 12},
     "ecotta": {"rows_per_step": 6, "every": 4, "batch": 12, "margin": 2.0, "optimizer": "adam", "lr": 1e-3},
     "eata": {"rows_per_step": 6, "every": 4, "lr": 0.01, "margin": 1.0, "redundancy": 1.1},  # the toy is sure of nothing
+    "sparcl": {
+        "rows_per_step": 4,
+        "capacity_bytes": 4096,
+        "sparsity": 0.5,
+        "gradient_sparsity": 0.6,
+        "refresh_every": 20,
+        "policy": "largest-class",
+        "loss": "er",
+        "grow_for": 20,
+        "grow": 0.1,
+        "exchange": 0.1,
+    },
 }
 """Where the toy differs from a method's defaults: a memory that is full after some 30 samples."""
 

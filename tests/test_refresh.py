@@ -260,7 +260,9 @@ def test_a_manifest_whose_refresh_cannot_run_alone_is_refused(toy: Any) -> None:
         dataclasses.replace(refresh, inputs=(TensorSpec("weight", (1,), "float32"),)),
         dataclasses.replace(refresh, state_out=("inverse",)),
     ):
-        with pytest.raises(BundleError, match=r"^step 'refresh': must take state alone and write 'age', float32 .*got .*inverse"):
+        with pytest.raises(
+            BundleError, match=r"^step 'refresh': must take state, rows and draws alone, and write 'age', float32 .*got .*inverse"
+        ):
             check_steps(dataclasses.replace(manifest, steps={**manifest.steps, "refresh": changed}))
 
 

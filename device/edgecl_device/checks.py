@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from edgecl_device.adapt_checks import adapting_fault, adapting_outputs
+from edgecl_device.adapt_checks import ADAPT, adapting_fault, adapting_outputs
 from edgecl_device.errors import BundleError, InputError, PredictionError
 from edgecl_device.generator import WORD
 from edgecl_device.manifest import AGE, DTYPES, UNSEEN_SCORE, WHOLE, Array, Manifest, TargetSpec, TensorSpec
@@ -20,6 +20,7 @@ REVISIONS = ("forget", "relabel")
 REFRESH = "refresh"
 IDENTIFY = "identify"
 LIKELIHOOD = "likelihood"
+GATE = "gate"
 MOST_ELEMENTS = 1 << 40
 MOST_THREADS = 64
 MOST_DRAWS = 1 << 20
@@ -52,6 +53,9 @@ def check_manifest(manifest: Manifest) -> None:
     draws = manifest.replay.draws if manifest.replay is not None else ()
     _check_tensors("draws", [draw.tensor for draw in draws])
     for draw in draws:
+        if draw.step not in ("learn", REFRESH, ADAPT):
+            got = short(draw.step)
+            raise BundleError(f"draws: {draw.name!r} must be of step learn, {REFRESH} or {ADAPT}, got {got}; export the bundle again")
         if not 1 <= draw.below <= WORD or math.prod(draw.shape) > MOST_DRAWS:
             raise BundleError(
                 f"draws: {draw.name!r} must be at most {MOST_DRAWS:,} integers below a bound in [1, 2**32], got {short(draw.shape)} below "
@@ -110,7 +114,7 @@ def check_steps(manifest: Manifest) -> None:
     stream = {spec.name for spec in manifest.stream}
     for name, step in manifest.steps.items():
         written = set(step.state_out) - (stream if name == "encode" else set())
-        if name in ("encode", "predict", IDENTIFY) and written:
+        if name in ("encode", "predict", IDENTIFY, GATE) and written:
             raise BundleError(f"step {name!r}: must not write state, got {short(sorted(written))}; export the bundle again")
         heard = stream & {*step.state_in, *step.state_out}
         if name != "encode" and heard:
@@ -141,6 +145,7 @@ def check_steps(manifest: Manifest) -> None:
         "encode": [TensorSpec("finite", (), "bool")] if stream else [],
         "predict": [manifest.target.scores(classes)],
         "learn": [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("finite", (), "bool")],
+        GATE: [manifest.target.scores(classes), TensorSpec("loss", (), "float32"), TensorSpec("worth", (), "bool")],
         **{name: [TensorSpec("finite", (), "bool")] for name in (*REVISIONS, REFRESH)},
         **adapting_outputs(manifest),
         IDENTIFY: [TensorSpec(LIKELIHOOD, (), "float32")],
@@ -172,14 +177,19 @@ def check_steps(manifest: Manifest) -> None:
 
 
 def _check_refresh(manifest: Manifest) -> None:
-    """The step that the loop runs by itself is told when, takes nothing but state, and resets its age."""
+    """The step that the loop runs by itself is told when, takes nothing but state and what the loop draws, and resets its age."""
     step, every = manifest.steps.get(REFRESH), manifest.refresh_every
     if (step is None) != (every == 0) or every < 0:
         got = f"{every} and {'such' if step else 'no such'} step"
         raise BundleError(f"refresh_every: must be at least 1 with a step {REFRESH!r}, else 0, got {got}; export the bundle again")
-    if step is not None and (TensorSpec(AGE, (), "float32") not in manifest.state or step.inputs or AGE not in step.state_out):
+    if step is None:
+        return
+    given = [spec.name for spec in step.inputs if not spec.name.startswith(("replay.", "draw."))]
+    if TensorSpec(AGE, (), "float32") not in manifest.state or given or AGE not in step.state_out:
         got = short([*(spec.name for spec in step.inputs), *step.state_out])
-        raise BundleError(f"step {REFRESH!r}: must take state alone and write {AGE!r}, float32 [], got {got}; export the bundle again")
+        raise BundleError(
+            f"step {REFRESH!r}: must take state, rows and draws alone, and write {AGE!r}, float32 [], got {got}; export again"
+        )
 
 
 def _check_tasks(manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgecl_device.adapt_checks import ADAPT
 from edgecl_device.adaptation import Adaptation, Adapted, health_of
-from edgecl_device.checks import REFRESH, check_state, short
+from edgecl_device.checks import GATE, REFRESH, check_state, short
 from edgecl_device.engines import Engine
 from edgecl_device.errors import RESTORE, BundleError, EdgeclError, InputError, StoreError, UpdateRefusedError
 from edgecl_device.manifest import AGE, Array, Manifest, ReplaySpec
@@ -150,6 +150,10 @@ class Core:
         if self.memory is not None and self.memory.file is not None:
             self.memory.file.remove()
 
+    def gate(self, sample: Sample) -> dict[str, Array] | None:
+        """Outputs of the step ``gate`` for a sample, whose ``worth`` says whether to learn it; None for a method that learns all."""
+        return self._engine.run(GATE, sample.inputs()) if GATE in self._manifest.steps else None
+
     def propose(self, sample: Sample) -> dict[str, Array]:
         """Run ``learn`` on a sample and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.
 
@@ -158,8 +162,9 @@ class Core:
         Raises:
             UpdateRefusedError: when its result must not be kept.
         """
+        late = self._catch_up(f"sample {sample.id}")
         rows = self.memory.draw() if self.memory is not None else {}
-        return self._run("learn", {**sample.inputs(), **rows}, f"sample {sample.id}")
+        return self._run("learn", {**sample.inputs(), **rows}, f"sample {sample.id}", late)
 
     def keep(self, sample: Sample, outputs: Mapping[str, Array]) -> None:
         """Make what :meth:`propose` found the present."""
@@ -192,10 +197,10 @@ class Core:
     def revise(self, sample: Sample, step: str, target: Array | None, what: str) -> None:
         """Unlearn a sample (``target`` None) or give it another target. Not undone on failure: see :meth:`reverting`."""
         values = sample.inputs() if target is None else {**sample.inputs(), "new_target": target}
-        outputs = self._run(step, values, what)
+        outputs = self._run(step, values, what, self._catch_up(what))
         self._engine.commit()
         if target is None and REFRESH in self._manifest.steps:  # changes that wait hold the sample's features
-            self._run(REFRESH, {}, what)
+            self._run(REFRESH, self._aside(), what)
             self._keep_refreshed()
         self._refresh()
         self.health = health_of(outputs)
@@ -347,19 +352,29 @@ class Core:
         if not self._due:
             return
         with suppress(Exception):
-            if self._engine.run(REFRESH, {})["finite"]:
+            if self._engine.run(REFRESH, self._aside())["finite"]:
                 self._keep_refreshed()
+
+    def _aside(self) -> dict[str, Array]:
+        """Rows and integers for ``refresh``, if it takes any: what updates draw does not depend on whether it runs, or fails."""
+        if self.memory is None or not self._manifest.steps[REFRESH].inputs:
+            return {}
+        return self.memory.draw_aside(REFRESH)
 
     def _keep_refreshed(self) -> None:
         self._engine.commit()
         self.refreshes += 1
 
-    def _run(self, step: str, values: Mapping[str, Array], what: str) -> dict[str, Array]:
-        """Run a step that writes state and refuse a result that must not be kept."""
-        late = self._due and step != REFRESH
+    def _catch_up(self, what: str) -> bool:
+        """Run a ``refresh`` that is still due before anything else is; returns whether it was."""
+        late = self._due
         if late:
-            self._run(REFRESH, {}, what)
+            self._run(REFRESH, self._aside(), what)
             self._keep_refreshed()
+        return late
+
+    def _run(self, step: str, values: Mapping[str, Array], what: str, late: bool = False) -> dict[str, Array]:
+        """Run a step that writes state and refuse a result that must not be kept; ``late`` says that a ``refresh`` has run before it."""
         outputs = self._engine.run(step, values)
         loss = float(outputs.get("loss", np.float32(0)))
         cause = None

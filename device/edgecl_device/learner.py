@@ -14,6 +14,7 @@ import numpy as np
 
 from edgecl_device.adapt_checks import ADAPT, TRACK
 from edgecl_device.checks import (
+    GATE,
     REFRESH,
     as_float32,
     as_inputs,
@@ -88,7 +89,7 @@ class Learner(TaskVerbs):
         self._x = manifest.steps["encode"].inputs
         self._options = {spec.name for spec in manifest.steps["learn"].inputs} if "learn" in manifest.steps else set()
         self._pending = Pending(manifest.features, manifest.pending_capacity)
-        self._session = {"predicted": 0, "learned": 0, "adapted": 0, "macs": 0}
+        self._session = {"predicted": 0, "learned": 0, "skipped": 0, "adapted": 0, "macs": 0}
         self._target = target_of(manifest.target, manifest.max_classes)
         self._store = store or Store(None, manifest.bundle_id, manifest.log_capacity_bytes)
         record = Record(manifest, self._store.persistent or manifest.forgets or "relabel" in manifest.steps)
@@ -195,7 +196,7 @@ class Learner(TaskVerbs):
 
     @verb
     def learn(self, x: Array | Mapping[str, Array] | int, y: Any, weight: float = 1.0, lr: float | None = None) -> LearnReport:
-        """Learn one sample.
+        """Learn one sample. A method with a ``gate`` leaves out what is not worth an update: ``learned`` of the report tells.
 
         Args:
             x: A sample, or the ``sample_id`` of an earlier prediction; for a stream the latter.
@@ -216,17 +217,25 @@ class Learner(TaskVerbs):
         weight = as_weight(weight, self.manifest.method, self._options)
         lr = self._rate(lr, self._options)
         sample_id, z, macs = self._sample(x)
-        macs += self._macs("learn")
-        self._store.fold()
-        refreshes = self._core.refreshes
-        outputs = self._journal.learn(Sample(sample_id, z, target, weight, lr))
-        if self._core.refreshes > refreshes:
-            macs += self._macs(REFRESH)
-        self._session["learned"] += 1
+        sample = Sample(sample_id, z, target, weight, lr)
+        passed = self._core.gate(sample)
+        learned = passed is None or bool(passed["worth"])
+        macs += self._macs(GATE) if passed is not None else 0
+        if learned:
+            macs += self._macs("learn")
+            self._store.fold()
+            refreshes = self._core.refreshes
+            outputs = self._journal.learn(sample)
+            macs += self._macs(REFRESH) if self._core.refreshes > refreshes else 0
+        else:
+            assert passed is not None
+            outputs = passed
+            self._pending.discard(sample_id)
+        self._session["learned" if learned else "skipped"] += 1
         self._session["macs"] += macs
         before, told, written = self._target.read(outputs["scores"]), self._target.told(target), self._written - written
         loss = float(outputs["loss"])
-        return LearnReport(sample_id, loss, before, told, dict(self._core.health), macs, written, perf_counter() - start)
+        return LearnReport(sample_id, loss, before, told, dict(self._core.health), macs, written, perf_counter() - start, learned)
 
     @verb
     def adapt(self, x: Array | Mapping[str, Array] | int, lr: float | None = None) -> AdaptReport:

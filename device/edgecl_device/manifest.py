@@ -23,8 +23,8 @@ from edgecl_device.errors import BundleError, InputError, SchemaError
 SCHEMA = 4
 """Version of the manifest that is written.
 
-Versions 1, in which ``target`` is the word ``class``, 2, without ``refresh_every``, and 3, without ``adapt`` and ``tasks``, are read as
-well."""
+Versions 1, in which ``target`` is the word ``class``, 2, without ``refresh_every``, and 3, without ``adapt`` and ``tasks`` and with
+all draws for ``learn``, are read as well."""
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"
@@ -156,17 +156,19 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class DrawSpec:
-    """Random integers that ``learn`` or ``adapt`` takes, drawn anew for every update from the replay memory's generator.
+    """Random integers that a step takes, drawn anew for each of its runs from the replay memory's generator.
 
     Attributes:
         name: The input is ``draw.NAME``, int64.
         shape: Its shape; integers are drawn in row-major order.
         below: Each is in [0, below), with 1 <= below <= 2**32.
+        step: ``learn``, ``refresh`` or ``adapt``.
     """
 
     name: str
     shape: tuple[int, ...]
     below: int
+    step: str = "learn"
 
     @property
     def tensor(self) -> TensorSpec:
@@ -189,7 +191,7 @@ class ReplaySpec:
         counter: Words of the generator already drawn when the bundle was written.
         seen: Samples already offered to the memory when the bundle was written.
         reconstruction: Squared error of the calibration latents as rows hold them, over their square.
-        draws: Random integers that ``learn`` or ``adapt`` takes beside the rows, in the order in which they are drawn.
+        draws: Random integers that ``learn``, ``refresh`` or ``adapt`` takes beside the rows, in the order in which they are drawn.
         in_file: Whether the rows lie in a file beside the store, not in memory.
     """
 

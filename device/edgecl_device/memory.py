@@ -22,6 +22,8 @@ from edgecl_device.rows import HEADER_BYTES, RowFile, Rows
 POLICIES = ("reservoir", "largest-class")
 """Of memories from which ``learn`` gets rows by chance."""
 
+ASIDE = 0x72656672657368
+"""Added, bit by bit, to the seed for draws that leave the generator where it is ("refresh" in ASCII)."""
 _ROW_OVERHEAD = 8 + 4  # sample id int64 and slot int32
 _MOST_ROWS = (1 << 31) - 1  # what a slot number can be
 _MOST_BYTES = 1 << 40
@@ -212,10 +214,22 @@ class ReplayMemory:
         self._ids[slot] = sample_id
         return slot
 
-    def draw(self) -> dict[str, Array]:
+    def draw_aside(self, step: str) -> dict[str, Array]:
+        """What :meth:`draw` gives, from a stream of words of its own: nothing that is drawn later depends on whether a step has run.
+
+        The step's rows and integers are those of the seed :data:`ASIDE` away, at the present counter.
+        """
+        kept = self.generator
+        self.generator = Generator(self.spec.seed ^ ASIDE, kept.counter)
+        try:
+            return self.draw(step)
+        finally:
+            self.generator = kept
+
+    def draw(self, step: str = "learn") -> dict[str, Array]:
         """Rows for one update: ``replay.FIELD`` [r, ...], ``replay.target`` int64 [r] where no field is one, ``replay.weight`` float32 [r].
 
-        Beside them each ``draw.NAME``.
+        Beside them each ``draw.NAME`` of the step.
 
         The arrays are the memory's own and are filled anew by the next draw. With fewer rows than r the rest is filled
         with zeros at weight zero. Only the generator's counter changes: set it back to undo a draw.
@@ -230,12 +244,13 @@ class ReplayMemory:
             batch[k:] = 0
         self._weight[:k] = 1
         self._weight[k:] = 0
-        for draw, array in zip(self.spec.draws, self._draws.values(), strict=True):
+        drawn = {draw.tensor.name: self._draws[draw.tensor.name] for draw in self.spec.draws if draw.step == step}
+        for draw, array in zip((draw for draw in self.spec.draws if draw.step == step), drawn.values(), strict=True):
             array.reshape(-1)[:] = [self.generator.below(draw.below) for _ in range(array.size)]
         if self._labelled:
             self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
             self._target[k:] = 0
-        return {"replay.target": self._target, **self._batch, "replay.weight": self._weight, **self._draws}
+        return {"replay.target": self._target, **self._batch, "replay.weight": self._weight, **drawn}
 
     def remove(self, sample_id: int) -> bool:
         """Erase an offered sample; returns whether it was still kept. Searches all rows: O(rows)."""

@@ -132,6 +132,8 @@ class LearnReport:
             on it, a snapshot that a full log asked for, a block of sample ids, and the pages of a write-ahead log that was moved
             into the file, of rows in a file the pages that the snapshot changes; 0 without a store.
         seconds: Wall time of the call.
+        learned: False for a sample that the method's ``gate`` left out: nothing has changed, nothing is logged, and ``macs`` are those of
+            the forward pass.
     """
 
     sample_id: int
@@ -142,3 +144,4 @@ class LearnReport:
     macs: int
     bytes_written: int
     seconds: float
+    learned: bool = True

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecl_device.adapt_checks import ADAPT
 from edgecl_device.errors import InputError
 from edgecl_device.generator import WORD
 from edgecl_device.manifest import WHOLE, Array, ReplaySpec, TensorSpec
@@ -77,8 +78,9 @@ class WholeMemory(ReplayMemory):
         """Whether an update is due: the memory is full, and a multiple of ``every`` samples has been offered; behind ``ahead`` more."""
         return min(len(self) + ahead, self.rows) == self.rows and (self._seen + ahead) % every == 0
 
-    def draw(self) -> dict[str, Array]:
+    def draw(self, step: str = ADAPT) -> dict[str, Array]:
         """``replay.FIELD`` [rows, ...], the memory's own arrays, in the order in which they lie; beside them each ``draw.NAME``."""
+        assert step == ADAPT
         for draw, array in zip(self.spec.draws, self._draws.values(), strict=True):
             array.reshape(-1)[:] = [self.generator.below(draw.below) for _ in range(array.size)]
         return {**{f"replay.{name}": values for name, values in self._all().items()}, **self._draws}

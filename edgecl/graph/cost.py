@@ -146,6 +146,11 @@ def _input(node: fx.Node) -> tuple[int, int]:
     return 0, _numel(node.args[0])
 
 
+def _sorted(node: fx.Node) -> tuple[int, int]:
+    count = _numel(node.args[0])
+    return 0, count * count.bit_length()
+
+
 def _taps(kernel: Any) -> int:
     return int(prod(kernel) if len(kernel) == 2 else kernel[0] ** 2)
 
@@ -197,6 +202,8 @@ FORMULAS: dict[object, Callable[[fx.Node], tuple[int, int]]] = {
     aten.max_pool2d_with_indices_backward.default: _input,
     aten.avg_pool2d_backward.default: _average_backward,
     aten.scatter_add.default: lambda node: (0, _numel(node.args[3])),
+    aten.cumsum.default: _output(),
+    aten.topk.default: _sorted,  # comparisons of a sort
     # maximum, difference, exponential, sum, and a logarithm with a difference or a quotient
     aten._log_softmax.default: _output(5),
     aten._softmax.default: _output(5),

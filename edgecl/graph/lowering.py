@@ -24,6 +24,7 @@ from edgecl.graph.passes import (
     Recompute,
     ScaleKernels,
     ScaleMaps,
+    SelectChannels,
     SinkExpand,
     SinkIntoParts,
     UpdateEarly,
@@ -73,7 +74,18 @@ def canonicalise(graph: StepGraph) -> StepGraph:
 def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
     """Rewrite a canonical graph for a runtime; the argument stays usable."""
     graph = graph.copy()
-    first = (SinkExpand(), MergeEqual(), ScaleKernels(), Clean(), FoldConstants(), Clean(), JoinSums(), Clean(), ProveFinite())
+    first = (
+        SinkExpand(),
+        MergeEqual(),
+        ScaleKernels(),
+        SelectChannels(),
+        Clean(),
+        FoldConstants(),
+        Clean(),
+        JoinSums(),
+        Clean(),
+        ProveFinite(),
+    )
     joined = (MergeEqual(), Clean(), JoinVectors(), MergeEqual(), Clean())
     before, after = _OWN.get(engine, ((), ()))
     tidy = (Clean(), FoldConstants(), Clean())
@@ -86,7 +98,8 @@ def lower(graph: StepGraph, engine: str = "onnx") -> StepGraph:
 def build_step(captured: StepGraph, engine: str = "onnx") -> BuiltStep:
     """Lower a captured step, count it and plan its memory."""
     canonical = canonicalise(captured)
-    mathematics, layers = cost.count(canonical), cost.count_by_module(canonical)
+    chosen = SelectChannels()(canonical.copy())  # gradients that nobody reads are no mathematics; scales are moved before they go
+    mathematics, layers = cost.count(chosen), cost.count_by_module(chosen)
     lowered = lower(canonical, engine)
     plan = memory.plan(lowered)
     memory.verify(lowered, plan)

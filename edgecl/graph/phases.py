@@ -4,7 +4,7 @@ Costs are reported by phase. A step marks its parts with :func:`phase`; the mark
 cost nothing in eager mode.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -39,6 +39,20 @@ def value_and_gradient(
         parameters: Trained tensors by name; the backward pass stops at the shallowest of them.
         seed: float32 [], the cotangent of the loss.
     """
+    value, auxiliary, (gradient,) = value_and_gradients(loss, parameters, [seed])
+    return value, auxiliary, gradient
+
+
+def value_and_gradients(
+    loss: Callable[[dict[str, Tensor]], tuple[Tensor, Any]], parameters: dict[str, Tensor], seeds: Sequence[Tensor]
+) -> tuple[Tensor, Any, list[dict[str, Tensor]]]:
+    """Losses, auxiliary result and one gradient a seed, from one forward pass.
+
+    Args:
+        loss: Maps the trained tensors to ``(losses, auxiliary)``, losses of any shape.
+        parameters: As :func:`value_and_gradient` takes them.
+        seeds: Cotangents of the losses, each of their shape.
+    """
 
     def marked(tensors: dict[str, Tensor]) -> tuple[Tensor, Any]:
         value, auxiliary = loss(tensors)
@@ -49,8 +63,8 @@ def value_and_gradient(
     with phase("forward"):
         value, pullback, auxiliary = cast(Any, torch.func.vjp(marked, parameters, has_aux=True))
     with phase("backward"):
-        (gradient,) = pullback(seed)
-    return value, auxiliary, gradient
+        gradients = [pullback(seed)[0] for seed in seeds]
+    return value, auxiliary, gradients
 
 
 def _mark_backward(value: Tensor) -> None:

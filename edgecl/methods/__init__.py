@@ -14,6 +14,7 @@ from edgecl.methods.latent_replay import LatentReplay
 from edgecl.methods.ncm import NearestMean
 from edgecl.methods.ridge import Ridge
 from edgecl.methods.slda import StreamingLDA
+from edgecl.methods.sparcl import SparCL
 from edgecl.methods.tent import Tent
 
 METHODS: dict[str, type[Learner]] = {
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Learner]] = {
         Ridge,
         LatentReplay,
         Clr,
+        SparCL,
         Joint,
         BatchStatistics,
         Tent,
@@ -51,6 +53,7 @@ __all__ = [
     "LatentReplay",
     "NearestMean",
     "Ridge",
+    "SparCL",
     "StreamingLDA",
     "Tent",
 ]

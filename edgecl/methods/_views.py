@@ -19,7 +19,7 @@ _KINDS = 6  # zoom, two shifts, mirror, brightness, contrast
 
 def view_draw(rows: int, count: int) -> DrawSpec:
     """What the device draws for so many views of so many rows."""
-    return DrawSpec("view", (count, rows, _KINDS), GRAIN)
+    return DrawSpec("view", (count, rows, _KINDS), GRAIN, "adapt")
 
 
 def views(x: Tensor, drawn: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class CoTTA(Tent):
         spec = super().replay
         assert spec is not None
         draws = [view_draw(spec.rows_per_step, self.config.views)] if self.config.views else []
-        draws += [DrawSpec("restore", (len(self.trained),), GRAIN)] if self.config.restore else []
+        draws += [DrawSpec("restore", (len(self.trained),), GRAIN, "adapt")] if self.config.restore else []
         spec = replace(spec, draws=tuple(draws), capacity_bytes=0)
         return replace(spec, capacity_bytes=whole_bytes(spec, self.problem.max_classes))
 

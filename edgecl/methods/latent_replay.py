@@ -29,14 +29,14 @@ from edgecl.graph.phases import phase
 from edgecl.learner import Problem, State, StepResult, one_hot
 from edgecl.methods._augment import ENTRIES, MOST_SIDE, PLACES, beta_quantiles, crop, crop_sizes, mix
 from edgecl.methods._dropout import Site, with_masks
-from edgecl.methods._features import SMALLEST_NORM, require
+from edgecl.methods._features import require
 from edgecl.methods._losses import losses, soft_cross_entropy
+from edgecl.methods._replay import ReplayLearner, check_rows
 from edgecl.methods.finetune import Finetune
 from edgecl_device.manifest import DrawSpec, ReplaySpec, TensorSpec
-from edgecl_device.memory import POLICIES
 
 
-class LatentReplay(Finetune):
+class LatentReplay(ReplayLearner, Finetune):
     """Experience replay on latents: ``loss = new_weight * L(new sample) + mean of L(r stored rows)``, L that of the target's kind.
 
     ``health.reconstruction`` is the squared error of this sample's decoded latent over its square, for codecs that lose something: far
@@ -95,15 +95,9 @@ class LatentReplay(Finetune):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            require(self.rows_per_step >= 1, "rows_per_step", "be at least 1", self.rows_per_step, "8 is a good start")
-            require(self.codec in CODECS, "codec", f"be one of {', '.join(CODECS)}", self.codec, "use 'uint8'")
-            for codec in CODECS.values():
-                codec.of(self)  # checks what it takes of these values
-            require(self.policy in POLICIES, "policy", f"be one of {', '.join(POLICIES)}", self.policy, "use 'largest-class'")
-            require(self.loss in ("er", "er-ace"), "loss", "be 'er' or 'er-ace'", self.loss, "use 'er'")
+            check_rows(self)
             require(0 < self.new_weight < math.inf, "new_weight", "be finite and above 0", self.new_weight, "1 is ER's own")
             require(0 <= self.average < 1, "average", "be in [0, 1)", self.average, "0.99 averages over about 100 samples")
-            require(self.window >= 1, "window", "be at least 1 sample", self.window, "50 is a good start")
             require(0 <= self.mixup <= 1, "mixup", "be in [0, 1]", self.mixup, "0.1 is REMIND's, 0 mixes nothing")
             require(0 < self.lr_decay <= 1, "lr_decay", "be in (0, 1]", self.lr_decay, "0.5 is REMIND's, 1 keeps the rate")
             require(self.lr_decay_every >= 1, "lr_decay_every", "be at least 1 sample", self.lr_decay_every, "100 is REMIND's")
@@ -138,16 +132,11 @@ class LatentReplay(Finetune):
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(problem, config, suffix=suffix, masks=masks)
         features = {"": problem.features} if isinstance(problem.features, TensorSpec) else problem.features
-        for spec in features.values():
-            require(spec.dtype == "float32", spec.name, "be float32 features", spec.dtype, "convert the model with float()")
         kind = problem.target.kind
         if kind != "class":
             for name, plain in (("loss", "er"), ("mixup", 0.0), ("lr_decay", 1.0), *([("crop", False)] if kind == "map" else [])):
                 value = getattr(self.config, name)
                 require(value == plain, name, f"be {plain!r} for targets of kind {kind}", value, f"use {plain!r}")
-        self._names = list(features)
-        self.codecs = {name: CODECS[self.config.codec].of(self.config) for name in self._names}
-        self._rows = {name: self.codecs[name].row_spec(spec) for name, spec in features.items()}
         if self.config.crop:
             shapes = [list(spec.shape) for spec in features.values()]
             ok = len(shapes) == 1 and len(shapes[0]) == 4 and max(shapes[0][2:]) <= MOST_SIDE
@@ -170,54 +159,22 @@ class LatentReplay(Finetune):
         schedule = {"learned": torch.zeros(self.problem.max_classes)} if self.config.lr_decay < 1 else {}
         return {**state, **averages, **schedule}
 
-    def calibrate(self, latents: Any) -> None:
-        """Fit the codecs on latents [N, ...] of base samples."""
-        for name, part in self._parts(latents).items():
-            self.codecs[name].fit(part)
-
-    def reconstruction(self, latents: Any) -> float:
-        """Squared error of decoded latents [N, ...] over their square."""
-        with torch.no_grad():
-            return float(self._error(latents, self._decode(self._encode(latents))))
-
     @property
-    def codebooks(self) -> tuple[Tensor, ...]:
-        """Those of the codecs."""
-        return tuple(table for codec in self.codecs.values() for table in codec.constants())
-
-    @property
-    def replay(self) -> ReplaySpec:
+    def replay(self) -> ReplaySpec:  # type: ignore[override]
         """Rows of codes, drawn and evicted by the device."""
-        fields = [TensorSpec(f"z.{name}" if name else "z", row.shape, row.dtype) for name, row in self._rows.items()]
-        stored = self.problem.target.stored(self.problem.max_classes)
-        fields += [] if stored is None else [stored]
         config, draws = self.config, []
         if config.crop:
             draws += [DrawSpec("size", (1 + self._drawn,), ENTRIES), DrawSpec("place", (1 + self._drawn, 2), PLACES)]
         if config.mixup:
             draws.append(DrawSpec("share", (1,), ENTRIES))
         draws += [site.draw for site in self._sites]
-        return ReplaySpec(tuple(fields), self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
+        return ReplaySpec(self.row_fields, self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
 
     @property
     def _drawn(self) -> int:
         """Stored rows that one update takes: two for each mixed one."""
         rows: int = self.config.rows_per_step
         return 2 * rows if self.config.mixup else rows
-
-    def step_inputs(self) -> dict[str, Any]:
-        """Those of finetune; ``replay``: rows of codes, their targets, and 1 for a real row or 0 for filler; ``draw``: random integers."""
-        memory, rows = self.replay, self._drawn
-        specs = {f.name: TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in memory.fields}
-        target = specs.pop("target", TensorSpec("target", (rows,), "int64"))
-        z = specs["z"] if self._names == [""] else dict(zip(self._names, specs.values(), strict=True))
-        replay = {"z": z, "target": target, "weight": TensorSpec("weight", (rows,), "float32")}
-        return {**super().step_inputs(), "replay": replay, "draw": {draw.name: draw.tensor for draw in memory.draws}}
-
-    def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
-        """Count a base sample and return its replay row."""
-        _, new = super().prime(state, z, target, weight)
-        return self._row(self._encode(z)), new
 
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores float32 [1, K] of the latent as a row would hold it."""
@@ -239,7 +196,7 @@ class LatentReplay(Finetune):
         config, rows = self.config, self.config.rows_per_step
         code = self._encode(z)
         counted = {**self.counted(state, target), **self._aged(state, target)}
-        allowed = self._allowed(counted)
+        allowed = self._allowed(counted, rows)
         decoded, real = self._decode(code), replay["weight"]
         batch = self._join(decoded, self._decode(self._filled(replay["z"], code, real)))
         if config.crop:
@@ -276,27 +233,6 @@ class LatentReplay(Finetune):
             outputs["health.reconstruction"] = self._error(z, decoded)
         return outputs, {**new, **self._average(state, new), **schedule, **counted}
 
-    @property
-    def _ages(self) -> bool:
-        return self.problem.target.kind == "class"
-
-    def _aged(self, state: State, target: Tensor) -> State:
-        """Samples since each class was last seen, this one included."""
-        if not self._ages:
-            return {}
-        return {"age": torch.where(one_hot(target, self.problem.max_classes).reshape(-1) > 0, 0.0, state["age"] + 1.0)}
-
-    def _allowed(self, counted: State) -> Tensor | None:
-        """Classes that the loss of each row runs over: seen ones, for the new sample under ``er-ace`` the current ones."""
-        if not counted:
-            return None
-        seen = counted["count"] > 0
-        if not self._ages:
-            return seen
-        current = seen if self.config.loss == "er" else counted["age"] < self.config.window
-        current = torch.where(current.to(torch.float32).sum() < 2, seen, current)  # over one class its gradient is zero
-        return torch.cat([current.unsqueeze(0), seen.unsqueeze(0).expand(self.config.rows_per_step, -1)])
-
     def _mixed(self, batch: Any, truth: Tensor, drawn: Tensor, partners: Tensor) -> tuple[Any, Tensor]:
         """The new sample, and each stored row mixed with its partner, where it has a real one; maps and targets alike."""
         rows = self.config.rows_per_step
@@ -307,22 +243,6 @@ class LatentReplay(Finetune):
     def _dropped(self, parameters: dict[str, Tensor], batch: Any, masks: dict[str, Tensor]) -> Tensor:
         """Scores [1 + r, K, ...] of the suffix with these masks where it drops."""
         return self.called(self._dropping, parameters, batch, masks)
-
-    def _filled(self, rows: Any, code: Any, real: Tensor) -> Any:
-        """Rows with this sample's code in place of filler: of zeros a suffix may make NaN, which no weight of zero takes away."""
-        own = self._parts(code)
-        return self._whole(
-            {
-                name: torch.where((real > 0).reshape(-1, *[1] * (part.dim() - 1)), part, own[name])
-                for name, part in self._parts(rows).items()
-            }
-        )
-
-    def _error(self, z: Any, decoded: Any) -> Tensor:
-        """Squared error over squared length, float32 []."""
-        pairs = [(part, self._parts(decoded)[name]) for name, part in self._parts(z).items()]
-        error = torch.stack([((part - other) * (part - other)).sum() for part, other in pairs]).sum()
-        return error / torch.stack([(part * part).sum() for part, _ in pairs]).sum().clamp_min(SMALLEST_NORM)
 
     def _predictors(self, state: State) -> dict[str, Tensor]:
         """The weights that predict: the running average, where there is one."""
@@ -339,24 +259,3 @@ class LatentReplay(Finetune):
             f"average.{name}": (old.reshape(-1) + (now - old).reshape(-1) * (1 - self.config.average)).reshape(old.shape)
             for name, (old, now) in pairs.items()
         }
-
-    def _parts(self, z: Any) -> dict[str, Tensor]:
-        return {"": z} if isinstance(z, Tensor) else dict(z)
-
-    def _whole(self, parts: dict[str, Tensor]) -> Any:
-        return parts[""] if self._names == [""] else parts
-
-    def _encode(self, z: Any) -> Any:
-        with phase("replay_encode"):
-            return self._whole({name: self.codecs[name].encode(part) for name, part in self._parts(z).items()})
-
-    def _decode(self, code: Any) -> Any:
-        with phase("replay_decode"):
-            return self._whole({name: self.codecs[name].decode(part) for name, part in self._parts(code).items()})
-
-    def _join(self, first: Any, rest: Any) -> Any:
-        parts = self._parts(rest)
-        return self._whole({name: torch.cat([part, parts[name]]) for name, part in self._parts(first).items()})
-
-    def _row(self, code: Any) -> dict[str, Tensor]:
-        return {f"row.z.{name}" if name else "row.z": part for name, part in self._parts(code).items()}

@@ -110,9 +110,10 @@ def _learned(ready: Prepared, state: State, z: Any, label: int) -> State:
         if memory is not None:
             memory.generator.counter = counter
         return state
+    state = refreshed(learner, {**state, **new}, None if memory is None else memory.draw_aside)  # as the device: before the row is kept
     if memory is not None:
         memory.offer(to_arrays(row_of(outputs)), label, -1)
-    return refreshed(learner, {**state, **new})
+    return state
 
 
 def _keeps(outputs: Mapping[str, Tensor]) -> bool:

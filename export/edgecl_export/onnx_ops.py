@@ -385,6 +385,16 @@ def _log_softmax(e: "Emitter", node: fx.Node, x: ir.Value, dim: int, half_to_flo
     return e.op("LogSoftmax", x, axis=dim)
 
 
+@translates(aten.cumsum.default)
+def _cumulative_sum(e: "Emitter", node: fx.Node, x: ir.Value, dim: int) -> ir.Value:
+    return e.op("CumSum", e.cast(x, value_of(node).dtype), e.constant(np.asarray(dim, np.int64)))
+
+
+@translates(aten.topk.default)
+def _topk(e: "Emitter", node: fx.Node, x: ir.Value, count: int, dim: int = -1) -> Sequence[ir.Value]:
+    return e.ops("TopK", 2, x, e.ints([count]), axis=dim)
+
+
 # --- pooling ---------------------------------------------------------------------------------------------------------
 
 

@@ -205,7 +205,7 @@ def _learned(case: _Case, eager: EagerEngine, state: Mapping[str, Array], inputs
     learned, every = eager.state(), case.manifest.refresh_every
     if not every or learned[AGE] < every:
         return learned
-    eager.run(REFRESH, {})
+    eager.run(REFRESH, inputs)
     eager.commit()
     return eager.state()
 

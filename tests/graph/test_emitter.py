@@ -251,6 +251,16 @@ CASES: dict[Any, list[Case]] = {
         (lambda x: aten.argmax.default(x, None, True), F),
         (lambda x: aten.argmax.default(x, 0), INT),
     ],
+    aten.cumsum.default: [
+        (lambda x: aten.cumsum.default(x, 0), F),
+        (lambda x: aten.cumsum.default(x, -1), CUBE > 0),
+        (lambda x: aten.cumsum.default(x, 0), INT),
+    ],
+    aten.topk.default: [
+        (lambda x: list(aten.topk.default(x, 2)), CUBE),
+        (lambda x: list(aten.topk.default(x, 1, 0)), F),
+        (lambda x: aten.topk.default(x, 2)[0], INT.reshape(-1)),
+    ],
     aten._softmax.default: [(lambda x: aten._softmax.default(x, 0, False), F), (lambda x: aten._softmax.default(x, -1, False), D)],
     aten._log_softmax.default: [
         (lambda x: aten._log_softmax.default(x, 1, False), F),

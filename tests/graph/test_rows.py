@@ -210,3 +210,22 @@ def test_executorch_keeps_its_own_form(bench: Any, generator: torch.Generator) -
     x, w = torch.randn(1, 4, 6, 6, generator=generator), torch.randn(6, 4, 1, 1, generator=generator)
     graph = lower(canonicalise(bench.trace(F.conv2d, x, w)), "executorch")
     assert aten.bmm.default in held(graph) and aten.mm.default not in held(graph)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(9, 4), (4, 9)])
+def test_the_narrower_map_is_moved(batch: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
+    """Convolutions that narrow or widen by two and more, with borders, dilation and unequal sizes, against autograd."""
+    for taps, padding, dilation in (((3, 3), (1, 1), (1, 1)), ((2, 3), (0, 2), (1, 2)), ((1, 5), (0, 0), (1, 1))):
+        x = torch.randn(batch, inputs, 7, 6, generator=generator, requires_grad=True)
+        w = torch.randn(outputs, inputs, *taps, generator=generator, requires_grad=True)
+        b = torch.randn(outputs, generator=generator)
+        y = torch.nn.functional.conv2d(x, w, b, 1, padding, dilation)
+        g = torch.randn(y.shape, generator=generator)
+        to_x, to_w = torch.autograd.grad(y, (x, w), g)
+        window = Window.of(x.shape, w.shape, (1, 1), padding, dilation, 1)
+        assert (window.narrows, window.widens) == (inputs > outputs, outputs > inputs)
+        held, gradient = rows.rows_of(x.detach()), rows.rows_of(g)
+        torch.testing.assert_close(plain(rows.convolution(held, w.detach(), b, window), tuple(y.shape)), y.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain(rows.input_gradient(gradient, w.detach(), window), tuple(x.shape)), to_x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rows.weight_gradient(gradient, held, window), to_w, rtol=1e-4, atol=1e-4)

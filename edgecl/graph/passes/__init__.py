@@ -16,6 +16,7 @@ from edgecl.graph.passes.recompute import Recompute
 from edgecl.graph.passes.rows import HoldRows
 from edgecl.graph.passes.scale import ScaleMaps
 from edgecl.graph.passes.schedule import NarrowEarly, UpdateEarly, WidenLate
+from edgecl.graph.passes.select import SelectChannels
 from edgecl.graph.passes.sums import JoinSums
 from edgecl.graph.passes.vectors import JoinVectors
 
@@ -36,6 +37,7 @@ __all__ = [
     "Recompute",
     "ScaleKernels",
     "ScaleMaps",
+    "SelectChannels",
     "SinkExpand",
     "SinkIntoParts",
     "UpdateEarly",

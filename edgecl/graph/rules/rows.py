@@ -21,8 +21,11 @@ MOST_POSITIONS = 128
 """Of a map, up to which its pointwise and depthwise convolutions are faster in rows (measured on ONNX Runtime 1.31, one thread:
 a depthwise forward pass takes 0.26 of its time at 9 positions, 0.6 at 36 and 125, 1.1 at 144)."""
 
-LEAST_CHANNELS = 8
+LEAST_CHANNELS = 4
 """Of a dense convolution: narrower rows cost more to gather than the product saves."""
+
+NARROW = 2
+"""A map so many times narrower than the other is the one whose rows are gathered."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,20 @@ class Window:
         if self.pointwise or self.depthwise:
             return prod(self.sizes) <= MOST_POSITIONS
         return self.groups == 1 and min(self.channels, self.outputs) >= LEAST_CHANNELS
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the output is so much narrower that its rows are moved, behind the product, and not those of the input before it."""
+        return self._moves and NARROW * self.outputs <= self.channels
+
+    @property
+    def widens(self) -> bool:
+        """The same of the input, for the gradient."""
+        return self._moves and NARROW * self.channels <= self.outputs
+
+    @property
+    def _moves(self) -> bool:
+        return self.groups == 1 and prod(self.stride) == 1 and not self.pointwise
 
     def met(self) -> Index:
         """Row of the input that each tap of each output position meets, [N * out, taps]; one past the last row is padding."""
@@ -149,6 +166,10 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) 
     if window.depthwise:
         result = (_gathered(x, window.met()) * _by_tap(weight)).sum(1)
         return result if bias is None else result + bias
+    if window.narrows:
+        kernel = weight.reshape(*weight.shape[:2], -1).permute(2, 0, 1)
+        found = _moved(x, kernel.reshape(-1, window.channels).t(), window.met())
+        return found if bias is None else found + bias
     columns, kernel = x, weight
     if not window.pointwise:
         columns = _gathered(x, window.met()).reshape(-1, prod(window.taps) * window.channels)
@@ -170,6 +191,9 @@ def input_gradient(gradient: Tensor, weight: Tensor, window: Window) -> Tensor:
     """
     if window.pointwise:
         return torch.mm(gradient, weight.reshape(window.outputs, window.channels))
+    if window.widens:
+        kernel = weight.reshape(*weight.shape[:2], -1).permute(0, 2, 1)
+        return _moved(gradient, kernel.reshape(window.outputs, -1), window.meeting())
     meeting = _gathered(gradient, window.meeting())
     if window.depthwise:
         return (meeting * _by_tap(weight)).sum(1)
@@ -193,11 +217,35 @@ def weight_gradient(gradient: Tensor, x: Tensor, window: Window) -> Tensor:
         found = torch.mm(gradient.t(), x)
     elif window.depthwise:  # tap by tap, as a sum along rows is faster than one across them
         found = (_gathered(x, window.met().T.copy()) * gradient).sum(1).t()
+    elif window.narrows:
+        columns = _gathered(gradient, window.meeting().astype(np.int64)).reshape(-1, taps * window.outputs)
+        found = torch.mm(columns.t(), x).reshape(taps, window.outputs, window.channels).permute(1, 2, 0)
     else:
         # gathered again, not kept from the forward pass: with an index of another type no optimiser takes both for one
         columns = _gathered(x, window.met().astype(np.int64)).reshape(-1, taps * window.channels)
         found = torch.mm(gradient.t(), columns).reshape(window.outputs, taps, window.channels).permute(0, 2, 1)
     return found.reshape(window.outputs, window.channels // window.groups, *window.taps)
+
+
+def _moved(rows: Tensor, kernel: Tensor, index: Index) -> Tensor:
+    """Every row's product with each tap, moved to where the tap puts it, and summed: only rows of the result's width are gathered.
+
+    Source: Vasudevan, Anderson, Gregg 2017, "Parallel Multi Channel Convolution using General Matrix Multiplication" (kn2row).
+
+    Args:
+        rows: float [P, A].
+        kernel: float [A, taps * B].
+        index: Row that each tap of each position of the result meets, [Q, taps]; P is none.
+
+    Returns:
+        float [Q, B].
+    """
+    taps = index.shape[1]
+    if index.max() == rows.shape[0]:  # zeros in front of the product, where they are fewer
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    products = torch.mm(rows, kernel).reshape(rows.shape[0] * taps, -1)
+    places = (index.astype(np.int64) * taps + np.arange(taps)).T.astype(np.int32)
+    return _gathered(products, places.copy()).sum(0)
 
 
 def _gathered(rows: Tensor, index: Index) -> Tensor:
