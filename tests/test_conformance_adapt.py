@@ -1,6 +1,7 @@
 """What every method that adapts without targets must do on every engine. A new entry in METHODS is tested here without another line."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from edgecl import METHODS, EagerEngine
 from edgecl.learner import call_step
 from edgecl.trees import flatten_tree, unflatten_like
 from edgecl_device import Learner as DeviceLearner
+from edgecl_device import cli
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.errors import InputError, StepMissingError, UpdateRefusedError
 from edgecl_device.event import EVENT_OVERHEAD
@@ -236,6 +238,21 @@ def test_a_learner_that_knows_no_class_adapts_to_nothing(toy):
         with pytest.raises(InputError, match=r"^x: needs a class that was learned.*fit source samples"):
             learner.adapt(toy.helpers.samples(1)[0][0])
         assert same(toy, everything(learner), before)
+
+
+def test_the_device_s_commands_adapt(toy, tmp_path, capsys):
+    exported, _ = toy.bundle("tent")
+    x, y = toy.helpers.samples(24, seed=12)
+    np.savez(tmp_path / "stream.npz", x=x, y=y)
+    assert cli.main(["verify", str(exported.path), "--json"]) == 0
+    assert {"check": "adapt", "result": "taken in"} in json.loads(capsys.readouterr().out)["checks"]
+    assert cli.main(["run", str(exported.path), "--data", str(tmp_path / "stream.npz"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with toy.device("tent", "onnx") as learner:
+        right = [learner.adapt(a).prediction.label == b for a, b in zip(x, y, strict=True)]
+        updates = learner.report()["updates"]
+    assert (found["adapted_in_all"], found["updates_in_all"], found["learned_in_all"]) == (24, updates, 0)
+    assert found["prequential_accuracy"] == np.mean(right)
 
 
 def test_a_learner_without_the_step_says_so(toy):

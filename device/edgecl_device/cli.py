@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecl_device.adapt_checks import ADAPT
 from edgecl_device.checks import as_inputs, as_weight, check_manifest
 from edgecl_device.errors import EdgeclError, InputError, UpdateRefusedError
 from edgecl_device.generator import Generator
@@ -168,6 +169,12 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
             except UpdateRefusedError as error:
                 result = f"refused by its own check: {error}"
             checks.append({"check": "learn", "result": result})
+        if ADAPT in manifest.steps:
+            try:
+                result = "updated" if learner.adapt(seen.sample_id).updated else "taken in"
+            except (InputError, UpdateRefusedError) as error:  # without source samples no class is known
+                result = f"refused by its own check: {error}"
+            checks.append({"check": "adapt", "result": result})
     if _digest(args.bundle) != before:
         raise InputError(f"{args.bundle}: files changed while they were verified; close what writes there and verify again")
     checks.append({"check": "files unchanged", "result": "yes"})
@@ -175,7 +182,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Predict, then learn, every sample of a file, all of which are checked before the first."""
+    """Predict, then learn or adapt to, every sample of a file, all of which are checked before the first."""
     if args.limit is not None and args.limit < 0:
         raise InputError(f"--limit: must be at least 0, got {args.limit}; leave it out to run everything")
     manifest = read_manifest(args.bundle)
@@ -197,6 +204,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 try:
                     if "learn" in manifest.steps:
                         learner.learn(seen.sample_id, ys[i], weight=weights[i])
+                    if ADAPT in manifest.steps:
+                        seen = learner.adapt(seen.sample_id).prediction
                 except UpdateRefusedError:
                     refused += 1
             found = kind.measured(seen.outcome, target)
@@ -218,6 +227,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "macs": report["session"]["macs"],
         "bytes_written": report["session"]["bytes_written"],
         "learned_in_all": report["learned"],
+        **({"adapted_in_all": report["adapted"], "updates_in_all": report["updates"]} if ADAPT in manifest.steps else {}),
         "classes": classes,
     }
 
