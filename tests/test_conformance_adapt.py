@@ -261,3 +261,24 @@ def test_a_learner_without_the_step_says_so(toy):
             with pytest.raises(StepMissingError, match=r"^adapt: ncm has no such step"):
                 call()
         assert learner.report()["adaptation"] is None
+
+
+OTHER = [
+    ("bn_stats", {"statistics": "rows", "rows_per_step": 6, "every": 4}),
+    ("bn_stats", {"statistics": "source", "share": 0.1}),
+    ("tent", {"policy": "balanced", "codec": "uint8", "statistics": "rows", "optimizer": "momentum"}),
+    ("ecotta", {"detached": False, "pull": "outputs"}),
+]
+
+
+@pytest.mark.parametrize(("method", "changes"), OTHER, ids=str)
+def test_other_settings_ship_and_recover(toy, method, changes, tmp_path):
+    x, _ = toy.helpers.samples(40, seed=13)
+    (tmp_path / "open").mkdir()
+    with toy.device(method, "onnx", store=tmp_path / "open" / "learner.db", **changes) as learner:
+        updates = sum(learner.adapt(a).updated for a in x)
+        shutil.copytree(tmp_path / "open", tmp_path / "crashed")
+        wanted = everything(learner)
+    with toy.device(method, "onnx", store=tmp_path / "crashed" / "learner.db", **changes) as learner:
+        assert same(toy, everything(learner), wanted)
+    assert updates > 3
