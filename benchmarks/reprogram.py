@@ -35,8 +35,10 @@ from torch import nn
 from edgecl import METHODS, ImageU8, Prepared, prepare
 from edgecl.backbones import MobileNetV2, load_weights
 from edgecl.figures import machine
+from edgecl.graph.capture import capture
+from edgecl.graph.lowering import build_step, within
+from edgecl.graph.memory import kept_for_backward
 from edgecl.methods._losses import cross_entropy
-from edgecl.profiling import profile
 from edgecl.reprogram import Recipe, train_task, write_task
 from edgecl_device import Learner
 from edgecl_export import export
@@ -89,7 +91,8 @@ class Bench:
     def prepared(self, row: Row, rate: float) -> Prepared:
         """The learner of a row, nothing learned."""
         kind = METHODS[row.method]
-        fields = {"joint": {"lr": rate, "epochs": 4 * self.epochs}, "ridge": {"gamma": rate}}.get(row.method, {})
+        settings = {"joint": {"lr": rate, "epochs": 4 * self.epochs}, "ridge": {"gamma": rate}, "finetune": {"trainable": ("*",)}}
+        fields: dict[str, Any] = settings.get(row.method, {})
         example, resize = self.choice.x[:1], ImageU8(MEAN, STD, "CHW", (self.size, self.size))
         return prepare(
             self.net, at=row.at, example=example, method=row.method, classes=CLASSES, config=kind.Config(**fields), preprocess=resize
@@ -222,8 +225,6 @@ def on_device(bench: Bench, row: Row, rate: float, switches: int) -> dict[str, A
         "switch_ms": {"median": statistics.median(seconds) * 1e3, "worst": max(seconds) * 1e3},
         "task_bytes": blob,
         "task_values": prepared.learner.task_values(),  # type: ignore[attr-defined]
-        "learn_macs": exported.manifest.steps["learn"].canonical_macs,
-        "kept_for_backward": profile(prepared).ledger["kept_for_backward"],
     }
 
 
@@ -235,6 +236,21 @@ def settle(net: nn.Module, x: torch.Tensor, size: int) -> None:
     with torch.no_grad():
         net.train()(ImageU8(MEAN, STD, "CHW", (size, size))(x))
     net.eval()
+
+
+def memory(bench: Bench) -> list[dict[str, Any]]:
+    """What a learning step keeps for its backward pass, counted: as it is, and with half of its peak for activations."""
+    found = []
+    whole = Row("all weights, fine-tuned", "finetune", "input", (1e-3,))
+    for row in (*(row for row in ROWS if row.method == "clr"), whole):
+        learner = bench.prepared(row, row.rates[0]).learner
+        step = build_step(capture(learner, "learn"), "onnx")
+        for label, built in ((row.label, step), (f"{row.label}, recomputed", within(step, step.plan.arena_bytes // 2))):
+            macs = {"canonical_macs": built.canonical.total_macs, "executed_macs": built.executed.total_macs}
+            kept = sum(kept_for_backward(built.graph).values())
+            found.append({"row": label, "kept_for_backward": kept, "activations_peak": built.plan.arena_bytes, **macs})
+            print(json.dumps(found[-1]), flush=True)
+    return found
 
 
 def _bytes(state: dict[str, torch.Tensor]) -> int:
@@ -288,7 +304,7 @@ def main() -> None:
         mean = statistics.fmean(cell["accuracy"] for cell in cells)
         rows.append({"row": row.label, "rate": chosen, "accuracy": mean, "bytes_a_task": statistics.fmean(c["bytes"] for c in cells)})
         print(f"{row.label:<18} mean {100 * mean:.1f}  {rows[-1]['bytes_a_task']:,.0f} bytes a task", flush=True)
-    bench.result["rows"] = rows
+    bench.result |= {"rows": rows, "memory": memory(bench)}
     clr_rows = [(row, found["rate"]) for row, found in zip(ROWS, rows, strict=True) if row.method == "clr"]
     bench.result["device"] = [on_device(bench, row, rate, 8 if args.quick else 52) for row, rate in clr_rows[-1 if args.quick else 0 :]]
     bench.result |= {
