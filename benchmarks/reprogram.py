@@ -290,8 +290,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("reprogram-work"))
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help=f"{OUT.name} among the results; with --quick a file of its own here")
     args = parser.parse_args()
+    args.out = args.out or (Path(f"{OUT.stem}-quick.json") if args.quick else OUT)
     if not args.quick and (args.data is None or args.weights is None):
         parser.error("--data and --weights are needed, or --quick")
     torch.set_num_threads(args.threads)

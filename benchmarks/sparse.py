@@ -174,8 +174,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(cases()), choices=list(cases()))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help=f"{OUT.name} among the results; with --quick a file of its own here")
     args = parser.parse_args()
+    args.out = args.out or (Path(f"{OUT.stem}-quick.json") if args.quick else OUT)
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     there = {(one["case"], one["seed"]) for one in runs}
     if not args.quick:

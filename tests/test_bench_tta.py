@@ -80,15 +80,16 @@ def test_a_second_run_computes_nothing_and_another_plan_is_refused(found: Any, m
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
-    """EcoTTA keeps less when no gradient passes its frozen parts, and CoTTA's student the most."""
+    """EcoTTA keeps less when no gradient passes its frozen parts, and the student of CoTTA, whose convolutions learn, the most."""
     data, z, kept = colour_fashion(), torch.randn(2, 16, 28, 28), {}
-    for label in ("TENT", "EcoTTA, released", "EcoTTA, detached"):
+    for label in ("TENT", "EcoTTA, released", "EcoTTA, detached", "CoTTA, 8 views"):
         entry = next(entry for entry in BATCHES if entry.label == label)
         prepared = learner_of(entry, network(), GREY, data)
-        kept[label] = saved_bytes(prepared.learner, prepared.state, z)
+        kept[label] = saved_bytes(prepared.learner, prepared.state, torch.randn(2, 3, 28, 28) if label.startswith("CoTTA") else z)
     norms = 2 * 4 * 28 * 28 * (16 * 3 + 32 // 4 * 2 + 64 // 16 * 2)  # the input of each, of two images
     assert norms <= kept["TENT"] < 3 * norms
     assert kept["EcoTTA, detached"] < kept["EcoTTA, released"]
+    assert kept["TENT"] < kept["CoTTA, 8 views"]
     assert saved_bytes(learner_of(Entry("", "bn_stats"), network(), GREY, data).learner, {}, z) == 0
 
 
@@ -103,7 +104,11 @@ def test_augmentation_is_the_images_own() -> None:
 
 def test_tables_and_command(found: Any, capsys: pytest.CaptureFixture[str]) -> None:
     titles = [table.title for table in error_tables(found[0])]
-    assert titles == ["batch 12: mean error over corruptions", "rounds: mean error over corruptions"]
+    assert titles == ["batch 12: mean error over corruptions", "rounds: mean error over corruptions of pass 2"]
     assert cost_table(found[0]).row_count == 3
+    macs = {row["label"]: row["macs"] for row in found[0]["costs"]}
+    forward = 28 * 28 * 16 * 27 + 28 * 28 * 2 * 16 * 144 + 14 * 14 * 32 * (144 + 288) + 7 * 7 * 64 * (288 + 576) + 640
+    assert macs["source"] == forward
+    assert 2 * forward < macs["TENT"] + 28 * 28 * 16 * 27 + 28 * 28 * 16 * 144 + 640 < 2.1 * forward, "no gradient in front of bn1's conv"
     assert main(["bench", "tta"]) == 2
     assert "--data, --weights: must be given, or --quick" in capsys.readouterr().err

@@ -282,3 +282,14 @@ def test_other_settings_ship_and_recover(toy, method, changes, tmp_path):
     with toy.device(method, "onnx", store=tmp_path / "crashed" / "learner.db", **changes) as learner:
         assert same(toy, everything(learner), wanted)
     assert updates > 3
+
+
+def test_updates_of_no_row_are_no_sign_of_a_collapse(toy):
+    """Their loss is the pull alone: it says nothing of the stream, and nothing has moved."""
+    x, _ = toy.helpers.samples(30, seed=2)
+    with toy.device("ecotta", "onnx", margin=1e-6, reset="loss", reset_below=10.0, statistics="rows") as learner:
+        before = learner.state()
+        reports = [learner.adapt(a) for a in x]
+        assert any(r.updated for r in reports) and not any(r.reset for r in reports)
+        assert learner.report()["adaptation"] == {"updates": 0, "loss": None}
+        assert toy.helpers.same(learner.state(), before), "statistics of rows that do not count stay"

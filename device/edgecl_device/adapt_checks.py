@@ -23,7 +23,9 @@ def adapting_fault(manifest: Manifest) -> str:
         return f"adapt: every and reset_every must be at least 1, reset one of {', '.join(RESETS)}, reset_below finite, got {spec}"
     inputs = [port.name for port in step.inputs]
     reads = any(name.startswith("replay.") for name in inputs)
-    if reads != whole or reads != (TRACK in manifest.steps) or (reads and "learn" in manifest.steps):
+    if "learn" in manifest.steps:
+        return f"adapt: must not be there beside 'learn', got steps {', '.join(sorted(manifest.steps))}"
+    if reads != whole or reads != (TRACK in manifest.steps):
         return f"adapt: must read rows with a step {TRACK!r} and a memory of {', '.join(WHOLE)}, or none of them, got inputs {inputs}"
     if any(name.partition(".")[0] == "z" for name in inputs) == reads or (spec.every != 1 and not reads):
         return f"adapt: must read rows every so many samples, or each sample's z, got every {spec.every} and inputs {inputs}"

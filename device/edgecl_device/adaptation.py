@@ -114,7 +114,7 @@ class Adaptation:
         self._engine.commit()
         if self._memory is not None and adapted.selected and not adapted.offered:
             self._memory.offer(row_of(adapted.outputs), self._label(adapted), sample.id)
-        if adapted.loss is None:
+        if adapted.loss is None or adapted.health.get("kept") == 0:  # of no row: nothing has moved, and the loss tells nothing
             return
         self.updates += 1
         self.loss = adapted.loss if self.loss is None else LOSS_DECAY * self.loss + (1 - LOSS_DECAY) * adapted.loss

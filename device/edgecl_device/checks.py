@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from edgecl_device.adapt_checks import ADAPT, adapting_fault, adapting_outputs
+from edgecl_device.adapt_checks import ADAPT, TRACK, adapting_fault, adapting_outputs
 from edgecl_device.errors import BundleError, InputError, PredictionError
 from edgecl_device.generator import WORD
 from edgecl_device.manifest import AGE, DTYPES, UNSEEN_SCORE, WHOLE, Array, Manifest, TargetSpec, TensorSpec
@@ -124,23 +124,7 @@ def check_steps(manifest: Manifest) -> None:
     _check_refresh(manifest)
     _check_tasks(manifest)
     classes, names = manifest.max_classes, list(manifest.class_names)
-    known = {
-        spec.name: spec
-        for spec in (
-            *manifest.features,
-            manifest.target.spec("target"),
-            manifest.target.spec("new_target"),
-            TensorSpec("weight", (1,), "float32"),
-            TensorSpec("lr", (), "float32"),
-        )
-    }
     replay = manifest.replay
-    if replay is not None:
-        r = replay.rows_per_step
-        known |= {f"replay.{f.name}": TensorSpec(f"replay.{f.name}", (r, *f.shape), f.dtype) for f in replay.fields}
-        known.setdefault("replay.target", TensorSpec("replay.target", (r,), "int64"))
-        known["replay.weight"] = TensorSpec("replay.weight", (r,), "float32")
-        known |= {draw.tensor.name: draw.tensor for draw in replay.draws}
     needed = {
         "encode": [TensorSpec("finite", (), "bool")] if stream else [],
         "predict": [manifest.target.scores(classes)],
@@ -164,6 +148,7 @@ def check_steps(manifest: Manifest) -> None:
     if inputs != ["x"] and not (inputs and all(name.startswith("x.") and len(name) > 2 for name in inputs)):
         raise BundleError(f"step 'encode': inputs must be x, or x.NAME each, got {short(inputs)}; export the bundle again")
     for name, step in manifest.steps.items():
+        known = {} if name == "encode" else _fed(manifest, name)
         for spec in step.inputs if name != "encode" else ():
             if known.get(spec.name) != spec:
                 raise BundleError(
@@ -176,6 +161,28 @@ def check_steps(manifest: Manifest) -> None:
         raise BundleError(f"class_names: must be at most {classes} different names, got {names}; export the bundle again")
 
 
+def _fed(manifest: Manifest, step: str) -> dict[str, TensorSpec]:
+    """What the loop feeds to a step other than ``encode``, by name."""
+    replay = manifest.replay
+    whole = replay is not None and replay.policy in WHOLE
+    sample = [] if step == REFRESH or (step == ADAPT and whole) else list(manifest.features)
+    if step in ("learn", GATE, *REVISIONS):
+        sample += [manifest.target.spec("target"), TensorSpec("weight", (1,), "float32")]
+    if step in ("learn", GATE, TRACK, ADAPT, *REVISIONS):
+        sample.append(TensorSpec("lr", (), "float32"))
+    if step == "relabel":
+        sample.append(manifest.target.spec("new_target"))
+    fed = {spec.name: spec for spec in sample}
+    if replay is not None and step in ("learn", REFRESH, *([ADAPT] if whole else [])):
+        r = replay.rows_per_step
+        fed |= {f"replay.{f.name}": TensorSpec(f"replay.{f.name}", (r, *f.shape), f.dtype) for f in replay.fields}
+        if not whole:
+            fed.setdefault("replay.target", TensorSpec("replay.target", (r,), "int64"))
+            fed["replay.weight"] = TensorSpec("replay.weight", (r,), "float32")
+        fed |= {draw.tensor.name: draw.tensor for draw in replay.draws if draw.step == step}
+    return fed
+
+
 def _check_refresh(manifest: Manifest) -> None:
     """The step that the loop runs by itself is told when, takes nothing but state and what the loop draws, and resets its age."""
     step, every = manifest.steps.get(REFRESH), manifest.refresh_every
@@ -184,6 +191,10 @@ def _check_refresh(manifest: Manifest) -> None:
         raise BundleError(f"refresh_every: must be at least 1 with a step {REFRESH!r}, else 0, got {got}; export the bundle again")
     if step is None:
         return
+    if ADAPT in manifest.steps or (step.inputs and set(REVISIONS) & set(manifest.steps)):
+        got = short(sorted(manifest.steps))
+        why = "be there beside adapt, nor take rows beside forget or relabel, whose sample may be one of them"
+        raise BundleError(f"step {REFRESH!r}: must not {why}, got steps {got}; export the bundle again")
     given = [spec.name for spec in step.inputs if not spec.name.startswith(("replay.", "draw."))]
     if TensorSpec(AGE, (), "float32") not in manifest.state or given or AGE not in step.state_out:
         got = short([*(spec.name for spec in step.inputs), *step.state_out])
@@ -201,9 +212,9 @@ def _check_tasks(manifest: Manifest) -> None:
     fresh, known = manifest.tasks.fresh, {spec.name for spec in manifest.state} - {spec.name for spec in manifest.stream}
     if len(set(fresh)) < len(fresh) or not known.issuperset(fresh):
         raise BundleError(f"tasks: fresh must name state tensors, each once, got {short(fresh)}; export the bundle again")
-    if set(REVISIONS) & set(manifest.steps) or manifest.refresh_every:
+    if {*REVISIONS, ADAPT} & set(manifest.steps) or manifest.refresh_every:
         got = short(sorted(manifest.steps))
-        raise BundleError(f"tasks: must be null for a method that forgets, relabels or refreshes, got steps {got}; export the bundle again")
+        raise BundleError(f"tasks: must be null for a method that forgets, relabels, refreshes or adapts, got steps {got}; export again")
     if manifest.replay is not None and manifest.replay.in_file:
         raise BundleError("tasks: must be null where replay rows lie in a file, which holds those of one task; export the bundle again")
     try:

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgecl_device.adapt_checks import ADAPT
 from edgecl_device.checks import as_inputs, as_weight, check_manifest
-from edgecl_device.errors import EdgeclError, InputError, UpdateRefusedError
+from edgecl_device.errors import EdgeclError, InputError, StepMissingError, UpdateRefusedError
 from edgecl_device.generator import Generator
 from edgecl_device.learner import Learner
 from edgecl_device.manifest import Array, Manifest, TargetSpec, TensorSpec, read_manifest
@@ -100,6 +100,9 @@ def tasks(args: argparse.Namespace) -> dict[str, Any]:
     """The tasks of a learner, behind what is asked for."""
     if args.like is not None and args.add is None:
         raise InputError(f"--like: is for a task that --add adds, got {args.like!r} without one; pass --add NAME, too")
+    manifest = read_manifest(args.bundle)
+    if manifest.tasks is None:
+        raise StepMissingError(f"BUNDLE: {manifest.method} keeps one state for everything, it has no tasks; export clr, which has")
     with Learner.load(args.bundle, args.store) as learner:
         if args.add is not None:
             learner.add_task(args.add, args.like)
@@ -165,7 +168,8 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
         checks.append({"check": "predict", "result": _told(seen)})
         if "learn" in manifest.steps:
             try:
-                result = f"loss {learner.learn(seen.sample_id, example_target(manifest)).loss:.6g}"
+                report = learner.learn(seen.sample_id, example_target(manifest))
+                result = f"loss {report.loss:.6g}" if report.learned else "left out by its gate"
             except UpdateRefusedError as error:
                 result = f"refused by its own check: {error}"
             checks.append({"check": "learn", "result": result})

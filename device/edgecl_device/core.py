@@ -151,8 +151,12 @@ class Core:
             self.memory.file.remove()
 
     def gate(self, sample: Sample) -> dict[str, Array] | None:
-        """Outputs of the step ``gate`` for a sample, whose ``worth`` says whether to learn it; None for a method that learns all."""
-        return self._engine.run(GATE, sample.inputs()) if GATE in self._manifest.steps else None
+        """Outputs of the step ``gate`` for a sample, whose ``worth`` says whether to learn it; None for a method that learns all.
+
+        Raises:
+            UpdateRefusedError: when scores or loss are not finite, so that it tells nothing.
+        """
+        return self._run(GATE, sample.inputs(), f"sample {sample.id}") if GATE in self._manifest.steps else None
 
     def propose(self, sample: Sample) -> dict[str, Array]:
         """Run ``learn`` on a sample and return its outputs. Nothing but :attr:`counter` changes until :meth:`keep`.
@@ -277,8 +281,16 @@ class Core:
         task = Snapshot.unpack(blob)
         try:
             if foreign:
-                check_state(self._manifest, {**task.under("state."), **self.stream})
-            self._check_classes(task.meta["class_names"], task.meta["class_counts"])
+                check_state(self._manifest, {**self.stream, **task.under("state.")})
+                if self._stream and set(self._stream) & task.under("state.").keys():
+                    raise InputError(f"state: must leave {short(self._stream)} to the stream, got them in a task; write the task again")
+            names, health = task.meta["class_names"], task.meta.get("health", {})
+            self._check_classes(names, task.meta["class_counts"])
+            known = [name for name in names if name is not None]
+            if len(set(known)) < len(known) or "" in known:
+                raise InputError(f"class_names: must differ, and none be empty, got {short(known)}; write the task again")
+            if not isinstance(health, dict) or not all(isinstance(value, int | float) for value in health.values()):
+                raise InputError(f"health: must be numbers by name, got {short(health)}; write the task again")
         except (EdgeclError, KeyError) as error:
             raise StoreError(f"task: does not fit the bundle ({error}); {RESTORE}") from error
         return task

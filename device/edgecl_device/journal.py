@@ -64,7 +64,7 @@ class Journal:
         counter, commits = self._core.counter, self._store.commits
         try:
             outputs = self._core.propose(sample)
-            with self._whole():
+            with self.whole():
                 self._append(event, renewed)
                 self._core.keep(sample, outputs)
                 self._pending.discard(sample.id)
@@ -85,15 +85,15 @@ class Journal:
         assert self._core.adaptation is not None
         event = self._record.event(self._store.seq + 1, sample, self._core.stream)
         renewed = self._room(event)
-        commits = self._store.commits
-        adapted = self._core.adaptation.propose(sample)
+        commits, adapted = self._store.commits, None
         try:
-            with self._whole():
+            with self.whole():  # an interrupt may come while the memory takes a row for the update, or gives it back
+                adapted = self._core.adaptation.propose(sample)
                 self._append(event, renewed)
                 self._core.keep_adapted(sample, adapted)
                 self._pending.discard(sample.id)
         except BaseException:
-            if self._store.commits == commits:
+            if adapted is not None and self._store.commits == commits:
                 adapted.take_back()
             raise
         self.changed = True
@@ -103,7 +103,7 @@ class Journal:
         """Go back to the bundle's initial state."""
         event = Event(self._store.seq + 1, "reset_adaptation")
         renewed = self._room(event)
-        with self._whole():
+        with self.whole():
             self._append(event, renewed)
             self._core.reset_adaptation()
         self.changed = True
@@ -112,7 +112,7 @@ class Journal:
         """Name a class."""
         event = Event(self._store.seq + 1, "add_class", label=label, name=name)
         renewed = self._room(event)
-        with self._whole():
+        with self.whole():
             self._append(event, renewed)
             self._name(label, name)
         self.changed = True
@@ -170,7 +170,7 @@ class Journal:
     def _log(self, event: Event, write: Callable[[], None], then: Callable[[], None] = lambda: None) -> None:
         """Append an event and do what else it writes in one transaction, then make it the present."""
         renewed = self._room(event)
-        with self._whole():
+        with self.whole():
             self._append(event, renewed, write)
             then()
         self.changed = True
@@ -183,7 +183,7 @@ class Journal:
         """Let the stream begin anew."""
         event = Event(self._store.seq + 1, "reset_stream")
         renewed = self._room(event)
-        with self._whole():
+        with self.whole():
             self._append(event, renewed)
             self._core.stream = self._core.stream_start
         self.changed = True
@@ -203,7 +203,7 @@ class Journal:
             raise ForgetRefusedError(f"{step}: {store.why_missing(sample_id)}")
         sample = self._record.sample(event)
         store.fold()
-        with self._whole(), core.reverting() as before, self._pending.reverting(), store.transaction(sync=True):
+        with self.whole(), core.reverting() as before, self._pending.reverting(), store.transaction(sync=True):
             for name, seq in store.snapshots().items():
                 if name != AUTOMATIC and seq >= event.seq:
                     core.restore(Snapshot.unpack(store.snapshot(name)))
@@ -224,7 +224,7 @@ class Journal:
         """Discard a prediction that waits, and every other of its features, here and in the automatic snapshot."""
         features = self._pending.pack(self._pending.get(sample_id))
         self._store.fold()
-        with self._whole(), self._pending.reverting(), self._store.transaction(sync=True):
+        with self.whole(), self._pending.reverting(), self._store.transaction(sync=True):
             self._discard_alike(features)
             self._store.erasure_due = True
             self._checkpoint()
@@ -243,7 +243,7 @@ class Journal:
 
     def rollback(self, name: str) -> None:
         """Go back to a snapshot, which must exist, and drop what came later."""
-        with self._whole(), self._core.reverting(), self._store.transaction(sync=True):
+        with self.whole(), self._core.reverting(), self._store.transaction(sync=True):
             heard = self._core.stream
             self._core.restore(Snapshot.unpack(self._store.snapshot(name)))
             self._core.stream = heard  # what was heard does not change with what is known
@@ -337,7 +337,7 @@ class Journal:
         return snapshot.pack()
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
+    def whole(self) -> Iterator[None]:
         """Notice an interrupt: any other error leaves store and core as they were.
 
         An error behind the commit can only be one, too: a signal handler may raise whatever it likes.

@@ -5,7 +5,7 @@ later, the log. Call one learner from one thread at a time; a call from a second
 """
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -184,7 +184,7 @@ class Learner(TaskVerbs):
         other = None if task is None or task == self._core.task else self._core.read_task(self._journal.task(self._task("task", task)))
         with self._core.hearing():
             z = self._encode(x)
-            with self._core.visiting(other):
+            with nullcontext() if other is None else self._journal.whole(), self._core.visiting(other):
                 scores, names = self._engine.run("predict", z)["scores"], self._core.names
             found = self._target.read(scores)
             sample_id = self._store.new_id()
@@ -231,6 +231,7 @@ class Learner(TaskVerbs):
             assert passed is not None
             outputs = passed
             self._pending.discard(sample_id)
+            self._journal.changed = True
         self._session["learned" if learned else "skipped"] += 1
         self._session["macs"] += macs
         before, told, written = self._target.read(outputs["scores"]), self._target.told(target), self._written - written

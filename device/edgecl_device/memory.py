@@ -217,7 +217,7 @@ class ReplayMemory:
     def draw_aside(self, step: str) -> dict[str, Array]:
         """What :meth:`draw` gives, from a stream of words of its own: nothing that is drawn later depends on whether a step has run.
 
-        The step's rows and integers are those of the seed :data:`ASIDE` away, at the present counter.
+        The step's rows and integers are those of the seed :data:`ASIDE` away, at the present counter and of the rows kept now.
         """
         kept = self.generator
         self.generator = Generator(self.spec.seed ^ ASIDE, kept.counter)

@@ -42,8 +42,8 @@ class Pending:
         """
         if sample_id not in self.samples:
             raise InputError(
-                f"sample_id: {sample_id} does not wait for a label: it was learned, or is older than the last {self.capacity} "
-                "predictions (pending_capacity), or is none of this store's; pass the sample itself"
+                f"sample_id: {sample_id} does not wait for a label: it was learned, or left out by the method's gate, or is older than the "
+                f"last {self.capacity} predictions (pending_capacity), or is none of this store's; pass the sample itself"
             )
         return self.samples[sample_id]
 

@@ -239,8 +239,9 @@ class Store:
                 "learned at all), so that it stays learned; its features leave the files with the next save(). "
                 "Export with a larger log_capacity_bytes to forget further back"
             )
-        for _ in self.events_after(0):  # checks every one
-            pass
+        for event in self.events_after(0):  # checks every one
+            if event.sample_id == sample_id and event.kind == "adapt":
+                return f"sample {sample_id} was adapted to without a target, which cannot be taken out; its features go with the log's cap"
         return (
             f"sample {sample_id} was not learned, or is forgotten already, or was rolled back: there is nothing to change; "
             "what a file may still hold of it goes with the next save()"

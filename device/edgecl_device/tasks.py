@@ -77,7 +77,8 @@ class TaskVerbs(OneAtATime):
             StoreFullError: when the present task cannot be written; it stays in use then.
         """
         self._check_tasks("switch_task")
-        if self._task("name", name) != self._core.task:
+        name = self._task("name", name)
+        if name != self._core.task:
             self._journal.switch_task(name)
             self._traits.clear()
 
@@ -90,7 +91,8 @@ class TaskVerbs(OneAtATime):
             InputError: when there is no such task, or it is the one in use.
         """
         self._check_tasks("drop_task")
-        if self._task("name", name) == self._core.task:
+        name = self._task("name", name)
+        if name == self._core.task:
             raise InputError(f"name: must not be the task in use, got {short(name)}; switch to another one first")
         self._journal.drop_task(name)
         self._forget_traits()
@@ -106,7 +108,7 @@ class TaskVerbs(OneAtATime):
         found = {}
         for name in self._journal.tasks():
             blob = self._journal.task(name)
-            with self._core.visiting(self._core.read_task(blob)):
+            with self._journal.whole(), self._core.visiting(self._core.read_task(blob)):
                 counts = {self._called(i): int(n) for i, n in enumerate(self._core.counts) if n}
             found[name] = TaskReport(name == self._core.task, len(blob), counts)
         return found
@@ -135,7 +137,7 @@ class TaskVerbs(OneAtATime):
         sample_id, z, macs = self._sample(x)
         found = {}
         for name in self._journal.tasks():
-            with self._core.holding(self._traits_of(name)):
+            with self._journal.whole(), self._core.holding(self._traits_of(name)):
                 found[name] = float(self._engine.run(IDENTIFY, z)[LIKELIHOOD])
             macs += self._macs(IDENTIFY)
         self._pending.add(sample_id, z)
@@ -151,8 +153,9 @@ class TaskVerbs(OneAtATime):
             raise StepMissingError(f"{call}: {self.manifest.method} keeps one state for everything, it has no tasks; export clr, which has")
 
     def _task(self, parameter: str, name: str) -> str:
-        """The name of a task, which must exist."""
+        """The name of a task, which must exist, as plain text: the store's checks are over it."""
         self._check_tasks(parameter)
+        name = as_name(name)
         if name not in self._journal.tasks():
             raise InputError(f"{parameter}: no task {short(name)}, there are {short(self._journal.tasks())}; add it first")
         return name

@@ -87,13 +87,10 @@ class WholeMemory(ReplayMemory):
 
     def clear(self) -> None:
         """Forget every row, and what was offered; the generator goes on."""
+        super().clear()
         for values in self._all().values():
             values[...] = 0
-        self._ids[...] = -1
-        self._slots[...] = np.arange(self.rows)
-        self._starts[:-1] = 0
         self._offered[...] = 0
-        self._seen = 0
 
     def snapshot(self) -> dict[str, Array]:
         """Copies of everything that :meth:`restore` needs."""

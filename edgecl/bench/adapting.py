@@ -161,12 +161,12 @@ def one_by_one(entry: Entry, bundle: Path, stream: Corrupted) -> dict[str, float
 
 
 def saved_bytes(learner: Any, state: State, z: Tensor) -> int:
-    """Bytes of tensors that PyTorch's autograd keeps for the backward pass of an update on rows ``z``, weights and state left out."""
+    """Bytes of tensors that PyTorch's autograd keeps for the backward pass of an update on rows ``z``, these too; not weights and state."""
     assert isinstance(learner, AdaptiveLearner)
     if not isinstance(learner, Tent):
         return 0
     weights = {name: value.clone().requires_grad_(True) for name, value in learner.parameters(state).items()}
-    own = {t.untyped_storage().data_ptr() for t in (z, *weights.values(), *state.values(), *learner.suffix.state_dict().values())}
+    own = {t.untyped_storage().data_ptr() for t in (*weights.values(), *state.values(), *learner.suffix.state_dict().values())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

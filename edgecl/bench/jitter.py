@@ -7,7 +7,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 JITTER, BLUR, GREY = 0.4, 0.2, 0.1
 """Chances of each for an image."""
 
-_AMOUNT, _HUE, _RADII = 0.4, 0.1, (0.1, 2.0)
+_AMOUNT, _HUE, _SIGMAS = 0.4, 0.1, (0.1, 2.0)
 _ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
@@ -26,11 +26,18 @@ def jittered(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
         if generator.random() < JITTER:
             image = _coloured(image, generator)
         if generator.random() < BLUR:
-            image = image.filter(ImageFilter.GaussianBlur(float(generator.uniform(*_RADII))))
+            image = image.filter(_kernel(float(generator.uniform(*_SIGMAS))))
         if generator.random() < GREY:
             image = image.convert("L").convert("RGB")
         made[i] = np.asarray(image)
     return made
+
+
+def _kernel(sigma: float) -> ImageFilter.Kernel:
+    """A Gaussian on 3 x 3 pixels."""
+    line = np.exp(-0.5 * (np.arange(-1, 2) / sigma) ** 2)
+    weights = np.outer(line, line) / line.sum() ** 2
+    return ImageFilter.Kernel((3, 3), weights.reshape(-1).tolist(), scale=1)
 
 
 def _coloured(image: Image.Image, generator: np.random.Generator) -> Image.Image:

@@ -5,10 +5,12 @@ the images, the augmentations of the warm-up and its order. What no method may k
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+import edgecl
+import edgecl_device
 from edgecl.bench.adapting import BATCHES, SINGLES, Entry, in_batches, learner_of, one_by_one, saved_bytes
 from edgecl.bench.jitter import jittered
 from edgecl.figures import machine, threads, versions, weight_hash
@@ -85,13 +89,24 @@ def run_tta(
         InputError: when the folder's figures are of another plan, network, data or version.
     """
     data = dataclasses.replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
-    of = {"plan": dataclasses.asdict(plan), "network": weight_hash(net), "data": sha256_data(data), "versions": versions("onnx")}
+    known = {**versions("onnx"), **{name: version(name) for name in ("scipy", "pillow")}, "sources": _sources()}
+    of = {"plan": dataclasses.asdict(plan), "network": weight_hash(net), "data": sha256_data(data), "versions": known, "machine": machine()}
     start = json.loads(json.dumps(of))  # as it will be read
     with locked(folder), threads(1):
         if stage(folder / "start.json", lambda: start) != start:
             raise InputError(f"--out: {folder} holds figures of another plan, network, data or version; choose another folder")
         bench = _Bench(data, net, preprocess, plan, folder, progress)
-        return {**bench.all(), **start, "machine": machine()}
+        return {**bench.all(), **start}
+
+
+def _sources() -> str:
+    """SHA-256 over the code of both packages: figures of two versions do not mix."""
+    digest = hashlib.sha256()
+    for package in (edgecl, edgecl_device):
+        for folder in package.__path__:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -146,7 +161,8 @@ class _Bench:
             bundle = self.folder / f"seed{seed}" / name / f"{_file(entry)}.bundle"
             exported = export(prepared, bundle, overwrite=True)
             errors = one_by_one(entry, bundle, self._stream(seed, **setting))
-            return {"errors": errors, "bytes": exported.manifest.ledger["beyond_trunk"]}
+            own = exported.manifest.ledger["beyond_trunk"] if entry.role == "method" else None
+            return {"errors": errors, **({} if own is None else {"bytes": own})}
 
         return self._table(name, SINGLES, measure)
 
@@ -183,13 +199,22 @@ class _Bench:
                 found = profile(prepared)
                 with torch.no_grad():
                     z = prepared.trunk(torch.from_numpy(np.repeat(self.data.x_test[:1], 64, 0)))
+                macs = {step.step: step.canonical_macs for step in found.steps}
+                if entry.role != "method":  # a forward pass; nothing is kept, and no row waits
+                    return {
+                        "label": entry.label,
+                        "macs": macs["encode"] + macs["predict"],
+                        "kept_by_pytorch": 0,
+                        "kept": 0,
+                        "kept_masks": 0,
+                    }
+                rows = prepared.learner.replay
                 return {
                     "label": entry.label,
-                    "macs": {step.step: step.canonical_macs for step in found.steps},
+                    "macs": macs["encode"] + macs["adapt"] // (1 if rows is None else rows.rows_per_step),
                     "kept_by_pytorch": saved_bytes(prepared.learner, prepared.state, z),
                     "kept": found.ledger["kept_for_backward"],
                     "kept_masks": found.ledger["kept_masks"],
-                    "state": found.ledger["state"],
                     "beyond_trunk": found.ledger["beyond_trunk"],
                 }
 

@@ -17,11 +17,15 @@ def error_tables(result: Row) -> list[Table]:
 
 def _errors(name: str, rows: Sequence[Row]) -> Table:
     best = min(row["error"] for row in rows)
-    shown = tables.grid(["", "error, %", "to the source", "to the best control"], title=f"{name}: mean error over corruptions")
+    rounds = "rounds" in rows[0]
+    title = f"{name}: mean error over corruptions" + (f" of pass {len(rows[0]['rounds'])}" if rounds else "")
+    first = ["first pass, %"] if rounds else []
+    shown = tables.grid(["", *first, "error, %", "to the source", "to the best control"], title=title)
     for row in rows:
+        began = [f"{row['rounds'][0]:.1f}"] if rounds else []
         error = f"{row['error']:.1f}" + ("" if row["error_sd"] is None else f" ± {row['error_sd']:.1f}")
         style = "bold" if row["error"] == best else None
-        shown.add_row(row["label"], error, *(_away(row, other) for other in (_source(rows), _control(rows))), style=style)
+        shown.add_row(row["label"], *began, error, *(_away(row, other) for other in (_source(rows), _control(rows))), style=style)
     return shown
 
 
@@ -32,10 +36,8 @@ def cost_table(result: Row) -> Table:
         columns, title="an update of 64 rows", caption="kept: for the backward pass; by PyTorch's autograd, and by the ledger"
     )
     for row in result["costs"]:
-        macs = row["macs"]
-        one = macs.get("encode", 0) + macs.get("track", 0) + macs.get("adapt", 0) // 64
-        sizes = [tables.size(row[name]) for name in ("kept_by_pytorch", "kept", "kept_masks", "beyond_trunk")]
-        shown.add_row(row["label"], tables.si(one), *sizes)
+        sizes = [tables.size(row.get(name)) for name in ("kept_by_pytorch", "kept", "kept_masks", "beyond_trunk")]
+        shown.add_row(row["label"], tables.si(row["macs"]), *sizes)
     return shown
 
 

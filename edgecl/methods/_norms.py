@@ -92,6 +92,11 @@ class StatNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [N, C, ...], normalised."""
         now = self._statistics
+        if now.reports and f"{self.name}.mean" in now.found:
+            raise InputError(
+                f"suffix: batch norm {self.name!r} must be called once, it is called again, and its statistics are of one place; "
+                "give each call a norm of its own"
+            )
         if now.mode == ROWS:
             if now.reports:
                 with torch.no_grad():  # found, not differentiated: the norm below does that for its own

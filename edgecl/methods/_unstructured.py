@@ -31,7 +31,7 @@ class Unstructured(Form):
             state[f"param.{name}.weight"] = torch.where(mask.reshape(weight.shape), weight, 0.0)
             if self._config.refresh_every:  # one that stays is in the zeros, and in the bits of those that move
                 state[f"mask.{name}"] = pack(mask)
-            state[f"moves.{name}"] = pack(top(score, torch.tensor([self._moving[name]]), self._moving[name]))
+            state[f"moves.{name}"] = pack(self._moves(name, score, mask))
         return state
 
     def scores(self, call: Callable[..., Tensor], parameters: Tensors, state: State, z: Any) -> Tensor:
@@ -66,10 +66,15 @@ class Unstructured(Form):
                 new[f"param.{key}"] = torch.where(grown, start, flat).reshape(weight.shape)
                 mask = kept | grown
                 new[f"mask.{name}"] = pack(mask)
-            moving = self._moving[name]
             pull = torch.where(mask, choice.movement(key).reshape(-1), -1.0)
-            new[f"moves.{name}"] = pack(top(pull, torch.tensor([moving]), moving))
+            new[f"moves.{name}"] = pack(self._moves(name, pull, mask))
         return new
+
+    def _moves(self, name: str, score: Tensor, mask: Tensor) -> Tensor:
+        """Which weights an update changes, bool [P]: the highest scores, or all living ones, those that have grown for a while as well."""
+        if self._config.gradient_sparsity == self._config.sparsity:
+            return mask
+        return top(score, torch.tensor([self._moving[name]]), self._moving[name])
 
     def densities(self) -> dict[str, Density]:
         """Of nominal work."""

@@ -28,6 +28,7 @@ from edgecl.methods._losses import soft_cross_entropy
 from edgecl.methods._norms import ROWS, STORED, biases_before_norms
 from edgecl.methods._views import GRAIN, view_draw, views
 from edgecl.methods.tent import Tent
+from edgecl_device.errors import InputError
 from edgecl_device.manifest import DrawSpec, ReplaySpec, TensorSpec
 from edgecl_device.memory import whole_bytes
 
@@ -67,6 +68,8 @@ class CoTTA(Tent):
 
     def __init__(self, problem: Problem, config: Any = None, **parts: Any) -> None:
         super().__init__(problem, config, **parts)
+        if self.config.reset == "loss":
+            raise InputError("reset: must be 'never' or 'every' for cotta, whose loss is near 0 while all is well, got 'loss'; use 'every'")
         latent = problem.features
         if self.config.views:
             shape = list(latent.shape) if isinstance(latent, TensorSpec) else list(latent)

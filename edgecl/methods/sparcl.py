@@ -27,7 +27,7 @@ for training on the host.
 Deviations from the authors' code (neu-spiral/SparCL at 3f983f3), where the paper is followed. Their score has one gradient for both
 terms, that of the last batch of the epoch before, already masked, so that it is zero wherever a weight is masked. Their ``er`` branch
 reads an option that no parser defines. They simulate: dense products, masks multiplied in, percentiles on the host. Their DDR counts
-changes from right to wrong within five epochs. DER++ there draws the rows of its two terms apart, as here.
+changes from right to wrong within five epochs. DER++ there draws the rows of its two terms apart; here they are two halves of one draw.
 
 | | bytes of state beyond the dense layers | MACs of learn |
 |---|---|---|

@@ -60,13 +60,14 @@ class Tent(AdaptiveLearner):
             return value, (scores, found, kept)
 
         value, (scores, found, filtered), new = self.descend(state, loss, lr)
+        new |= {f"stat.{name}": tensor for name, tensor in found.items()}
         outputs = {"scores": self.masked(scores, state).to(torch.float32), "loss": value.to(torch.float32)}
         for kept in filtered:
             outputs["health.kept"] = kept.sum()
             new |= self.noted(state, scores, kept)
-            # Of no row there is no gradient, but momentum would move the weights.
+            # Of no row there is no gradient, but momentum would move the weights; statistics of rows that do not count stay, too.
             new = {name: torch.where(outputs["health.kept"] > 0, tensor, state[name]) for name, tensor in new.items()}
-        return outputs, {**new, **{f"stat.{name}": tensor for name, tensor in found.items()}}
+        return outputs, new
 
     def objective(self, scores: Tensor, state: State, parameters: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss [] of rows with scores [N, K]; behind it, for methods that filter, 1 for each row that counts, else 0, float32 [N]."""

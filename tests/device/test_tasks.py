@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgecl_device import BundleError, ClosedError, InputError, Learner, StepMissingError, StoreError, StoreFullError, cli
+from edgecl_device.snapshot import Snapshot
 
 TASKS = {"first": "base", "fresh": ["bias"]}
 HIDDEN = ("events", "snapshots", "log_bytes", "health", "pending", "memory.sample_id")
@@ -278,7 +279,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tasks, means, load, st
         ("head", {"first": "base", "fresh": ["depth"]}, "tasks: fresh must name state tensors"),
         ("head", {"first": "base", "fresh": ["bias", "bias"]}, "tasks: fresh must name state tensors, each once"),
         ("head", {"first": "", "fresh": []}, "tasks: first: name: must be a string of 1 to 200"),
-        ("means", {"first": "base", "fresh": []}, "tasks: must be null for a method that forgets, relabels or refreshes"),
+        ("means", {"first": "base", "fresh": []}, "tasks: must be null for a method that forgets, relabels, refreshes or adapts"),
     ],
 )
 def test_a_manifest_with_such_tasks_is_refused(request, load, edit_manifest, name, spec, match):
@@ -368,6 +369,33 @@ def test_a_damaged_task_is_named(tasks, load, stream, tmp_path):
     assert learner.task == "base"
 
 
+def test_names_of_other_string_types_are_plain_text_in_the_store(tasks, load, stream, crash, tmp_path):
+    learner = load(tasks, tmp_path / "l.db")
+    learner.add_task(np.str_("two"), like=np.str_("base"))
+    learner.switch_task(np.str_("two"))
+    learn(learner, stream, 0, 4)
+    assert learner.predict(stream[0][0], task=np.str_("base")).label is None
+    learner.switch_task(np.str_("base"))
+    crash(learner)
+    again = load(tasks, tmp_path / "l.db")
+    assert again.task == "base"
+    again.switch_task("two")
+    assert sum(again.tasks()["two"].class_counts.values()) == 4
+    again.switch_task("base")
+    again.drop_task(np.str_("two"))
+    assert list(again.tasks()) == ["base"]
+
+
+@pytest.mark.parametrize("wrong", [{"health": [1]}, {"health": {"a": "b"}}, {"class_names": ["a", "a", None, None, None]}])
+def test_a_task_from_a_file_is_checked_whole(tasks, load, tmp_path, wrong):
+    learner = load(tasks)
+    own = Snapshot.unpack(learner._journal.task("base"))
+    (tmp_path / "task").write_bytes(Snapshot(own.tensors, {**own.meta, **wrong}).pack())
+    with pytest.raises(InputError, match="^file: .* must be a task of this bundle, is not"):
+        learner.add_task("two", file=tmp_path / "task")
+    assert list(learner.tasks()) == ["base"]
+
+
 def test_the_command_shows_and_changes_tasks(tasks, means, stream, capsys, tmp_path):
     def call(*words):
         code = cli.main([str(word) for word in words])
@@ -387,4 +415,4 @@ def test_the_command_shows_and_changes_tasks(tasks, means, stream, capsys, tmp_p
     code, _, err = call("tasks", tasks, *store, "--like", "base")
     assert code == 2 and "--like: is for a task that --add adds" in err
     code, _, err = call("tasks", means, "--store", tmp_path / "m.db")
-    assert code == 2 and "it has no tasks" in err
+    assert code == 2 and "it has no tasks" in err and not (tmp_path / "m.db").exists()
