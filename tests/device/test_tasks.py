@@ -374,7 +374,8 @@ def test_names_of_other_string_types_are_plain_text_in_the_store(tasks, load, st
     learner.add_task(np.str_("two"), like=np.str_("base"))
     learner.switch_task(np.str_("two"))
     learn(learner, stream, 0, 4)
-    assert learner.predict(stream[0][0], task=np.str_("base")).label is None
+    seen = [learner.predict(stream[0][0], task=name).scores for name in (np.str_("base"), "base")]
+    assert np.array_equal(*seen)
     learner.switch_task(np.str_("base"))
     crash(learner)
     again = load(tasks, tmp_path / "l.db")
@@ -391,7 +392,7 @@ def test_a_task_from_a_file_is_checked_whole(tasks, load, tmp_path, wrong):
     learner = load(tasks)
     own = Snapshot.unpack(learner._journal.task("base"))
     (tmp_path / "task").write_bytes(Snapshot(own.tensors, {**own.meta, **wrong}).pack())
-    with pytest.raises(InputError, match="^file: .* must be a task of this bundle, is not"):
+    with pytest.raises(InputError, match=r"^file: .* must be a task of this bundle, is not"):
         learner.add_task("two", file=tmp_path / "task")
     assert list(learner.tasks()) == ["base"]
 
