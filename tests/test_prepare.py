@@ -120,7 +120,8 @@ def test_an_interrupted_fit_changes_nothing(toy):
     assert snapshot(toy, ready) == before
 
 
-@pytest.mark.parametrize("method", FITTED)
+# Their warm-up is on the samples of the first part alone.
+@pytest.mark.parametrize("method", [name for name in FITTED if name not in ("affine_warmup", "ecotta")])
 def test_fit_in_two_parts_equals_fit_at_once(toy, method):
     x, y = toy.helpers.samples(80)
     once, twice = toy.prepared(method, fit=False), toy.prepared(method, fit=False)
@@ -139,7 +140,8 @@ def test_fit_in_two_parts_equals_fit_at_once(toy, method):
         assert torch.allclose(value, twice.state[name], rtol=1e-5, atol=1e-6), name
     assert seen == [(i + 1, 80) for i in range(80)]
     if once.memory is not None:
-        assert once.memory.seen == twice.memory.seen == 80
+        # rows of methods that adapt come from the stream alone
+        assert once.memory.seen == twice.memory.seen == (80 if once.learner.adaptation is None else 0)
         assert snapshot(toy, once)[1] == snapshot(toy, twice)[1]
     assert len(twice.examples) == 32
 
@@ -329,7 +331,7 @@ def test_latents_of_types_that_no_runtime_has_are_refused():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("weight", "methods"), [("stem.0.weight", FITTED), ("fc.weight", ("frozen", "finetune", "latent_replay", "joint"))]
+    ("weight", "methods"), [("stem.0.weight", FITTED), ("fc.weight", [name for name in FITTED if name not in ("ncm", "slda", "ridge")])]
 )
 def test_weights_that_are_not_finite_are_named(toy, value, weight, methods):
     net = toy.helpers.Net()

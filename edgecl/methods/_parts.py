@@ -81,7 +81,7 @@ def with_meta(
         InputError: when the model cannot be cut there, or a map's size is not a whole multiple of the next one's.
     """
     graph = deepcopy(suffix.graph) if isinstance(suffix, fx.GraphModule) else recorded(suffix)
-    whole = fx.GraphModule(deepcopy(suffix), graph)
+    whole = fx.GraphModule(deepcopy(suffix), graph).eval()
     ShapeProp(whole).propagate(z)
     start = [] if stem is None else [_end(graph, stem, "stem")]
     ends = [_end(graph, name, "parts") for name in names]
