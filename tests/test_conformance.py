@@ -37,7 +37,6 @@ WRONG = {
     "rows_per_step": (0, -1, 2.5, True),
     "capacity_bytes": (0, 10, 1e6),
     "codec": ("int4",),
-    "row_type": ("int4", "packed"),
     "bits": (0, 9, 2.5),
     "subquantizers": (0, -1),
     "centroids": (0, 1, 48, 512),

@@ -39,7 +39,7 @@ CASES = [
     ("ridge", {"drift": 0.99}),
     ("ridge", {"gamma": 1.0, "delay": 5}),
     ("slda", {"delay": 5}),
-    ("clr", {"task_rows": 4, "row_type": "uint8", "full": True, "optimizer": "momentum", "lr": 1e-3}),
+    ("clr", {"task_rows": 4, "codec": "uint8", "full": True, "optimizer": "momentum", "lr": 1e-3}),
 ]
 
 ANALYTIC = ("ncm", "slda", "ridge")

@@ -191,16 +191,16 @@ def _check_refresh(manifest: Manifest) -> None:
         raise BundleError(f"refresh_every: must be at least 1 with a step {REFRESH!r}, else 0, got {got}; export the bundle again")
     if step is None:
         return
-    if ADAPT in manifest.steps or (step.inputs and set(REVISIONS) & set(manifest.steps)):
-        got = short(sorted(manifest.steps))
-        why = "be there beside adapt, nor take rows beside forget or relabel, whose sample may be one of them"
-        raise BundleError(f"step {REFRESH!r}: must not {why}, got steps {got}; export the bundle again")
     given = [spec.name for spec in step.inputs if not spec.name.startswith(("replay.", "draw."))]
     if TensorSpec(AGE, (), "float32") not in manifest.state or given or AGE not in step.state_out:
         got = short([*(spec.name for spec in step.inputs), *step.state_out])
         raise BundleError(
             f"step {REFRESH!r}: must take state, rows and draws alone, and write {AGE!r}, float32 [], got {got}; export again"
         )
+    if ADAPT in manifest.steps or (step.inputs and set(REVISIONS) & set(manifest.steps)):
+        got = short(sorted(manifest.steps))
+        why = "be there beside adapt, nor take rows beside forget or relabel, whose sample may be one of them"
+        raise BundleError(f"step {REFRESH!r}: must not {why}, got steps {got}; export the bundle again")
 
 
 def _check_tasks(manifest: Manifest) -> None:

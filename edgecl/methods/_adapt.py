@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
 from edgecl.learner import Problem, State, StepResult
 from edgecl.methods._features import check_types, require
 from edgecl.methods._norms import MOVED, STORED, Statistics
 from edgecl.methods._optim import Optimiser
+from edgecl.methods._rows import CodedRows
 from edgecl.methods._suffix import NORMS, SuffixLearner, zeros
 from edgecl_device.adapt_checks import RESETS
 from edgecl_device.errors import InputError
-from edgecl_device.manifest import WHOLE, AdaptSpec, ReplaySpec, TensorSpec
+from edgecl_device.manifest import WHOLE, AdaptSpec, ReplaySpec
 from edgecl_device.memory import whole_bytes
 
 
@@ -104,7 +104,7 @@ def check_reset(config: Any) -> None:
     require(0 <= config.reset_below < math.inf, "reset_below", "be finite and at least 0", config.reset_below, "0.2 is SAR's")
 
 
-class AdaptiveLearner(SuffixLearner):
+class AdaptiveLearner(CodedRows, SuffixLearner):
     """A learner that adapts a suffix to samples without a target.
 
     State, beside ``count`` and ``param.NAME`` of what is trained: ``stat.NAME.mean`` and ``stat.NAME.var`` [C] of each batch norm. Base
@@ -117,12 +117,7 @@ class AdaptiveLearner(SuffixLearner):
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(problem, config, suffix=suffix, masks=masks)
         self.norms = Statistics(self.suffix)
-        self._names = [""] if isinstance(problem.features, TensorSpec) else list(problem.features)
-        features = [problem.features] if isinstance(problem.features, TensorSpec) else list(problem.features.values())
-        plain = {name: spec.dtype != "float32" for name, spec in zip(self._names, features, strict=True)}
-        kind = getattr(self.config, "codec", "float32")
-        self.codecs = {name: CODECS["float32" if plain[name] else kind].of(self.config) for name in self._names}
-        self._rows = {name: self.codecs[name].row_spec(spec) for name, spec in zip(self._names, features, strict=True)}
+        self.code_rows(getattr(self.config, "codec", "float32"), self.config)
         with torch.no_grad(), self.norms.using(MOVED, 0.5, reports=True) as found:
             self.suffix(zeros(problem.features))
         missed = [name for name in self.norms.names if f"{name}.mean" not in found]
@@ -138,24 +133,11 @@ class AdaptiveLearner(SuffixLearner):
         """The suffix's own weights and statistics, no class seen."""
         return {**super().init(), **{f"stat.{name}": value for name, value in self.norms.initial().items()}}
 
-    def calibrate(self, latents: Any) -> None:
-        """Fit the rows' codecs on latents [N, ...] of base samples."""
-        for name, part in self._parts(latents).items():
-            self.codecs[name].fit(part)
-
-    def reconstruction(self, latents: Any) -> float:
-        """Squared error of decoded latents [N, ...] over their square."""
-        with torch.no_grad():
-            pairs = [(part, self.codecs[name].decode(self.codecs[name].encode(part))) for name, part in self._parts(latents).items()]
-            error = sum(float(((part.float() - other) ** 2).sum()) for part, other in pairs)
-            return error / max(sum(float((part.float() ** 2).sum()) for part, _ in pairs), 1e-12)
-
     @property
     def replay(self) -> ReplaySpec | None:
         """As many rows as an update reads."""
-        fields = tuple(TensorSpec(f"z.{name}" if name else "z", row.shape, row.dtype) for name, row in self._rows.items())
         config = self.config
-        spec = ReplaySpec(fields, config.rows_per_step, 0, config.policy, config.seed)
+        spec = ReplaySpec(self.row_fields(target=False), config.rows_per_step, 0, config.policy, config.seed)
         return dataclasses.replace(spec, capacity_bytes=whole_bytes(spec, self.problem.max_classes))
 
     @property
@@ -167,8 +149,7 @@ class AdaptiveLearner(SuffixLearner):
     def step_inputs(self) -> dict[str, Any]:
         """``z``, ``lr``, and ``replay``: rows of codes."""
         count = self.replay.rows_per_step if self.replay is not None else 0
-        rows = {name: TensorSpec(f"z.{name}", (count, *row.shape), row.dtype) for name, row in self._rows.items()}
-        return {**super().step_inputs(), "replay": {"z": rows[""] if self._names == [""] else rows}}
+        return {**super().step_inputs(), "replay": self.row_inputs(self.row_fields(target=False), count)}
 
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores float32 [N, K] with the stored statistics."""
@@ -179,7 +160,7 @@ class AdaptiveLearner(SuffixLearner):
         each = self.config.statistics == "each"
         with phase("forward"):
             scores, found = self.scored(state, z, MOVED if each else STORED, self.config.share, reports=each)
-        outputs = {"scores": self.masked(scores, state).to(torch.float32), **self._row(z)}
+        outputs = {"scores": self.masked(scores, state).to(torch.float32), **self._row(self._encode(z))}
         return outputs, {f"stat.{name}": value for name, value in found.items()}
 
     def scored(
@@ -199,21 +180,6 @@ class AdaptiveLearner(SuffixLearner):
         """Entropy [N] of the softmax over the classes seen."""
         log_probability = torch.log_softmax(self.masked(scores, state), 1)
         return (log_probability.exp() * log_probability).sum(1) * -1.0
-
-    def decoded(self, rows: Any) -> Any:
-        """Rows of codes [N, ...] as latents."""
-        with phase("replay_decode"):
-            return self._whole({name: self.codecs[name].decode(part) for name, part in self._parts(rows).items()})
-
-    def _row(self, z: Any) -> dict[str, Tensor]:
-        with phase("replay_encode"):
-            return {f"row.z.{name}" if name else "row.z": self.codecs[name].encode(part) for name, part in self._parts(z).items()}
-
-    def _parts(self, z: Any) -> dict[str, Tensor]:
-        return {"": z} if isinstance(z, Tensor) else dict(z)
-
-    def _whole(self, parts: dict[str, Tensor]) -> Any:
-        return parts[""] if self._names == [""] else parts
 
 
 def affine_names(suffix: nn.Module) -> list[str]:

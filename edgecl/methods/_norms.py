@@ -141,9 +141,13 @@ def moved(x: Tensor, mean: Tensor, var: Tensor, share: float) -> tuple[Tensor, T
     >>> moved(x, torch.tensor([0.0]), torch.tensor([1.0]), 0.5)
     (tensor([2.]), tensor([5.]))
     """
-    centre, spread = statistics_of(x)
+    return blended(mean, var, *statistics_of(x), share)
+
+
+def blended(mean: Tensor, var: Tensor, centre: Tensor, spread: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Running mean and variance [C], moved by ``share`` towards ``centre`` and ``spread``, the variance that of all that was seen."""
     away = centre - mean
-    return mean + away * share, var + (spread - var) * share + away * away * (share * (1 - share))
+    return mean + away * share, var + (spread - var + away * away * (1 - share)) * share
 
 
 def mixed(x: Tensor, mean: Tensor, var: Tensor, share: float) -> tuple[Tensor, Tensor]:

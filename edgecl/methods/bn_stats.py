@@ -88,7 +88,7 @@ class BatchStatistics(AdaptiveLearner):
         with phase("forward"):
             if self._kind == "rows":
                 assert replay is not None
-                scores, found = self.scored(state, self.decoded(replay["z"]), ROWS, reports=True)
+                scores, found = self.scored(state, self._decode(replay["z"]), ROWS, reports=True)
             elif self._kind == "source":
                 source = {name.replace("source.", "stat.", 1): value for name, value in state.items() if name.startswith("source.")}
                 scores, found = self.scored({**state, **source}, z, MIXED, self.config.share, reports=True)

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgecl.codecs import CODECS
 from edgecl.graph.phases import phase
 from edgecl.learner import UNSEEN, Problem, State, StepResult
 from edgecl.methods._features import check_types, require
 from edgecl.methods._losses import losses
+from edgecl.methods._norms import blended
 from edgecl.methods._optim import Optimiser
 from edgecl.methods._reprogram import Batch, TaskNorm, last_layer, reprogrammed, with_moments
-from edgecl.methods._suffix import NORMS
+from edgecl.methods._rows import CodedRows
+from edgecl.methods._suffix import NORMS, zeros
 from edgecl.methods.finetune import Finetune
 from edgecl_device.manifest import ReplaySpec, TensorSpec
 from edgecl_device.memory import POLICIES
@@ -40,7 +41,7 @@ SMALLEST_VARIANCE = 1e-12
 MOST_ROWS = 4096
 
 
-class Clr(Finetune):
+class Clr(CodedRows, Finetune):
     """One optimiser step on a task's kernels, norms and head, for one sample and, with ``task_rows``, recent ones of the task.
 
     State, all of it one task's: ``param.NAME`` (P values, two or three times P with momentum or Adam), ``stat.NAME`` (mean and variance
@@ -67,7 +68,7 @@ class Clr(Finetune):
             share: Share of an update's own mean and variance in the running ones.
             task_rows: Stored samples of the task in an update; 0 stores none.
             capacity_bytes: Budget of the replay memory.
-            row_type: ``float32`` or ``uint8``, how rows hold the latent.
+            codec: ``float32`` or ``uint8``, of the rows.
             policy: ``reservoir`` or ``largest-class``.
             seed: Key of the device's generator.
         """
@@ -82,7 +83,7 @@ class Clr(Finetune):
         share: float = 0.01
         task_rows: int = 0
         capacity_bytes: int = 256 << 10
-        row_type: str = "float32"
+        codec: str = "float32"
         policy: str = "reservoir"
         seed: int = 0
 
@@ -96,7 +97,7 @@ class Clr(Finetune):
             self.optimiser()
             require(0 < self.share <= 1, "share", "be above 0 and at most 1", self.share, "0.01 averages over about 100 samples")
             require(0 <= self.task_rows <= MOST_ROWS, "task_rows", f"be within 0 and {MOST_ROWS}", self.task_rows, "15 makes batches of 16")
-            require(self.row_type in ("float32", "uint8"), "row_type", "be 'float32' or 'uint8'", self.row_type, "'uint8' is a quarter")
+            require(self.codec in ("float32", "uint8"), "codec", "be 'float32' or 'uint8'", self.codec, "'uint8' is a quarter")
             require(self.policy in POLICIES, "policy", f"be one of {', '.join(POLICIES)}", self.policy, "use 'reservoir'")
             require(self.capacity_bytes >= 1024, "capacity_bytes", "be at least 1024", self.capacity_bytes, "262144 is usual")
             require(0 <= self.seed < 2**64, "seed", "be in [0, 2**64)", self.seed, "0 is as good as any")
@@ -118,9 +119,7 @@ class Clr(Finetune):
         super().__init__(problem, config, suffix=network, masks=masks)
         assert isinstance(self.suffix, torch.fx.GraphModule)
         self._learning, self.norms = with_moments(self.suffix)
-        self._parts = list(features)
-        self._codecs = {name: CODECS[self.config.row_type]() for name in features}
-        self._rows = {name: self._codecs[name].row_spec(spec) for name, spec in features.items()}
+        self.code_rows(self.config.codec, self.config)
 
     def _patterns(self) -> list[str]:
         """The new kernels, scale and shift of every norm, and the head."""
@@ -134,7 +133,7 @@ class Clr(Finetune):
 
     def init(self) -> State:
         """The frozen network itself, no class seen."""
-        size = self._described(_blank(self.problem.features)).numel()
+        size = self._described(zeros(self.problem.features)).numel()
         buffers = dict(self.suffix.named_buffers())
         statistics = {f"stat.{name}.{kind}": buffers[f"{name}.{kind}"].clone() for name in dict.fromkeys(self.norms) for kind in STATISTICS}
         features = {"feature.mean": torch.zeros(size), "feature.var": torch.zeros(size), "feature.count": torch.zeros(())}
@@ -154,31 +153,22 @@ class Clr(Finetune):
         affine = sum(value.numel() for value in parameters.values()) - head - kernels
         return {"kernels": kernels, "affine": affine, "statistics": statistics, "head": head}
 
-    def calibrate(self, latents: Any) -> None:
-        """Fit the codecs of replay rows on latents [N, ...] of base samples."""
-        for name, part in self._named(latents).items():
-            self._codecs[name].fit(part)
-
     @property
     def replay(self) -> ReplaySpec | None:
         """Recent samples of the task, for a configuration that takes them."""
         config = self.config
         if not config.task_rows:
             return None
-        fields = [TensorSpec("z" if name == "z" else f"z.{name}", row.shape, row.dtype) for name, row in self._rows.items()]
-        stored = self.problem.target.stored(self.problem.max_classes)
-        fields += [] if stored is None else [stored]
-        return ReplaySpec(tuple(fields), config.task_rows, config.capacity_bytes, config.policy, config.seed)
+        return ReplaySpec(self.row_fields(), config.task_rows, config.capacity_bytes, config.policy, config.seed)
 
     def step_inputs(self) -> dict[str, Any]:
         """Those of finetune, and ``replay``: rows of codes, their targets, and 1 for a real row or 0 for filler."""
         if self.replay is None:
             return super().step_inputs()
         rows = self.config.task_rows
-        specs = {f.name: TensorSpec(f.name, (rows, *f.shape), f.dtype) for f in self.replay.fields}
-        target = specs.pop("target", TensorSpec("target", (rows,), "int64"))
-        z = specs["z"] if self._parts == ["z"] else dict(zip(self._parts, specs.values(), strict=True))
-        return {**super().step_inputs(), "replay": {"z": z, "target": target, "weight": TensorSpec("weight", (rows,), "float32")}}
+        inputs = self.row_inputs(self.replay.fields, rows)
+        target = inputs.pop("target", TensorSpec("target", (rows,), "int64"))
+        return {**super().step_inputs(), "replay": {**inputs, "target": target, "weight": TensorSpec("weight", (rows,), "float32")}}
 
     @property
     def steps(self) -> dict[str, Any]:
@@ -188,7 +178,7 @@ class Clr(Finetune):
     def prime(self, state: State, z: Any, target: Tensor, weight: Tensor | None = None) -> StepResult:
         """Count a base sample, take in its features, and return its replay row, if there are such."""
         _, new = super().prime(state, z, target, weight)
-        return self._row(z), {**new, **self._noted(state, z)}
+        return self._stored(z), {**new, **self._noted(state, z)}
 
     def predict(self, state: State, z: Any) -> StepResult:
         """Scores of the network as this task has it, float32 [1, K, ...]."""
@@ -201,14 +191,11 @@ class Clr(Finetune):
     def learn_with_rows(self, state: State, z: Any, target: Tensor, weight: Tensor, lr: Tensor, replay: dict[str, Any]) -> StepResult:
         """One step on this sample and the mean of r stored rows; with all r rows there, norms use the batch's statistics."""
         real = replay["weight"]
-        with phase("replay_decode"):
-            stored = {name: self._codecs[name].decode(part) for name, part in self._named(replay["z"]).items()}
-        own = self._named(z)
-        batch = {name: torch.cat([own[name], _filled(part, own[name], real)]) for name, part in stored.items()}
+        batch = self._join(z, self._filled(self._decode(replay["z"]), z, real))
         rows = torch.cat([torch.ones_like(weight), real])
         targets = torch.cat([target, replay["target"].to(target.dtype)])
         weights = torch.cat([weight, real / real.sum().clamp_min(1.0)])
-        return self._step(state, z, self._whole(batch), targets, weights, lr, rows / rows.sum(), real.sum() - (len(real) - 0.5))
+        return self._step(state, z, batch, targets, weights, lr, rows / rows.sum(), real.sum() - (len(real) - 0.5))
 
     def identify(self, state: State, z: Any) -> StepResult:
         """``likelihood`` float32 []: logarithm of the density of the sample's features under the task's.
@@ -237,12 +224,12 @@ class Clr(Finetune):
         if full is not None:
             with phase("forward"):
                 scores = self._predicted(state, z)
-        outputs = {"scores": self.masked(scores, state).to(torch.float32), "loss": value.to(torch.float32), **self._row(z)}
+        outputs = {"scores": self.masked(scores, state).to(torch.float32), "loss": value.to(torch.float32), **self._stored(z)}
         return outputs, {**new, **self.tracked(state, found, self.config.share), **self._noted(state, z), **counted}
 
     def in_training(self, parameters: dict[str, Tensor], state: State, batch: Any) -> tuple[Tensor, Any]:
         """Scores [N, K, ...] of a batch whose norms use its own statistics, and the pairs of moments that :meth:`tracked` takes."""
-        count = len(next(iter(self._named(batch).values())))
+        count = len(next(iter(self._parts(batch).values())))
         return self._told(parameters, state, batch, torch.full((count,), 1.0 / count), True)
 
     def tracked(self, state: State, found: Any, rate: float) -> State:
@@ -250,10 +237,8 @@ class Clr(Finetune):
         new: State = {}
         for name, (mean, variance) in zip(self.norms, found, strict=True):
             keys = [f"stat.{name}.{kind}" for kind in STATISTICS]
-            old = [new.get(key, state[key]) for key in keys]
-            away = mean - old[0]
-            spread = variance - old[1] + away * away * (1.0 - rate)
-            new |= {keys[0]: old[0] + away * rate, keys[1]: old[1] + spread * rate}
+            before, spread = (new.get(key, state[key]) for key in keys)
+            new |= dict(zip(keys, blended(before, spread, mean, variance, rate), strict=True))
         return new
 
     def _told(self, parameters: dict[str, Tensor], state: State, batch: Any, share: Tensor, full: Batch) -> tuple[Tensor, Any]:
@@ -277,7 +262,7 @@ class Clr(Finetune):
     def _described(self, z: Any) -> Tensor:
         """The features of a sample by which tasks are told apart, [D]: of maps mean and deviation of each channel."""
         found = []
-        for part in self._named(z).values():
+        for part in self._parts(z).values():
             if part.dim() < 3:
                 found.append(part.reshape(-1))
                 continue
@@ -287,26 +272,6 @@ class Clr(Finetune):
             found += [mean.reshape(-1), ((away * away).mean(axes) + SMALLEST_VARIANCE).sqrt().reshape(-1)]
         return torch.cat(found)
 
-    def _row(self, z: Any) -> dict[str, Tensor]:
-        if not self.config.task_rows:
-            return {}
-        with phase("replay_encode"):
-            codes = {name: self._codecs[name].encode(part) for name, part in self._named(z).items()}
-        return {"row.z" if name == "z" else f"row.z.{name}": code for name, code in codes.items()}
-
-    def _named(self, z: Any) -> dict[str, Tensor]:
-        return {"z": z} if isinstance(z, Tensor) else dict(z)
-
-    def _whole(self, parts: dict[str, Tensor]) -> Any:
-        return parts["z"] if self._parts == ["z"] else parts
-
-
-def _filled(rows: Tensor, own: Tensor, real: Tensor) -> Tensor:
-    """Rows with the new sample in place of filler: of zeros a network may make NaN, which no weight of zero takes away."""
-    return torch.where((real > 0).reshape(-1, *[1] * (rows.dim() - 1)), rows, own)
-
-
-def _blank(features: Any) -> Any:
-    if isinstance(features, Mapping):
-        return {key: _blank(value) for key, value in features.items()}
-    return torch.zeros(features.shape)
+    def _stored(self, z: Any) -> dict[str, Tensor]:
+        """The sample's row, for a configuration that stores any."""
+        return self._row(self._encode(z)) if self.config.task_rows else {}

@@ -117,7 +117,7 @@ class CoTTA(Tent):
     # Steps are fed by the names of their inputs, never through the base class.
     def adapt(self, state: State, lr: Tensor, replay: dict[str, Any], draw: dict[str, Tensor]) -> StepResult:  # type: ignore[override]
         """One step of the student on all rows. ``scores`` [B, K] are the teacher's before it."""
-        config, rows = self.config, self.decoded(replay["z"])
+        config, rows = self.config, self._decode(replay["z"])
         with phase("forward"):
             y, found = self.scored(state, rows, ROWS, parameters=self._of(state, "teacher"), reports=config.statistics == "rows")
             if config.views:

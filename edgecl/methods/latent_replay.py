@@ -168,7 +168,7 @@ class LatentReplay(ReplayLearner, Finetune):
         if config.mixup:
             draws.append(DrawSpec("share", (1,), ENTRIES))
         draws += [site.draw for site in self._sites]
-        return ReplaySpec(self.row_fields, self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
+        return ReplaySpec(self.row_fields(), self._drawn, config.capacity_bytes, config.policy, config.seed, draws=tuple(draws))
 
     @property
     def _drawn(self) -> int:

@@ -201,7 +201,7 @@ class SparCL(ReplayLearner):
         scores = (TensorSpec("logits", (self.problem.max_classes,), "float32"),) if config.distill else ()
         rows = config.rows_per_step * (2 if config.distill else 1)
         draws = self.form.draws if config.refresh_every else ()
-        return ReplaySpec((*self.row_fields, *scores), rows, config.capacity_bytes, config.policy, config.seed, draws=draws)
+        return ReplaySpec((*self.row_fields(), *scores), rows, config.capacity_bytes, config.policy, config.seed, draws=draws)
 
     @property
     def steps(self) -> dict[str, Any]:

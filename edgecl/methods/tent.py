@@ -52,7 +52,7 @@ class Tent(AdaptiveLearner):
 
         ``health.kept`` [] is how many rows the loss is of, for methods that filter them.
         """
-        rows = self.decoded(replay["z"])
+        rows = self._decode(replay["z"])
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Any]:
             scores, found = self.scored(state, rows, ROWS, reports=self.config.statistics == "rows", parameters=parameters)
