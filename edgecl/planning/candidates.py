@@ -75,6 +75,10 @@ class Candidate:
         return ", ".join([f"{self.method} at {place_text(self.at)}", *details])
 
 
+_ALL_CODECS = ("codec", "bits", "subquantizers", "centroids")
+"""What a method takes whose rows may be of any codec."""
+
+
 def default_configs(names: tuple[str, ...] = ()) -> dict[str, Any]:
     """The defaults of methods that learn one class a sample on the device; of all by default.
 
@@ -96,8 +100,8 @@ def candidates(depth: Depth, configs: Mapping[str, Any], *, calibrated: bool = T
 
     Args:
         depth: The place.
-        configs: Hyperparameters of each method to try; of these ``trainable`` and ``codec`` are the planner's to choose where they
-            have their default, and ``capacity_bytes`` always.
+        configs: Hyperparameters of each method to try; of these ``trainable`` and, of methods that take every one, ``codec`` are the
+            planner's to choose where they have their default, and ``capacity_bytes`` always.
         calibrated: Whether there are base samples, which a codec is fitted to.
     """
     found = []
@@ -108,7 +112,7 @@ def candidates(depth: Depth, configs: Mapping[str, Any], *, calibrated: bool = T
                 continue
             groups = trainable_groups(depth.suffix) if getattr(config, "trainable", ()) is None else {"as given": ()}
             trains = {words: {"trainable": patterns} if patterns != () else {} for words, patterns in groups.items()}
-        chooses = hasattr(config, "codec") and config.codec == default.codec
+        chooses = all(hasattr(config, name) for name in _ALL_CODECS) and config.codec == default.codec
         codecs = codec_choices(depth, config, calibrated) if chooses else [{}]
         for (words, tensors), codec in itertools.product(trains.items(), codecs):
             found.append(Candidate(depth.at, method, dataclasses.replace(config, **tensors, **codec), words))
