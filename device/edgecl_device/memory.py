@@ -244,13 +244,18 @@ class ReplayMemory:
             batch[k:] = 0
         self._weight[:k] = 1
         self._weight[k:] = 0
-        drawn = {draw.tensor.name: self._draws[draw.tensor.name] for draw in self.spec.draws if draw.step == step}
-        for draw, array in zip((draw for draw in self.spec.draws if draw.step == step), drawn.values(), strict=True):
-            array.reshape(-1)[:] = [self.generator.below(draw.below) for _ in range(array.size)]
+        drawn = self._drawn(step)
         if self._labelled:
             self._target[:k] = np.searchsorted(self._starts, places, side="right") - 1
             self._target[k:] = 0
         return {"replay.target": self._target, **self._batch, "replay.weight": self._weight, **drawn}
+
+    def _drawn(self, step: str) -> dict[str, Array]:
+        """Each ``draw.NAME`` of a step, drawn now."""
+        drawn = {draw.tensor.name: (draw, self._draws[draw.tensor.name]) for draw in self.spec.draws if draw.step == step}
+        for draw, array in drawn.values():
+            array.reshape(-1)[:] = [self.generator.below(draw.below) for _ in range(array.size)]
+        return {name: array for name, (_, array) in drawn.items()}
 
     def remove(self, sample_id: int) -> bool:
         """Erase an offered sample; returns whether it was still kept. Searches all rows: O(rows)."""

@@ -80,10 +80,7 @@ class WholeMemory(ReplayMemory):
 
     def draw(self, step: str = ADAPT) -> dict[str, Array]:
         """``replay.FIELD`` [rows, ...], the memory's own arrays, in the order in which they lie; beside them each ``draw.NAME``."""
-        assert step == ADAPT
-        for draw, array in zip(self.spec.draws, self._draws.values(), strict=True):
-            array.reshape(-1)[:] = [self.generator.below(draw.below) for _ in range(array.size)]
-        return {**{f"replay.{name}": values for name, values in self._all().items()}, **self._draws}
+        return {**{f"replay.{name}": values for name, values in self._all().items()}, **self._drawn(step)}
 
     def clear(self) -> None:
         """Forget every row, and what was offered; the generator goes on."""

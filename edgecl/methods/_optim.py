@@ -101,3 +101,28 @@ class Optimiser:
         if self.weight_decay:
             change = change + p * (lr * self.weight_decay)
         return {"": p - change, **slots}
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """Hyperparameters of every method that takes gradient steps by :class:`Optimiser`.
+
+    Attributes:
+        lr: Default learning rate; the device may give another with each sample.
+        optimizer: ``sgd``, ``momentum`` or ``adam``.
+        momentum: Of ``momentum``.
+        betas: Of ``adam``.
+        eps: Of ``adam``.
+        weight_decay: Decoupled.
+    """
+
+    lr: float = 0.01
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def optimiser(self) -> Optimiser:
+        """The optimiser that these values describe."""
+        return Optimiser(self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)

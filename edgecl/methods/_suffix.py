@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgecl.graph.phases import value_and_gradient
 from edgecl.learner import Learner, Problem, State, StepResult, mask_unseen, one_hot
 from edgecl.methods._features import check_types, require
 from edgecl.onednn import without_onednn
@@ -113,6 +114,13 @@ class SuffixLearner(Learner):
     def parameters(self, state: State) -> dict[str, Tensor]:
         """The trained tensors by their names in the suffix."""
         return {name: state[f"param.{name}"] for name in self.trained}
+
+    def descend(self, state: State, loss: Any, lr: Tensor) -> tuple[Tensor, Any, State]:
+        """Loss, its auxiliary result, and the new weights and slots after one step of the optimiser that the configuration describes."""
+        optimiser, parameters = self.config.optimiser(), self.parameters(state)
+        value, auxiliary, gradients = value_and_gradient(loss, parameters, optimiser.seed(lr))
+        new, slots = optimiser.update(parameters, gradients, state, lr, self.masks)
+        return value, auxiliary, {**{f"param.{name}": tensor for name, tensor in new.items()}, **slots}
 
     def scores(self, parameters: dict[str, Tensor], z: Any) -> Tensor:
         """The suffix with these parameters: float32 [N, K, ...]."""

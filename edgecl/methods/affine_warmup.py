@@ -15,17 +15,6 @@ from edgecl.methods._warmup import warmed_up
 from edgecl.methods.tent import Tent
 
 
-def check_warmup(config: Any) -> None:
-    """Check the hyperparameters of a warm-up.
-
-    Raises:
-        InputError: naming the value that does not fit.
-    """
-    require(1 <= config.epochs <= 1000, "epochs", "be 1 to 1,000 passes over the source samples", config.epochs, "2 are enough")
-    require(0 <= config.warmup_lr < 1e3, "warmup_lr", "be at least 0 and below 1,000", config.warmup_lr, "0.05 is usual")
-    require(config.batch >= 2, "batch", "be at least 2 samples, as statistics are of batches", config.batch, "64 is usual")
-
-
 class AffineWarmup(Tent):
     """TENT from affine parameters that the first ``fit`` has trained on its labelled samples. State and costs are tent's."""
 
@@ -48,7 +37,9 @@ class AffineWarmup(Tent):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_warmup(self)
+            require(1 <= self.epochs <= 1000, "epochs", "be 1 to 1,000 passes over the source samples", self.epochs, "2 are enough")
+            require(0 <= self.warmup_lr < 1e3, "warmup_lr", "be at least 0 and below 1,000", self.warmup_lr, "0.05 is usual")
+            require(self.batch >= 2, "batch", "be at least 2 samples, as statistics are of batches", self.batch, "64 is usual")
 
     def warm_up(self, state: State, latents: Any, target: Tensor) -> State:
         """Trained affine parameters, and the statistics that go with them."""

@@ -26,7 +26,7 @@ from edgecl.learner import UNSEEN, Problem, State, StepResult
 from edgecl.methods._features import check_types, require
 from edgecl.methods._losses import losses
 from edgecl.methods._norms import blended
-from edgecl.methods._optim import Optimiser
+from edgecl.methods._optim import OptimiserConfig
 from edgecl.methods._reprogram import Batch, TaskNorm, last_layer, reprogrammed, with_moments
 from edgecl.methods._rows import CodedRows
 from edgecl.methods._suffix import NORMS, zeros
@@ -54,16 +54,10 @@ class Clr(CodedRows, Finetune):
     summary = "a small set of kernels, norms and a head for each task on a frozen network; tasks never touch each other"
 
     @dataclass(frozen=True)
-    class Config:
-        """Hyperparameters.
+    class Config(OptimiserConfig):
+        """Hyperparameters, beside those of :class:`edgecl.methods._optim.OptimiserConfig`.
 
         Attributes:
-            lr: Default learning rate; the device may give another with each sample.
-            optimizer: ``sgd``, ``momentum`` or ``adam``.
-            momentum: Of ``momentum``.
-            betas: Of ``adam``.
-            eps: Of ``adam``.
-            weight_decay: Decoupled.
             full: Convolutions of one tap get a kernel, too (the authors' CLR-Full).
             share: Share of an update's own mean and variance in the running ones.
             task_rows: Stored samples of the task in an update; 0 stores none.
@@ -73,12 +67,6 @@ class Clr(CodedRows, Finetune):
             seed: Key of the device's generator.
         """
 
-        lr: float = 0.01
-        optimizer: str = "sgd"
-        momentum: float = 0.9
-        betas: tuple[float, float] = (0.9, 0.999)
-        eps: float = 1e-8
-        weight_decay: float = 0.0
         full: bool = False
         share: float = 0.01
         task_rows: int = 0
@@ -86,10 +74,6 @@ class Clr(CodedRows, Finetune):
         codec: str = "float32"
         policy: str = "reservoir"
         seed: int = 0
-
-        def optimiser(self) -> Optimiser:
-            """The optimiser that these values describe."""
-            return Optimiser(self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)
 
         def __post_init__(self) -> None:
             check_types(self)

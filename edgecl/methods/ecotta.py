@@ -27,7 +27,7 @@ from edgecl.methods._norms import ROWS
 from edgecl.methods._parts import META, Sum, default_parts, with_meta
 from edgecl.methods._suffix import zeros
 from edgecl.methods._warmup import source_statistics, warmed_up
-from edgecl.methods.affine_warmup import check_warmup
+from edgecl.methods.affine_warmup import AffineWarmup
 from edgecl.methods.tent import Tent
 from edgecl_device.manifest import TensorSpec
 
@@ -46,8 +46,8 @@ class EcoTTA(Tent):
     summary = "test-time adaptation of small meta networks beside frozen parts"
 
     @dataclass(frozen=True)
-    class Config(Tent.Config):
-        """Hyperparameters, beside those of tent.
+    class Config(AffineWarmup.Config):
+        """Hyperparameters, beside those of affine_warmup.
 
         Attributes:
             parts: Names of the modules behind the cut where parts end, in their order; None for the containers with batch norms at the top.
@@ -56,9 +56,6 @@ class EcoTTA(Tent):
             margin: Of ln C: the entropy below which a row is reliable.
             pull: ``weights``, to those behind the warm-up, or ``outputs``, to the frozen parts' own (the paper's).
             anchor: Weight of the pull; 0 for none. The paper's, of ``outputs``, is 0.5.
-            epochs: Passes over the samples of the first ``fit``.
-            warmup_lr: Learning rate of SGD with momentum at their start; it falls to zero along a cosine.
-            batch: Samples a step.
         """
 
         lr: float = 5e-3
@@ -69,9 +66,6 @@ class EcoTTA(Tent):
         margin: float = 0.4
         pull: str = "weights"
         anchor: float = 0.1
-        epochs: int = 2
-        warmup_lr: float = 0.05
-        batch: int = 64
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -81,7 +75,6 @@ class EcoTTA(Tent):
             require(0 < self.margin < math.inf, "margin", "be finite and above 0", self.margin, "0.4 is the authors'")
             require(self.pull in PULLS, "pull", f"be one of {', '.join(PULLS)}", self.pull, "use 'weights'")
             require(0 <= self.anchor < math.inf, "anchor", "be finite and at least 0", self.anchor, "use 0 for none")
-            check_warmup(self)
 
     def __init__(self, problem: Problem, config: Any = None, *, suffix: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         config = self.Config() if config is None else config

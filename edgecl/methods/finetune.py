@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecl.graph.phases import value_and_gradient
 from edgecl.learner import State, StepResult
 from edgecl.methods._losses import losses
-from edgecl.methods._optim import Optimiser
+from edgecl.methods._optim import OptimiserConfig
 from edgecl.methods._suffix import SuffixLearner, check_training
 
 
@@ -30,30 +29,14 @@ class Finetune(SuffixLearner):
     summary = "naive fine-tuning of the suffix, one sample at a time"
 
     @dataclass(frozen=True)
-    class Config:
-        """Hyperparameters.
+    class Config(OptimiserConfig):
+        """Hyperparameters, beside those of :class:`edgecl.methods._optim.OptimiserConfig`.
 
         Attributes:
-            lr: Default learning rate; the device may give another with each sample.
-            optimizer: ``sgd``, ``momentum`` or ``adam``.
-            momentum: Of ``momentum``.
-            betas: Of ``adam``.
-            eps: Of ``adam``.
-            weight_decay: Decoupled.
             trainable: Patterns of parameter names, or None for all but the norms' affine parameters.
         """
 
-        lr: float = 0.01
-        optimizer: str = "sgd"
-        momentum: float = 0.9
-        betas: tuple[float, float] = (0.9, 0.999)
-        eps: float = 1e-8
-        weight_decay: float = 0.0
         trainable: tuple[str, ...] | None = None
-
-        def optimiser(self) -> Optimiser:
-            """The optimiser that these values describe."""
-            return Optimiser(self.optimizer, self.momentum, self.betas, self.eps, self.weight_decay)
 
         def __post_init__(self) -> None:
             check_training(self)
@@ -75,10 +58,3 @@ class Finetune(SuffixLearner):
 
         value, scores, new = self.descend(state, loss, lr)
         return {"scores": self.masked(scores, state).to(torch.float32), "loss": value.to(torch.float32)}, {**new, **counted}
-
-    def descend(self, state: State, loss: Any, lr: Tensor) -> tuple[Tensor, Tensor, State]:
-        """Loss, its auxiliary result, and the new weights and slots after one optimiser step."""
-        optimiser, parameters = self.config.optimiser(), self.parameters(state)
-        value, auxiliary, gradients = value_and_gradient(loss, parameters, optimiser.seed(lr))
-        new, slots = optimiser.update(parameters, gradients, state, lr, self.masks)
-        return value, auxiliary, {**{f"param.{name}": tensor for name, tensor in new.items()}, **slots}

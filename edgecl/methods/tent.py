@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecl.graph.phases import value_and_gradient
 from edgecl.learner import Problem, State, StepResult
 from edgecl.methods._adapt import AdaptiveLearner, TrainedConfig
 from edgecl.methods._norms import ROWS
@@ -76,10 +75,3 @@ class Tent(AdaptiveLearner):
     def noted(self, state: State, scores: Tensor, kept: Tensor) -> State:
         """What a method that filters writes beside weights and slots."""
         return {}
-
-    def descend(self, state: State, loss: Any, lr: Tensor) -> tuple[Tensor, Any, State]:
-        """Loss, its auxiliary result, and the new weights and slots after one optimiser step."""
-        optimiser, parameters = self.config.optimiser(), self.parameters(state)
-        value, auxiliary, gradients = value_and_gradient(loss, parameters, optimiser.seed(lr))
-        new, slots = optimiser.update(parameters, gradients, state, lr, self.masks)
-        return value, auxiliary, {**{f"param.{name}": tensor for name, tensor in new.items()}, **slots}

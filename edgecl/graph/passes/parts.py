@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from edgecl.graph.passes.affine import along_channels
 from edgecl.graph.passes.base import Pass
 from edgecl.graph.passes.fold import new_constant, new_operator
-from edgecl.graph.step import StepGraph, shape_of, value_of
+from edgecl.graph.step import StepGraph, shape_of
 
 aten = torch.ops.aten
 
@@ -54,10 +55,7 @@ def _is_scaled(node: Any) -> bool:
 
 def _is_factor(value: Any, like: fx.Node) -> bool:
     """Whether a value is frozen, [C, 1, ...] beside a map [N, C, ...]."""
-    if not isinstance(value, fx.Node) or value.op != "get_attr" or len(shape_of(like)) < 3:
-        return False
-    channels, *rest = shape_of(like)[1:]
-    return (shape_of(value), value_of(value).dtype) == ((channels, *[1] * len(rest)), value_of(like).dtype)
+    return len(shape_of(like)) > 2 and along_channels(value, like) and value.op == "get_attr"
 
 
 def _into_join(graph: StepGraph, node: fx.Node, join: fx.Node, pieces: dict[tuple[fx.Node, int, int], fx.Node]) -> None:

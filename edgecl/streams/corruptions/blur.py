@@ -1,7 +1,7 @@
 """Blur: defocus, glass, motion, zoom, Gaussian."""
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from edgecl.streams.corruptions.images import Bytes, Draws, Floats, gaussian, moved, to_bytes, zoomed
 
@@ -15,13 +15,13 @@ def disk(radius: float, rim: float) -> Floats:
     inside = (axis[:, None] ** 2 + axis**2 <= radius**2).astype(np.float64)
     taps = np.exp(-(np.arange(-1, 2) ** 2) / (2 * rim**2))
     for side in (0, 1):
-        inside = ndimage.correlate1d(inside, taps / taps.sum(), axis=side, mode="constant")
+        inside = scipy.ndimage.correlate1d(inside, taps / taps.sum(), axis=side, mode="constant")
     return np.asarray(inside / inside.sum())
 
 
 def defocus_blur(x: Bytes, c: tuple[float, float], draws: Draws) -> Bytes:
     """A lens out of focus: radius and rim."""
-    return to_bytes(ndimage.correlate(x / 255, disk(*c)[None, :, :, None], mode="mirror"))
+    return to_bytes(scipy.ndimage.correlate(x / 255, disk(*c)[None, :, :, None], mode="mirror"))
 
 
 def glass_blur(x: Bytes, c: tuple[float, int], draws: Draws) -> Bytes:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import ndimage
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -48,7 +48,7 @@ def to_bytes(x: Floats) -> Bytes:
 def gaussian(x: Floats, sigma: float, mode: str = "nearest", truncate: float = 4.0) -> Floats:
     """Gaussian blur of images [n, H, W] or [n, H, W, C], with scikit-image's defaults."""
     sigmas = (0.0, sigma, sigma) + (0.0,) * (x.ndim - 3)
-    blurred: Floats = ndimage.gaussian_filter(x, sigmas, mode=mode, truncate=truncate)
+    blurred: Floats = scipy.ndimage.gaussian_filter(x, sigmas, mode=mode, truncate=truncate)
     return blurred
 
 
@@ -103,7 +103,7 @@ def moved(x: Bytes, radius: float, sigma: float, degrees: Floats) -> Bytes:
 def resampled(x: Floats, rows: Floats, columns: Floats, mode: str) -> Floats:
     """Images [n, H, W, C] with each pixel from a place of its own, [n, H, W] both, linearly between pixels."""
     planes = [
-        [ndimage.map_coordinates(image[:, :, c], [down, right], order=1, mode=mode) for c in range(x.shape[3])]
+        [scipy.ndimage.map_coordinates(image[:, :, c], [down, right], order=1, mode=mode) for c in range(x.shape[3])]
         for image, down, right in zip(x, rows, columns, strict=True)
     ]
     return np.moveaxis(np.array(planes), 1, 3)

@@ -1,8 +1,8 @@
 """Spatter: drops of water, or mud."""
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from edgecl.streams.corruptions.images import Bytes, Draws, Floats, gaussian, to_bytes
 
@@ -49,17 +49,17 @@ def spatter(x: Bytes, c: tuple[float, float, float, float, float, bool], draws: 
 
 def _relief(drops: Bytes) -> Floats:
     """Light on drops [n, H, W], from the distance to their edges."""
-    far = np.stack([ndimage.distance_transform_edt(~edge) if edge.any() else np.full(edge.shape, FARTHEST) for edge in edges(drops)])
-    depth = ndimage.uniform_filter(np.minimum(far, FARTHEST), (0, 3, 3), mode="mirror").astype(np.uint8)
+    far = np.stack([scipy.ndimage.distance_transform_edt(~edge) if edge.any() else np.full(edge.shape, FARTHEST) for edge in edges(drops)])
+    depth = scipy.ndimage.uniform_filter(np.minimum(far, FARTHEST), (0, 3, 3), mode="mirror").astype(np.uint8)
     level = np.stack([equalized(image) for image in depth]).astype(np.float64)
-    lit = np.clip(ndimage.correlate(level, RELIEF[None].astype(np.float64), mode="mirror"), 0, 255)
-    return np.asarray(np.rint(ndimage.uniform_filter(lit, (0, 3, 3), mode="mirror")))
+    lit = np.clip(scipy.ndimage.correlate(level, RELIEF[None].astype(np.float64), mode="mirror"), 0, 255)
+    return np.asarray(np.rint(scipy.ndimage.uniform_filter(lit, (0, 3, 3), mode="mirror")))
 
 
 def edges(x: Bytes) -> NDArray[np.bool_]:
     """Edges of images [n, H, W]: ridges of the gradient that are strong somewhere (Canny's, with the sum of both parts as strength)."""
     wide = x.astype(np.float64)
-    down, right = (ndimage.correlate(wide, part[None], mode="nearest") for part in (SOBEL, SOBEL.T))
+    down, right = (scipy.ndimage.correlate(wide, part[None], mode="nearest") for part in (SOBEL, SOBEL.T))
     strength = np.pad(np.abs(down) + np.abs(right), ((0, 0), (1, 1), (1, 1)))
 
     def beside(rows: int, columns: int) -> Floats:
@@ -77,7 +77,7 @@ def edges(x: Bytes) -> NDArray[np.bool_]:
         ],
         (here > beside(-1, 1)) & (here > beside(1, -1)),
     )
-    parts, _ = ndimage.label(ridge & (here > WEAK), EIGHT)
+    parts, _ = scipy.ndimage.label(ridge & (here > WEAK), EIGHT)
     begun = np.unique(parts[ridge & (here > STRONG)])
     return np.isin(parts, begun[begun > 0])
 

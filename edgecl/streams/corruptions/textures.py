@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from edgecl.streams.corruptions.images import Floats
 
@@ -35,14 +35,14 @@ def frost_texture(number: int, smallest: int) -> Floats:
     size = max(128, 1 << (2 * smallest - 1).bit_length())
     haze = np.zeros((size, size))
     for sigma in (2.0, 5.0, 12.0):
-        cloud = ndimage.gaussian_filter(generator.normal(size=(size, size)), sigma, mode="wrap")
+        cloud = scipy.ndimage.gaussian_filter(generator.normal(size=(size, size)), sigma, mode="wrap")
         haze += sigma**0.5 * cloud / cloud.std()
     haze = (haze - haze.mean()) / haze.std()
     ice = np.zeros((size, size))
     for _ in range(CRYSTALS * (size // 128) ** 2):
         rows, columns, light = _crystal(generator, size)
         np.add.at(ice, (rows % size, columns % size), light)
-    ice = ndimage.gaussian_filter(ice, 0.6, mode="wrap")
+    ice = scipy.ndimage.gaussian_filter(ice, 0.6, mode="wrap")
     value = np.clip(0.45 + 0.15 * haze + 0.5 * (1 - np.exp(-1.5 * ice)), 0, 1)[:, :, None]
     # From the blue of shadowed ice to white.
     return np.asarray(value * (1 - (1 - value) * np.array([0.9, 0.4, 0.0])))
