@@ -65,7 +65,7 @@ def test_errors_are_those_of_plain_loops(found: Any) -> None:
 
 
 def test_rounds_begin_with_the_first_pass(found: Any) -> None:
-    rows = {row["label"]: row for row in found[0]["tables"]["rounds"]}
+    rows = {row["label"]: row for row in found[0]["tables"]["batch 12, 2 passes"]}
     assert all(len(row["rounds"]) == 2 for row in rows.values())
     assert rows["source"]["rounds"][0] == rows["source"]["rounds"][1], "nothing moves it"
 
@@ -75,7 +75,9 @@ def test_a_second_run_computes_nothing_and_another_plan_is_refused(found: Any, m
     monkeypatch.setattr(tta, "in_batches", None)
     monkeypatch.setattr(tta, "profile", None)
     assert run_tta(colour_fashion(), network(), GREY, PLAN, folder) == result
-    with pytest.raises(InputError, match=r"^--out: .* holds figures of another plan, network, data or version; choose another folder"):
+    with pytest.raises(
+        InputError, match=r"^--out: .* holds figures of other corruptions, data, images, rounds, run; choose another folder"
+    ):
         run_tta(colour_fashion(), network(), GREY, Plan((10,)), folder)
 
 
@@ -104,7 +106,7 @@ def test_augmentation_is_the_images_own() -> None:
 
 def test_tables_and_command(found: Any, capsys: pytest.CaptureFixture[str]) -> None:
     titles = [table.title for table in error_tables(found[0])]
-    assert titles == ["batch 12: mean error over corruptions", "rounds: mean error over corruptions of pass 2"]
+    assert titles == ["batch 12: mean error over corruptions", "batch 12, 2 passes: mean error over corruptions of pass 2"]
     assert cost_table(found[0]).row_count == 3
     macs = {row["label"]: row["macs"] for row in found[0]["costs"]}
     forward = 28 * 28 * 16 * 27 + 28 * 28 * 2 * 16 * 144 + 14 * 14 * 32 * (144 + 288) + 7 * 7 * 64 * (288 + 576) + 640

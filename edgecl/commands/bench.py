@@ -22,6 +22,7 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 Quick = Annotated[bool, typer.Option("--quick", help="A small form that needs no files: minutes instead of hours.")]
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Seeds; figures are means over them.")]
+Jobs = Annotated[int, typer.Option(min=1, max=256, help="Processes that work at the same time, each on one thread.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result instead of tables.")]
 
 
@@ -37,6 +38,7 @@ def tta(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the figures.")] = Path("bench-tta"),
     seeds: Seeds = 3,
     images: Annotated[int, typer.Option(min=2, max=10000, help="Test images, the first ones.")] = 2000,
+    jobs: Jobs = 1,
     quick: Quick = False,
     as_json: Json = False,
 ) -> None:
@@ -49,13 +51,13 @@ def tta(
         if quick:
             step("training a small network", 0, 1)
             chosen = Plan((48,), True, ("gaussian_noise", "contrast"), 96, 1, 4, 2, ("source", "TENT", "EcoTTA, detached"))
-            found = run_tta(colour_fashion(), small_network(), GREY, chosen, out, step)
+            found = run_tta(colour_fashion(), small_network(), GREY, chosen, out, jobs, step)
         else:
             if data is None or weights is None:
                 raise InputError("--data, --weights: must be given, or --quick; edgecl.streams.fetch downloads CIFAR-10")
             net = resnet20().eval()
             load_weights(net, weights)
-            found = run_tta(load_cifar10(data), net, ImageU8(*IMAGENET, "CHW"), Plan(images=images, seeds=seeds), out, step)
+            found = run_tta(load_cifar10(data), net, ImageU8(*IMAGENET, "CHW"), Plan(images=images, seeds=seeds), out, jobs, step)
         write_json(out / "tta.json", found)
     if as_json:
         print(json.dumps(found, indent=1))

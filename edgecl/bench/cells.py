@@ -1,0 +1,121 @@
+"""A folder of figures: each is a file of its own, made once, so that a run that was stopped goes on where it was."""
+
+import hashlib
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import edgecl
+import edgecl_device
+import edgecl_export
+from edgecl.figures import machine, threads, versions
+from edgecl.runs.files import locked, stage
+from edgecl_device.errors import InputError
+
+Progress = Callable[[str, int, int], None]
+"""Called with what runs, how much of it is done, and how much there is."""
+
+
+def silent(text: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure that takes time.
+
+    Attributes:
+        path: Its file.
+        label: What it is, for progress.
+        make: Makes it; other processes get it pickled. ``seconds`` is added to what it returns.
+    """
+
+    path: Path
+    label: str
+    make: Callable[[], dict[str, Any]]
+
+    def read(self) -> dict[str, Any]:
+        """The figure: from its file, or made and written there."""
+        return stage(self.path, self._timed)
+
+    def _timed(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        return {**self.make(), "seconds": time.perf_counter() - began}
+
+
+@contextmanager
+def one_setting(folder: Path, *packages: str, **setting: Any) -> Iterator[dict[str, Any]]:
+    """While inside, no other command works in the folder, PyTorch has one thread, and all figures are of one setting and version.
+
+    Args:
+        folder: Of the figures.
+        packages: On which figures depend besides PyTorch, ONNX Runtime and NumPy.
+        setting: What figures depend on, as values for JSON; how many there are of them is no part of it.
+
+    Yields:
+        The setting with versions, a hash of the code, and the machine.
+
+    Raises:
+        InputError: when the folder's figures are of another setting, version or machine.
+    """
+    known = {**versions("onnx"), **{name: version(name) for name in packages}, "sources": _sources()}
+    start: dict[str, Any] = json.loads(json.dumps({**setting, "versions": known, "machine": machine()}))  # as it will be read
+    with locked(folder), threads(1):
+        found = stage(folder / "start.json", lambda: start)
+        if found != start:
+            other = ", ".join(sorted(key for key in start.keys() | found.keys() if start.get(key) != found.get(key)))
+            raise InputError(f"--out: {folder} holds figures of other {other}; choose another folder")
+        yield start
+
+
+def fill(cells: Sequence[Cell], jobs: int = 1, progress: Progress = silent) -> None:
+    """Make the figures that are missing, several at a time, each on one thread.
+
+    Args:
+        cells: The figures, none of which needs another.
+        jobs: Processes.
+        progress: See :data:`Progress`.
+    """
+    missing = [cell for cell in cells if not cell.path.exists()]
+    if jobs == 1 or len(missing) < 2:
+        for number, cell in enumerate(missing):
+            progress(cell.label, number, len(missing))
+            cell.read()
+        return
+    # A forked copy of a process in which PyTorch has threads may wait for ever.
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        waiting = {pool.submit(Cell.read, cell): cell for cell in missing}
+        for done, future in enumerate(as_completed(waiting), start=1):
+            future.result()
+            progress(waiting[future].label, done, len(missing))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def as_file(label: str) -> str:
+    """A label as a file's name.
+
+    >>> as_file("TENT, share .1")
+    'tent--share--1'
+    """
+    return "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
+
+
+def _sources() -> str:
+    """SHA-256 over the code of all packages: figures of two versions do not mix."""
+    digest = hashlib.sha256()
+    for package in (edgecl, edgecl_export, edgecl_device):
+        for folder in package.__path__:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
