@@ -1,12 +1,14 @@
 """A small form of the comparisons that needs no download: for a first look, and for tests."""
 
 import functools
+from collections import OrderedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edgecl.backbones import MobileNetV2
 from edgecl.backbones.resnet_cifar import ResNetCifar
 from edgecl.preprocess import ImageU8
 from edgecl.pretraining import Recipe, train
@@ -24,12 +26,41 @@ def colour_fashion() -> Dataset:
 
 
 @functools.cache
+def colour_squares(images: int = 300) -> Dataset:
+    """Some of them in the middle of 32 x 32 black pixels, the first for training; the same number for tests."""
+    data, frame = colour_fashion(), ((0, 0), (0, 0), (2, 2), (2, 2))
+    x, x_test = (np.pad(part[:images], frame) for part in (data.x, data.x_test))
+    return Dataset(x, data.y[:images], x_test, data.y_test[:images], data.class_names)
+
+
+@functools.cache
 def small_network(epochs: int = 4) -> nn.Module:
     """A ResNet of 8 layers, trained on it."""
     generator = torch.Generator().manual_seed(0)
     net, data = ResNetCifar(1, generator=generator), colour_fashion()
     train(net, data.x, data.y, preprocess=GREY, recipe=Recipe(epochs=epochs, batch=64), generator=generator)
     return net
+
+
+def whole(net: MobileNetV2, classes: int) -> nn.Module:
+    """A MobileNetV2 with a new head of zeros, as ``net`` behind an identity ``input``, where it can be cut."""
+    old = net.classifier[1]
+    assert isinstance(old, nn.Linear)
+    head = nn.Linear(old.in_features, classes)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    net.classifier[1] = head
+    return nn.Sequential(OrderedDict(input=nn.Identity(), net=net)).eval()
+
+
+def settled(net: nn.Module, x: torch.Tensor) -> None:
+    """Give all norms of a network with random weights the statistics of what comes in, float [N, C, H, W]."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain mean over batches
+    with torch.no_grad():
+        net.train()(x)
+    net.eval()
 
 
 def _coloured(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

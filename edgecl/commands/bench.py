@@ -3,16 +3,19 @@
 import json
 import sys
 from contextlib import redirect_stdout
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import torch
 import typer
 
-from edgecl.backbones import load_weights, resnet20
+from edgecl.backbones import MobileNetV2, load_weights, resnet20
 from edgecl.console import progress, show
 from edgecl.preprocess import ImageU8
 from edgecl.runs.files import write_json
-from edgecl.streams import load_cifar10
+from edgecl.streams import load_cifar10, load_cifar100
 from edgecl_device.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="Published comparisons, each reproduced by one command; a run that was stopped goes on.")
@@ -24,6 +27,13 @@ Quick = Annotated[bool, typer.Option("--quick", help="A small form that needs no
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Seeds; figures are means over them.")]
 Jobs = Annotated[int, typer.Option(min=1, max=256, help="Processes that work at the same time, each on one thread.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result instead of tables.")]
+
+
+class Net(StrEnum):
+    """Networks for sparse training."""
+
+    RESNET8 = "resnet8"
+    RESNET20 = "resnet20"
 
 
 @app.callback()
@@ -64,3 +74,76 @@ def tta(
         return
     show(*error_tables(found), cost_table(found))
     print(f"\nFigures: {out / 'tta.json'}")
+
+
+@app.command(epilog="Examples:\n\nedgecl bench reprogram --quick\n\nedgecl bench reprogram --data data --weights mobilenet_v2.pth --jobs 2")
+def reprogram(
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Holds the four sources, see docs/bench.md.")] = None,
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="MobileNetV2's weights for ImageNet, by torchvision.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the figures.")] = Path("bench-reprogram"),
+    shots: Annotated[int, typer.Option(min=2, max=5000, help="Training images a class, at most.")] = 50,
+    tests: Annotated[int, typer.Option(min=1, max=1000, help="Test images a class, at most.")] = 50,
+    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Of training a task.")] = 12,
+    jobs: Jobs = 1,
+    quick: Quick = False,
+    as_json: Json = False,
+) -> None:
+    """Channel-wise reprogramming: tasks of several sources on one frozen network, beside other ways to learn them."""
+    from edgecl.bench.quick import settled, whole
+    from edgecl.bench.reprogram import MEAN, STD, Plan, run_reprogram
+    from edgecl.bench.reprogram_tables import device_table, memory_table, task_table
+    from edgecl.bench.reprogram_tasks import CLASSES, sequence, small_sequence
+
+    with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
+        if quick:
+            tasks, choice = small_sequence()
+            net = whole(MobileNetV2(CLASSES, width=0.25, generator=torch.Generator().manual_seed(0)), CLASSES)
+            settled(net, ImageU8(MEAN, STD, "CHW", (32, 32))(torch.from_numpy(np.concatenate([task.x for task in tasks]))))
+            plan = Plan(size=32, epochs=2, choose=False, switches=8)
+        else:
+            if data is None or weights is None:
+                raise InputError("--data, --weights: must be given, or --quick; edgecl.streams.fetch downloads the data")
+            published = MobileNetV2()
+            load_weights(published, weights)
+            net, plan = whole(published, CLASSES), Plan(epochs=epochs)
+            tasks, choice = sequence(data, shots, tests)
+        found = run_reprogram(net, tasks, choice, plan, out, jobs, step)
+        write_json(out / "reprogram.json", found)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    show(task_table(found), device_table(found), memory_table(found))
+    print(f"\nFigures: {out / 'reprogram.json'}")
+
+
+@app.command(epilog="Examples:\n\nedgecl bench sparse --quick\n\nedgecl bench sparse --data data --jobs 2")
+def sparse(
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Holds cifar-10-batches-bin and cifar-100-binary.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the figures.")] = Path("bench-sparse"),
+    seeds: Seeds = 5,
+    net: Annotated[Net, typer.Option(help="What learns.")] = Net.RESNET8,
+    jobs: Jobs = 1,
+    quick: Quick = False,
+    as_json: Json = False,
+) -> None:
+    """Sparse training with replay: nominal work, measured time of an update, and accuracy beside dense training."""
+    from edgecl.bench.quick import colour_squares
+    from edgecl.bench.sparse import Plan, run_sparse
+    from edgecl.bench.sparse_tables import accuracy_table, nominal_table, step_table
+
+    with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
+        if quick:
+            names = ("dense, er", "structured 75%, er", "unstructured 75%, er")
+            plan = Plan("resnet8", 1, 1, 64 << 10, 10, ("resnet8",), ((0.75, 1),), 3, names)
+            found = run_sparse(colour_squares(), colour_squares(), plan, out, jobs, step)
+        else:
+            if data is None:
+                raise InputError("--data: must be given, or --quick; edgecl.streams.fetch downloads CIFAR-10 and CIFAR-100")
+            first, then = load_cifar100(data / "cifar-100-binary"), load_cifar10(data / "cifar-10-batches-bin")
+            found = run_sparse(first, then, Plan(net.value, seeds=seeds), out, jobs, step)
+        write_json(out / "sparse.json", found)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    show(nominal_table(found), step_table(found), accuracy_table(found))
+    print(f"\nFigures: {out / 'sparse.json'}")

@@ -1,5 +1,6 @@
-"""The tasks of ``reprogram.py``: images of one form from four sources, uint8 [N, 3, 32, 32], ten classes at most each."""
+"""The tasks of ``edgecl bench reprogram``: images of one form from four sources, uint8 [N, 3, 32, 32], ten classes at most each."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,13 @@ class Task:
     y_test: NDArray[np.int64]
     class_names: tuple[str, ...]
 
+    def sha256(self) -> str:
+        """SHA-256 over its images and labels."""
+        digest = hashlib.sha256()
+        for array in (self.x, self.y, self.x_test, self.y_test):
+            digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
 
 def coloured(images: Images) -> Images:
     """Grey images [N, H, W] of up to 32 pixels a side, in the middle of black ones of three equal channels."""
@@ -59,11 +67,16 @@ def pictures(spectrograms: NDArray[np.float32]) -> Images:
 
 def cut(data: Dataset, source: str, name: str, classes: Sequence[int], shots: int, tests: int, form: Callable[..., Images]) -> Task:
     """The first images of some classes of a data set, as a task."""
-    parts = []
-    for x, y, most in ((data.x, data.y, shots), (data.x_test, data.y_test, tests)):
-        rows = np.concatenate([np.flatnonzero(y == label)[:most] for label in classes])
-        parts += [form(x[rows]), np.searchsorted(classes, y[rows])]
-    return Task(name, source, *parts, tuple(data.class_names[label] for label in classes))
+
+    def rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+        return np.concatenate([np.flatnonzero(labels == label)[:most] for label in classes])
+
+    def part(x: Images, y: NDArray[np.int64], most: int) -> tuple[Images, NDArray[np.int64]]:
+        chosen = rows(y, most)
+        return form(x[chosen]), np.searchsorted(classes, y[chosen])
+
+    names = tuple(data.class_names[label] for label in classes)
+    return Task(name, source, *part(data.x, data.y, shots), *part(data.x_test, data.y_test, tests), names)
 
 
 def sequence(folder: Path, shots: int, tests: int) -> tuple[list[Task], Task]:
@@ -76,12 +89,15 @@ def sequence(folder: Path, shots: int, tests: int) -> tuple[list[Task], Task]:
     """
     hundred, ten = load_cifar100(folder / "cifar-100-binary"), load_cifar10(folder / "cifar-10-batches-bin")
     fashion, digits = load_idx(folder / "FashionMNIST" / "raw"), load_wavs(folder / "fsdd" / "recordings", seconds=0.64)
-    same = np.ascontiguousarray
+
+    def same(images: Images) -> Images:
+        return np.ascontiguousarray(images)
+
     of_hundred = [
         cut(hundred, "CIFAR-100", f"CIFAR-100 {i}", range(10 * i, 10 * i + 10), shots, tests, same)
         for i in range(8)
     ]  # fmt: skip
-    halves = {
+    halves: dict[str, tuple[Dataset, Callable[..., Images]]] = {
         "CIFAR-10": (ten, same), "Fashion-MNIST": (fashion, coloured), "spoken digits": (digits, pictures),
     }  # fmt: skip
     others = [

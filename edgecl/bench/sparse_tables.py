@@ -1,0 +1,48 @@
+"""Tables of ``edgecl bench sparse``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from edgecl import tables
+
+Row = Mapping[str, Any]
+
+
+def nominal_table(result: Row) -> Table:
+    """How many times less nominal work training is."""
+    caption = "against dense training on all samples; gradients: share whose products are left out"
+    shown = tables.grid((">sparsity, %", ">gradients, %", ">samples, %", ">times less"), title="nominal MACs, ResNet-18", caption=caption)
+    for row in result["nominal"]:
+        shares = [tables.percent(row[key]) for key in ("sparsity", "gradient_sparsity", "data")]
+        shown.add_row(*shares, f"{row['times_less']:.1f}")
+    return shown
+
+
+def step_table(result: Row) -> Table:
+    """Measured time of structured updates beside their work."""
+    names = ("", ">sparsity, %", ">unit", ">MACs", ">ms", ">faster", ">fewer MACs", ">share, %")
+    caption = "ONNX Runtime, one thread, 1 new and 8 replayed images. share: of the reduction of MACs that time has."
+    shown = tables.grid(names, title="time of a structured update", caption=caption)
+    for row in result["steps"]:
+        dense = row["sparsity"] is None
+        what = ["dense", "-"] if dense else [f"{100 * row['sparsity']:g}", str(row["block"])]
+        ratios = ["-", "-", "-"] if dense else [f"{row['speed_up']:.1f}", f"{row['mac_reduction']:.1f}", f"{100 * row['share']:.0f}"]
+        shown.add_row(row["net"], *what, tables.si(row["canonical_macs"]), f"{row['ms']:.1f}", *ratios)
+    return shown
+
+
+def accuracy_table(result: Row) -> Table:
+    """Accuracy of every case, and its difference from dense training."""
+    names = ("", ">accuracy, %", ">to dense", ">95 %", ">learned, %", ">MACs", ">state and rows", ">ms")
+    title = f"online Split CIFAR-10, {result['net']}, {result['rows'][0]['seeds']} seeds, {tables.size(result['capacity_bytes'])} of rows"
+    caption = "to dense: paired by seed, from dense training with the same replay. learned: share of the samples. ms: median of an update."
+    shown = tables.grid(names, title=title, caption=caption)
+    for row in result["rows"]:
+        apart = "-" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
+        between = "-" if row["interval"] is None else " to ".join(f"{100 * end:+.1f}" for end in row["interval"])
+        costs = [tables.si(row["learn_macs"]), tables.size(row["beyond_trunk"]), f"{row['update_ms']:.1f}"]
+        accuracy = tables.percent(row["accuracy"], row["accuracy_sd"])
+        shown.add_row(row["case"], accuracy, apart, between, tables.percent(row["learned"]), *costs)
+    return shown
