@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/plan.md, and the picture of a plan, from the JSON that the commands wrote.
+"""Write the tables of the README, docs/plan.md and the methods' pages, and the picture of a plan, from the JSON that commands wrote.
 
 edgecl demo --seeds 3 --out docs/figures
 edgecl demo --engine executorch --json > docs/figures/executorch.json
@@ -6,6 +6,7 @@ edgecl plan --ram 256KiB --flash 1MiB --macs 5M --json > docs/figures/plan.json
 python benchmarks/equal_bytes.py --data FOLDER --weights FILE
 python benchmarks/learn_latency.py
 python benchmarks/step_latency.py
+edgecl bench tta|reprogram|sparse ... --json > benchmarks/results/tta|reprogram|sparse.json
 python benchmarks/update_tables.py
 """
 
@@ -15,6 +16,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import bench_tables
 from page_parts import Row, conditions, markdown
 from update_report import readme
 
@@ -156,6 +158,7 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[Row], str]]]] = {
         "updates": ("benchmarks/results/step_latency.json", readme),
     },
     "docs/plan.md": {"plan": ("docs/figures/plan.json", plan_table)},
+    **bench_tables.PAGES,
 }
 """The tables of each page: their JSON, and what writes them."""
 

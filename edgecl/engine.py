@@ -1,11 +1,13 @@
 """The eager engine: runs the step functions themselves, in PyTorch, behind the same interface as a device runtime."""
 
 from collections.abc import Collection, Mapping
+from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgecl.given import of_device
 from edgecl.learner import Learner, State, call_encode, call_step
 from edgecl.trees import unflatten_like
 from edgecl_device.manifest import STREAM, Array
@@ -17,33 +19,38 @@ class EagerEngine:
     Args:
         trunk: The frozen trunk, run as the step ``encode``.
         learner: The method.
+        device: PyTorch's device to run on; copies of trunk and learner go there.
+
+    Raises:
+        InputError: when there is no such device.
     """
 
     name = "eager"
 
-    def __init__(self, trunk: nn.Module, learner: Learner) -> None:
-        self._trunk = trunk
-        self._learner = learner
-        self._state: State = learner.init()
+    def __init__(self, trunk: nn.Module, learner: Learner, device: str = "cpu") -> None:
+        self._trunk, self._learner = (trunk, learner) if device == "cpu" else copies_on(device, trunk, learner)
+        self._device = torch.device(device)
+        self._state: State = {}
+        self.load({name: value.numpy() for name, value in learner.init().items()})
         self._pending: State = {}
 
     def load(self, state: Mapping[str, Array]) -> None:
         """Copy every state tensor in."""
-        self._state = {name: to_tensor(value) for name, value in state.items()}
+        self._state = self._tensors(state)
         self._pending = {}
 
     def state(self, names: Collection[str] | None = None) -> dict[str, Array]:
         """Copies of every state tensor, or of those named."""
-        return {name: self._state[name].detach().numpy().copy() for name in (self._state if names is None else names)}
+        return {name: self._state[name].detach().cpu().numpy().copy() for name in (self._state if names is None else names)}
 
     def put(self, state: Mapping[str, Array]) -> None:
         """Copy some state tensors in, which fit."""
-        self._state = {**self._state, **{name: to_tensor(value) for name, value in state.items()}}
+        self._state = {**self._state, **self._tensors(state)}
 
     def run(self, step: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one step and return its outputs; inputs that the step does not take are ignored."""
-        tensors = {name: to_tensor(value) for name, value in inputs.items()}
-        with torch.no_grad():
+        tensors = self._tensors(inputs)
+        with torch.no_grad(), self._device:  # what a step makes itself is made there, too
             if step == "encode":
                 x = tensors["x"] if "x" in tensors else {name.removeprefix("x."): value for name, value in tensors.items()}
                 stream = {name: tensor for name, tensor in self._state.items() if name.startswith(STREAM)}
@@ -61,6 +68,24 @@ class EagerEngine:
     def close(self) -> None:
         """Nothing to release."""
 
+    def _tensors(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+        return {name: to_tensor(value).to(self._device) for name, value in arrays.items()}
+
+
+def copies_on(device: str, trunk: nn.Module, learner: Learner) -> tuple[nn.Module, Learner]:
+    """Copies whose tensors, wherever they hold some, are on another device.
+
+    Raises:
+        InputError: when there is no such device.
+    """
+    parts = BytesIO()
+    torch.save((trunk, learner), parts)
+    parts.seek(0)
+    with of_device(device):
+        torch.empty(0, device=device)  # a method may hold no tensor that would go there
+        found: tuple[nn.Module, Learner] = torch.load(parts, map_location=device, weights_only=False)  # what was just saved
+    return found
+
 
 def to_tensor(value: Any) -> Tensor:
     """A NumPy array as a tensor with memory of its own."""
@@ -69,4 +94,4 @@ def to_tensor(value: Any) -> Tensor:
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
     """Tensors as NumPy arrays."""
-    return {name: value.detach().numpy() for name, value in tensors.items()}
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -88,3 +89,16 @@ def sample_weights(weight: Any, samples: int) -> list[Tensor]:
     if found.shape != (samples,):
         raise InputError(f"weight: must be numbers [{samples}], one a sample, got {found.dtype} {list(found.shape)}; reshape it")
     return [torch.tensor([as_float32(f"weight of sample {i}", value, positive=True)]) for i, value in enumerate(found)]
+
+
+@contextmanager
+def of_device(device: str) -> Iterator[None]:
+    """Name a device that PyTorch has not, when something inside fails for it.
+
+    Raises:
+        InputError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by what it was built with
+        raise InputError(f"device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got {device!r} ({error})") from error

@@ -23,6 +23,7 @@ from torch import nn
 
 from edgecl.bench.cells import Cell, Progress, as_file, fill, one_setting, silent
 from edgecl.bench.sparse_step import CLASSES, GRADIENTS, ROWS, cut, measure, network
+from edgecl.engine import EagerEngine
 from edgecl.evaluate import run_stream
 from edgecl.graph import cost
 from edgecl.graph.capture import capture
@@ -39,6 +40,7 @@ from edgecl.runs.files import save_network, sha256_data
 from edgecl.streams import ClassIncremental, Dataset
 from edgecl_device import Learner
 from edgecl_device.checks import read_tensors
+from edgecl_device.engines import Engine
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_device.manifest import TensorSpec, read_manifest
 from edgecl_export import export
@@ -62,13 +64,15 @@ class Plan:
     Attributes:
         net: ``resnet8``, ``resnet20``, ...: what learns.
         epochs: Of training on the first data set.
-        seeds: How many.
+        seeds: How many; none for work and time alone.
         capacity_bytes: Of each replay memory.
         tests: Test images of a task.
         timed: Networks whose step is timed.
         forms: Sparsity and channels of a unit, of the steps that are timed.
         repeats: Turns.
         cases: Names of the cases that are wanted; all by default.
+        passes: Over each task's images; 1 is the online setting.
+        device: PyTorch's device for training and streams: other than ``cpu`` the loop's steps run there, eagerly, and not on ONNX Runtime.
     """
 
     net: str = "resnet8"
@@ -80,6 +84,8 @@ class Plan:
     forms: tuple[tuple[float, int], ...] = ((0.75, 1), (0.9, 1), (0.75, 4), (0.9, 4))
     repeats: int = 15
     cases: tuple[str, ...] = ()
+    passes: int = 1
+    device: str = "cpu"
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -111,15 +117,15 @@ def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: in
     Raises:
         InputError: when the folder's figures are of another plan, data, version or machine.
     """
-    same = {name: getattr(plan, name) for name in ("net", "epochs", "capacity_bytes", "tests", "forms", "repeats")}
+    same = {name: getattr(plan, name) for name in ("net", "epochs", "capacity_bytes", "tests", "forms", "repeats", "passes", "device")}
     with one_setting(folder, "scipy", **same, first=sha256_data(first), data=sha256_data(then)) as setting:
         bench = _Bench(first, then, plan, folder)
         steps = [Cell(folder / "steps" / f"{net}.json", f"time of a step of {net}", partial(bench.timed, net)) for net in plan.timed]
         fill(steps, 1, progress)
         nominal = Cell(folder / "nominal.json", "nominal work", nominal_work)
         trained = Cell(bench.weights.with_suffix(".json"), f"training {plan.net} on the first images", bench.trained)
-        fill([nominal, trained], jobs, progress)
-        wanted = [name for name in cases() if not plan.cases or name in plan.cases]
+        fill([nominal, *([trained] if plan.seeds else [])], jobs, progress)
+        wanted = [name for name in cases() if plan.seeds and (not plan.cases or name in plan.cases)]
         bundles = {name: bench.bundle(name) for name in wanted}
         fill(list(bundles.values()), jobs, progress)
         runs = {name: [bench.run(name, seed) for seed in range(plan.seeds)] for name in wanted}
@@ -179,24 +185,27 @@ class _Bench:
         """The network that every case starts from."""
         torch.manual_seed(0)
         net, recipe = network(self.plan.net, len(self.first.class_names)), Recipe(epochs=self.plan.epochs)
-        train(net, self.first.x, self.first.y, preprocess=_scale(), recipe=recipe, generator=torch.Generator().manual_seed(0))
+        generator, device = torch.Generator().manual_seed(0), self.plan.device
+        train(net, self.first.x, self.first.y, preprocess=_scale(), recipe=recipe, generator=generator, device=device)
         save_network(self.weights, net.state_dict())
         with torch.no_grad():
             scores = torch.cat([net(_scale()(torch.from_numpy(part))) for part in np.array_split(self.first.x_test, 20)])
         return {"accuracy": float((scores.argmax(1).numpy() == self.first.y_test).mean())}
 
-    def prepared(self, name: str) -> Prepared:
+    def prepared(self, case: str) -> Prepared:
         """A case's learner, nothing learned; its codec has seen the whole range of bytes."""
         net = network(self.plan.net, len(self.first.class_names))
         net.load_state_dict(torch.load(self.weights, weights_only=True))
-        head = net.get_submodule("linear")
-        assert isinstance(head, nn.Linear)
-        net.linear = nn.Linear(head.in_features, CLASSES)
-        for parameter in net.linear.parameters():
+        name = "fc" if self.plan.net == WIDE else "linear"
+        old = net.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        head = nn.Linear(old.in_features, CLASSES)
+        for parameter in head.parameters():
             nn.init.zeros_(parameter)
+        net.register_module(name, head)
         calibration = np.random.default_rng(1).integers(0, 256, (64, 3, 32, 32), np.uint8)
         calibration[0], calibration[1] = 0, 255
-        config = SparCL.Config(**{**COMMON, "capacity_bytes": self.plan.capacity_bytes, **cases()[name]})
+        config = SparCL.Config(**{**COMMON, "capacity_bytes": self.plan.capacity_bytes, **cases()[case]})
         made = prepare(cut(net), at="0", example=calibration[:1], method="sparcl", classes=CLASSES, config=config, preprocess=_scale())
         assert isinstance(made.learner, SparCL)
         made.learner.calibrate(torch.cat(made.encode(calibration)))
@@ -227,11 +236,16 @@ class _Bench:
     def streamed(self, name: str, seed: int) -> dict[str, Any]:
         folder = self.folder / as_file(name) / "bundle"
         order = np.random.default_rng(seed).permutation(CLASSES).tolist()
-        stream = ClassIncremental(self.then, base_classes=[], steps=[order[i : i + 2] for i in range(0, CLASSES, 2)], seed=seed)
+        pairs = [order[i : i + 2] for i in range(0, CLASSES, 2)]
+        stream = ClassIncremental(self.then, base_classes=[], steps=pairs, seed=seed, epochs=self.plan.passes)
         manifest = read_manifest(folder)
         assert manifest.replay is not None
         manifest = dataclasses.replace(manifest, replay=dataclasses.replace(manifest.replay, seed=seed))
-        with Learner(manifest, OnnxEngine(folder, manifest), read_tensors(folder / manifest.state_file)) as learner:
+        engine: Engine = OnnxEngine(folder, manifest)
+        if self.plan.device != "cpu":
+            prepared = self.prepared(name)
+            engine = EagerEngine(prepared.trunk, prepared.learner, self.plan.device)
+        with Learner(manifest, engine, read_tensors(folder / manifest.state_file)) as learner:
             result = run_stream(learner, stream, every=len(stream), per_task=self.plan.tests)
             learned = learner.report()["session"]["learned"] / len(stream)
         return {

@@ -34,6 +34,7 @@ class Net(StrEnum):
 
     RESNET8 = "resnet8"
     RESNET20 = "resnet20"
+    RESNET18 = "resnet18"
 
 
 @app.callback()
@@ -116,12 +117,17 @@ def reprogram(
     print(f"\nFigures: {out / 'reprogram.json'}")
 
 
-@app.command(epilog="Examples:\n\nedgecl bench sparse --quick\n\nedgecl bench sparse --data data --jobs 2")
+@app.command(
+    epilog="Examples:\n\nedgecl bench sparse --quick\n\nedgecl bench sparse --data data --jobs 2\n\n"
+    "edgecl bench sparse --data data --net resnet18 --epochs 5 --device cuda"
+)
 def sparse(
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Holds cifar-10-batches-bin and cifar-100-binary.")] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the figures.")] = Path("bench-sparse"),
-    seeds: Seeds = 5,
+    seeds: Annotated[int, typer.Option(min=0, max=100, help="Of accuracy; 0 for work and time alone.")] = 5,
     net: Annotated[Net, typer.Option(help="What learns.")] = Net.RESNET8,
+    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over each task's images.")] = 1,
+    device: Annotated[str, typer.Option(help="PyTorch's device; other than cpu, streams run in PyTorch.")] = "cpu",
     jobs: Jobs = 1,
     quick: Quick = False,
     as_json: Json = False,
@@ -140,10 +146,10 @@ def sparse(
             if data is None:
                 raise InputError("--data: must be given, or --quick; edgecl.streams.fetch downloads CIFAR-10 and CIFAR-100")
             first, then = load_cifar100(data / "cifar-100-binary"), load_cifar10(data / "cifar-10-batches-bin")
-            found = run_sparse(first, then, Plan(net.value, seeds=seeds), out, jobs, step)
+            found = run_sparse(first, then, Plan(net.value, seeds=seeds, passes=epochs, device=device), out, jobs, step)
         write_json(out / "sparse.json", found)
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    show(nominal_table(found), step_table(found), accuracy_table(found))
+    show(nominal_table(found), step_table(found), *([accuracy_table(found)] if found["rows"] else []))
     print(f"\nFigures: {out / 'sparse.json'}")

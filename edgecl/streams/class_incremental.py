@@ -8,11 +8,12 @@ import numpy as np
 
 from edgecl.streams.dataset import Dataset
 from edgecl.streams.stream import Plan, PlannedStream, check_classes, check_parts, where
+from edgecl_device.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
 class ClassIncremental(PlannedStream):
-    """Base classes first, then the others group by group, one sample at a time, each sample once.
+    """Base classes first, then the others group by group, one sample at a time, each sample once, or as often as there are epochs.
 
     Within a group the order is random and its classes are mixed. Test sets hold the task's own classes; a prediction is made
     among all classes.
@@ -22,9 +23,11 @@ class ClassIncremental(PlannedStream):
         base_classes: Classes of the base set, task 0; none for a stream that starts from nothing.
         steps: Classes of every task of the stream.
         seed: Of the order of the samples, base set included.
+        epochs: Passes over each group, in another order each, before the next group comes; 1 is what a device meets.
 
     Raises:
-        InputError: when samples have no class of their own, a class has no training sample or is listed twice, or a group is empty.
+        InputError: when samples have no class of their own, a class has no training sample or is listed twice, a group is empty, or
+            there is no pass.
 
     Source: van de Ven & Tolias, Three scenarios for continual learning, 2019.
 
@@ -40,6 +43,7 @@ class ClassIncremental(PlannedStream):
     base_classes: Sequence[int]
     steps: Sequence[Sequence[int]]
     seed: int = 0
+    epochs: int = 1
     _plan: Plan = field(init=False, repr=False)
     scenario: ClassVar[str] = "class-incremental"
 
@@ -47,8 +51,13 @@ class ClassIncremental(PlannedStream):
         check_classes(self.scenario, self.dataset)
         base, steps = list(self.base_classes), [list(step) for step in self.steps]
         check_parts("base_classes, steps", "class", base, steps, self.dataset.y)
+        if self.epochs < 1:
+            raise InputError(f"epochs: must be at least 1, got {self.epochs}; 1 shows each sample once")
         generator = np.random.default_rng(self.seed)
-        orders = [generator.permutation(where(self.dataset.y, group)) for group in [base, *steps]]
+        orders = [generator.permutation(where(self.dataset.y, base))]
+        for group in steps:
+            samples = where(self.dataset.y, group)
+            orders.append(np.concatenate([generator.permutation(samples) for _ in range(self.epochs)]))
         tests = [where(self.dataset.y_test, group) for group in self._groups]
         object.__setattr__(self, "_plan", Plan(orders[0], orders[1:], tests))
 

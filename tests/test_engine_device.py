@@ -1,0 +1,53 @@
+"""The eager engine on another device. ``meta`` stands in for one: most operators refuse to mix it with the CPU."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from edgecl import METHODS, EagerEngine, prepare
+from edgecl.engine import copies_on
+from edgecl.learner import call_encode, call_step
+from edgecl_device.errors import InputError
+from edgecl_device.manifest import TensorSpec
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("sparcl", {"granularity": "structured", "distill": 0.1, "skip_above": 0.9}),
+        ("sparcl", {"granularity": "unstructured", "distill": 0.1, "skip_above": 0.9}),
+        ("latent_replay", {"codec": "pq"}),
+        ("ridge", {}),
+    ],
+)
+def test_nothing_stays_behind(method: str, config: dict[str, Any]) -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(32, 4),
+    ).eval()  # fmt: skip
+    x = np.random.default_rng(0).random((80, 1, 8, 8)).astype(np.float32)
+    config = METHODS[method].Config(**config)
+    prepared = prepare(net, at="1", example=x[:1], method=method, classes=4, config=config).fit(x, np.arange(80) % 4)
+    trunk, learner = copies_on("meta", prepared.trunk, prepared.learner)
+    state = {name: tensor.to("meta") for name, tensor in prepared.state.items()}
+
+    def made(spec: TensorSpec) -> torch.Tensor:
+        return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
+
+    with torch.no_grad(), torch.device("meta"):
+        z, _ = call_encode(trunk, torch.zeros(1, 1, 8, 8), {})
+        assert {tensor.device.type for tensor in z.values()} == {"meta"}
+        for step in learner.steps:
+            inputs = tree_map(made, learner.inputs_of(step), is_leaf=lambda part: isinstance(part, TensorSpec))
+            outputs, new = call_step(learner, step, state, inputs)
+            assert {tensor.device.type for tensor in (*outputs.values(), *new.values())} == {"meta"}, step
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    prepared = prepare(net, at="0", example=np.zeros((1, 4), np.float32), method="ncm", classes=2)
+    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got 'nowhere'"):
+        EagerEngine(prepared.trunk, prepared.learner, "nowhere")
