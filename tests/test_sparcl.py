@@ -248,15 +248,19 @@ def test_dark_experience_is_two_draws(toy: Any) -> None:
     state, given = prepared.state, inputs(prepared)
     dense = prepared.learner.form.dense(state)
     scores = torch.func.functional_call(prepared.learner.suffix, dense, (torch.cat([given["z"], given["replay"]["z"]]),))
-    new, copied, replayed = scores[:1], scores[1 : 1 + ROWS], scores[1 + ROWS :]
+    new, copied, replayed = scores[:1], scores[1::2], scores[2::2]
     loss = (
         F.cross_entropy(new, given["target"])
-        + 0.1 * F.mse_loss(copied, given["replay"]["logits"][:ROWS])
-        + 0.5 * F.cross_entropy(replayed, given["replay"]["target"][ROWS:])
+        + 0.1 * F.mse_loss(copied, given["replay"]["logits"][::2])
+        + 0.5 * F.cross_entropy(replayed, given["replay"]["target"][1::2])
     )
     with torch.no_grad():
         outputs, _ = prepared.learner.learn(state, **given)
+        few = {**given["replay"], "weight": (torch.arange(2 * ROWS) < 2).float()}  # two rows are there: one for each term
+        begun, _ = prepared.learner.learn(state, **{**given, "replay": few})
     assert float(outputs["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    terms = F.mse_loss(scores[1], given["replay"]["logits"][0]), F.cross_entropy(scores[2:3], given["replay"]["target"][1:2])
+    assert float(begun["loss"]) == pytest.approx(float(F.cross_entropy(new, given["target"]) + 0.1 * terms[0] + 0.5 * terms[1]), rel=1e-5)
     torch.testing.assert_close(outputs["row.logits"], new, rtol=1e-5, atol=1e-5)
     rows = prepared.memory.rows_by_name()
     whole = torch.func.functional_call(prepared.learner.suffix, dense, (torch.from_numpy(rows["replay.z"]),))

@@ -27,7 +27,8 @@ for training on the host.
 Deviations from the authors' code (neu-spiral/SparCL at 3f983f3), where the paper is followed. Their score has one gradient for both
 terms, that of the last batch of the epoch before, already masked, so that it is zero wherever a weight is masked. Their ``er`` branch
 reads an option that no parser defines. They simulate: dense products, masks multiplied in, percentiles on the host. Their DDR counts
-changes from right to wrong within five epochs. DER++ there draws the rows of its two terms apart; here they are two halves of one draw.
+changes from right to wrong within five epochs. DER++ there draws the rows of its two terms apart; here they are every other row of one
+draw.
 
 | | bytes of state beyond the dense layers | MACs of learn |
 |---|---|---|
@@ -236,13 +237,13 @@ class SparCL(ReplayLearner):
         batch = self._join(self._decode(code), self._decode(self._filled(replay["z"], code, real)))
         targets = torch.cat([target, replay["target"]])
         old, copied = self._split(real)
-        weights = torch.cat([weight, *([torch.zeros(len(copied))] if config.distill else []), old * config.replay_weight])
+        weights = torch.cat([weight, old * config.replay_weight])
 
         def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             scores = self._of(state, parameters, batch)
             value = (cross_entropy(scores, targets, allowed) * weights).sum()
             if config.distill:
-                error = scores[1 : 1 + config.rows_per_step] - replay["logits"][: config.rows_per_step]
+                error = scores[1:] - replay["logits"]
                 value = value + ((error * error).mean(1) * copied).sum() * config.distill
             return value, scores
 
@@ -294,11 +295,12 @@ class SparCL(ReplayLearner):
         return self.form.scores(self.called, parameters, state, z)
 
     def _split(self, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of the rows whose target is learned, and with ``distill`` of those whose scores are."""
-        rows = self.config.rows_per_step
-        parts = [real[rows:], real[:rows]] if self.config.distill else [real, real[:0]]
-        old, copied = (part / part.sum().clamp_min(1.0) for part in parts)
-        return old, copied
+        """Weights of the rows [r] in the loss on their targets, and with ``distill`` in that on their scores: every other row's each."""
+        if not self.config.distill:
+            return real / real.sum().clamp_min(1.0), real[:0]
+        second = torch.arange(real.shape[0]) % 2 == 1
+        old, copied = torch.where(second, real, 0.0), torch.where(second, 0.0, real)
+        return old / old.sum().clamp_min(1.0), copied / copied.sum().clamp_min(1.0)
 
     def _first(self, rows: Any) -> Any:
         """The first row, in place of filler."""
