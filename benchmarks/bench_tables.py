@@ -1,6 +1,7 @@
 """The tables of ``edgecl bench`` on the pages of methods, with the targets that the project set itself."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from page_parts import Row, conditions, markdown
@@ -34,97 +35,121 @@ def said(command: str, result: Row) -> str:
     return f"`{command}`. {conditions({**result, 'versions': versions})}"
 
 
-def targets(rows: Iterable[tuple[str, str, str, bool]]) -> str:
-    """What was aimed at, what was reached, and whether that is enough."""
-    return markdown(
-        ["target", "at least or at most", "reached", "met"],
-        [[what, aim, found, "yes" if met else "**no**"] for what, aim, found, met in rows],
-    )
+@dataclass(frozen=True)
+class Target:
+    """What was aimed at, and what was reached.
+
+    Attributes:
+        what: Words for it.
+        found: The figure.
+        aim: Its target.
+        most: Whether the figure must be at most the target; else it must be at least that.
+        unit: Of both.
+    """
+
+    what: str
+    found: float
+    aim: float
+    most: bool = True
+    unit: str = ""
+
+    @property
+    def met(self) -> bool:
+        """By the figure, not by its digits on the page."""
+        return self.found <= self.aim if self.most else self.found >= self.aim
+
+    def cells(self) -> list[str]:
+        """A line of the table."""
+        sign = "at most" if self.most else "at least"
+        return [self.what, f"{sign} {self.aim:g}{self.unit}", f"{self.found:.2f}{self.unit}", "yes" if self.met else "**no**"]
+
+
+def targets(found: Iterable[Target]) -> str:
+    """A table of targets."""
+    return markdown(["target", "aim", "reached", "met"], [target.cells() for target in found])
 
 
 def tta_page(result: Row) -> str:
     """Errors, costs and targets of test-time adaptation."""
-    seeds = f"Errors are means over {result['seeds']} seeds" + (" and their standard deviation" if result["seeds"] > 1 else "")
-    images = f"{result['images']:,} test images for each of {len(result['corruptions'])} corruptions"
-    note = f"{seeds}, {images} at severity 5, one after the other."
+    count = result["seeds"]
+    seeds = "One seed" if count == 1 else f"Means over {count} seeds and their standard deviation"
+    note = f"{seeds}; {len(result['corruptions'])} corruptions at severity 5, one after the other."
     command = "edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th"
-    return "\n\n".join([note, page(error_tables(result)), page([cost_table(result)]), targets(_tta_targets(result)), said(command, result)])
+    return "\n\n".join([note, page(error_tables(result)), page([cost_table(result)]), targets(tta_targets(result)), said(command, result)])
 
 
-def _tta_targets(result: Row) -> Iterable[tuple[str, str, str, bool]]:
+def tta_targets(result: Row) -> Iterable[Target]:
+    """The project's targets for test-time adaptation."""
     tables = {name: {row["label"]: row for row in rows} for name, rows in result["tables"].items()}
-    costs = {row["label"]: row for row in result["costs"]}
+    kept = {row["label"]: row["kept_by_pytorch"] for row in result["costs"]}
     error = {name: {label: row["error"] for label, row in rows.items()} for name, rows in tables.items()}
-    wide, detached = error["batch 200"], "EcoTTA, detached"
+    wide, detached, points = error["batch 200"], "EcoTTA, detached", " points"
 
-    def below(what: str, least: float, by: float) -> tuple[str, str, str, bool]:
-        return what, f"{least:g} points", f"{by:.1f}", by >= least
+    def best(name: str, role: str) -> str:
+        return min((label for label, row in tables[name].items() if row["role"] == role), key=error[name].__getitem__)
 
-    def best(name: str, role: str) -> tuple[str, float]:
-        return min(((label, row["error"]) for label, row in tables[name].items() if row["role"] == role), key=lambda pair: float(pair[1]))
-
-    apart = wide[detached] - wide["EcoTTA, released"]
-    yield "EcoTTA detached above released, batch 200", "0.5 points", f"{apart:+.1f}", apart <= 0.5
-    yield below("EcoTTA detached below TENT, batch 200", 1, wide["TENT"] - wide[detached])
-    apart = wide[detached] - wide["CoTTA, 8 views"]
-    yield "EcoTTA detached above CoTTA, batch 200", "1 point", f"{apart:+.1f}", apart <= 1
+    yield Target("EcoTTA detached above released, batch 200", wide[detached] - wide["EcoTTA, released"], 0.5, unit=points)
+    yield Target("EcoTTA detached below TENT, batch 200", wide["TENT"] - wide[detached], 1, most=False, unit=points)
+    yield Target("EcoTTA detached above CoTTA, batch 200", wide[detached] - wide["CoTTA, 8 views"], 1, unit=points)
     for name in ("batch 200", "batch 64"):
-        label, found = best(name, "method")
-        yield below(f"best method ({label}) below the better control, {name}", 0.5, best(name, "control")[1] - found)
-    share = costs[detached]["kept_by_pytorch"] / costs["TENT"]["kept_by_pytorch"]
-    yield "bytes that PyTorch keeps, EcoTTA detached / TENT", "0.45", f"{share:.2f}", share <= 0.45
-    share = 1 - costs[detached]["kept_by_pytorch"] / costs["CoTTA, 8 views"]["kept_by_pytorch"]
-    yield "the same, less than CoTTA's student", "55 %", f"{100 * share:.0f} %", share >= 0.55
+        label = best(name, "method")
+        gain = error[name][best(name, "control")] - error[name][label]
+        yield Target(f"best method ({label}) below the better control, {name}", gain, 0.5, most=False, unit=points)
+    yield Target("bytes that PyTorch keeps, EcoTTA detached / TENT", kept[detached] / kept["TENT"], 0.45)
+    yield Target("the same / CoTTA's student", kept[detached] / kept["CoTTA, 8 views"], 0.45)
     passes = next(rows for name, rows in tables.items() if "passes" in name)
-    for label in (detached, best("batch 64", "method")[0]):
+    for label in dict.fromkeys((detached, best("batch 64", "method"))):
         drift = passes[label]["rounds"][-1] - passes[label]["rounds"][0]
-        yield f"last pass above the first, {label}", "0.5 points", f"{drift:+.1f}", drift <= 0.5
+        yield Target(f"last pass above the first, {label}", drift, 0.5, unit=points)
     for name in ("batch 1", "batch 1, long runs of a class"):
-        label, found = best(name, "method")
-        yield below(f"best method ({label}) below the source, {name}", 12, error[name]["source"] - found)
-    pairs = {"EMA .01": ("TENT", "EATA"), "affine warm-up, EMA .01": ("affine warm-up + TENT",), "EcoTTA, no updates, EMA .01": (detached,)}
-    for still, learning in pairs.items():
-        label = min(learning, key=lambda one: error["batch 1"][one])
-        gain = error["batch 1"][still] - error["batch 1"][label]
-        yield f"{label} below {still}, the same weights without a gradient, batch 1", "above 0", f"{gain:+.1f}", gain > 0
+        label = best(name, "method")
+        yield Target(
+            f"best method ({label}) below the source, {name}", error[name]["source"] - error[name][label], 12, most=False, unit=points
+        )
+    single = error["batch 1"]
+    for still, learning in _SAME_WEIGHTS.items():
+        first, label = min(still, key=single.__getitem__), min(learning, key=single.__getitem__)
+        what = f"{label} below {first}, the best without a gradient from the same weights, batch 1"
+        yield Target(what, single[first] - single[label], 0, most=False, unit=points)
+
+
+_SAME_WEIGHTS = {
+    ("EMA .01", "BN-alpha .1"): ("TENT", "EATA"),
+    ("affine warm-up, EMA .01",): ("affine warm-up + TENT",),
+    ("EcoTTA, no updates, EMA .01",): ("EcoTTA, detached",),
+}
+"""Lines without a gradient, and those that learn from the same weights."""
 
 
 def reprogram_page(result: Row) -> str:
     """Accuracy, memory, device and targets of reprogramming."""
     aims = []
     for row in result["device"]:
-        aims.append(
-            (
-                f"outputs of earlier tasks behind all later ones, {row['row']}",
-                "equal bits",
-                "equal" if row["bits_equal"] else "not",
-                row["bits_equal"],
-            )
-        )
-        switch = row["switch_ms"]["median"]
-        aims.append((f"switch of tasks, {row['row']}, median", "10 ms", f"{switch:.1f} ms", switch < 10))
-    count = len(result["tasks"])
-    aims.append(("tasks", "12", str(count), count >= 12))
-    sources = len({task["source"] for task in result["tasks"]})
-    aims.append(("sources", "3", str(sources), sources >= 3))
+        aims.append(Target(f"tasks whose outputs changed behind later ones, {row['row']}", float(not row["bits_equal"]), 0))
+        aims += [
+            Target(f"switch of tasks, {row['row']}, {which}", row["switch_ms"][which], 10, unit=" ms") for which in ("median", "worst")
+        ]
+    aims.append(Target("tasks", len(result["tasks"]), 12, most=False))
+    aims.append(Target("sources", len({task["source"] for task in result["tasks"]}), 3, most=False))
     tables = page([task_table(result), device_table(result), memory_table(result)])
-    command = "edgecl bench reprogram --data FOLDER --weights mobilenet_v2.pth"
-    return "\n\n".join([tables, targets(aims), f"{result['epochs']} epochs; {result['size']} pixels a side. " + said(command, result)])
+    images = sum(task["training_images"] for task in result["tasks"])
+    note = f"{result['epochs']} epochs over {images:,} training images in all; {result['size']} pixels a side. "
+    return "\n\n".join([tables, targets(aims), note + said("edgecl bench reprogram --data FOLDER --weights mobilenet_v2.pth", result)])
 
 
 def sparse_page(result: Row) -> str:
     """Work, time, accuracy and targets of sparse training."""
-    aims: list[tuple[str, str, str, bool]] = []
+    aims = []
     for row, aim in zip(result["nominal"], (5.3, 12.1, 21.0), strict=True):
-        found = row["times_less"]
-        aims.append((f"nominal work at {100 * row['sparsity']:g} %", f"{aim:g} times less", f"{found:.1f}", found >= 0.98 * aim))
+        aims.append(Target(f"nominal work at {100 * row['sparsity']:g} %, times less", row["times_less"], aim, most=False))
     for row in result["steps"]:
         if row["sparsity"] is not None and row["net"] == "resnet18":
             unit = "channels" if row["block"] == 1 else f"blocks of {row['block']} channels"
             what = f"share of the reduction of MACs, ResNet-18, {100 * row['sparsity']:g} %, {unit}"
-            aims.append((what, "60 %", f"{100 * row['share']:.0f} %", row["share"] >= 0.6))
+            aims.append(Target(what, 100 * row["share"], 60, most=False, unit=" %"))
     parts = [nominal_table(result), step_table(result), *([accuracy_table(result)] if result["rows"] else [])]
-    return "\n\n".join([page(parts), targets(aims), said("edgecl bench sparse --data FOLDER", result)])
+    command = "edgecl bench sparse --data FOLDER" + ("" if result["rows"] else " --seeds 0")
+    return "\n\n".join([page(parts), targets(aims), said(command, result)])
 
 
 PAGES: Mapping[str, Mapping[str, Any]] = {

@@ -46,6 +46,17 @@ def int8_part(result: Row) -> str:
     ])  # fmt: skip
 
 
+def equal_table(result: Row) -> str:
+    """How far each runtime's int8 latents are from the host's, as a share of what int8 itself costs."""
+    lines = []
+    for net, title in NETS.items():
+        found = {r["engine"]: r for r in result["networks"] if (r["net"], r["dtype"]) == (net, "int8")}
+        shares = [f"{found[engine]['from_eager'] / found[engine]['error']:.2f}" for engine in ENGINES]
+        lines.append([f"{title}, random weights", percent(found["onnx"]["error"]) + " %", *shares])
+    head = ["network", "latents against float32", *(f"{runtime} against the host, share of that" for runtime in ENGINES.values())]
+    return markdown(head, lines) + f"\n\n`python benchmarks/int8_trunk.py`. {conditions(result)}"
+
+
 def accuracy_table(result: Row) -> str:
     """Means and deviations over the seeds, and the paired difference."""
     lines = []

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import bench_tables
+from int8_tables import equal_table
 from page_parts import Row, conditions, markdown
 from update_report import readme
 
@@ -158,6 +159,7 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[Row], str]]]] = {
         "updates": ("benchmarks/results/step_latency.json", readme),
     },
     "docs/plan.md": {"plan": ("docs/figures/plan.json", plan_table)},
+    "docs/int8.md": {"int8": ("benchmarks/results/int8_trunk.json", equal_table)},
     **bench_tables.PAGES,
 }
 """The tables of each page: their JSON, and what writes them."""

@@ -1,13 +1,14 @@
 """The eager engine: runs the step functions themselves, in PyTorch, behind the same interface as a device runtime."""
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgecl.given import of_device
+from edgecl.given import check_device
 from edgecl.learner import Learner, State, call_encode, call_step
 from edgecl.trees import unflatten_like
 from edgecl_device.manifest import STREAM, Array
@@ -28,6 +29,7 @@ class EagerEngine:
     name = "eager"
 
     def __init__(self, trunk: nn.Module, learner: Learner, device: str = "cpu") -> None:
+        check_device(device)
         self._trunk, self._learner = (trunk, learner) if device == "cpu" else copies_on(device, trunk, learner)
         self._device = torch.device(device)
         self._state: State = {}
@@ -50,7 +52,8 @@ class EagerEngine:
     def run(self, step: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one step and return its outputs; inputs that the step does not take are ignored."""
         tensors = self._tensors(inputs)
-        with torch.no_grad(), self._device:  # what a step makes itself is made there, too
+        # What a step makes itself is made there, too; on the CPU it is anyway, and every operator would take longer.
+        with torch.no_grad(), nullcontext() if self._device.type == "cpu" else self._device:
             if step == "encode":
                 x = tensors["x"] if "x" in tensors else {name.removeprefix("x."): value for name, value in tensors.items()}
                 stream = {name: tensor for name, tensor in self._state.items() if name.startswith(STREAM)}
@@ -73,17 +76,11 @@ class EagerEngine:
 
 
 def copies_on(device: str, trunk: nn.Module, learner: Learner) -> tuple[nn.Module, Learner]:
-    """Copies whose tensors, wherever they hold some, are on another device.
-
-    Raises:
-        InputError: when there is no such device.
-    """
+    """Copies whose tensors, wherever they hold some, are on another device; classes of the user's must be ones that pickle finds."""
     parts = BytesIO()
     torch.save((trunk, learner), parts)
     parts.seek(0)
-    with of_device(device):
-        torch.empty(0, device=device)  # a method may hold no tensor that would go there
-        found: tuple[nn.Module, Learner] = torch.load(parts, map_location=device, weights_only=False)  # what was just saved
+    found: tuple[nn.Module, Learner] = torch.load(parts, map_location=device, weights_only=False)  # what was just saved
     return found
 
 

@@ -2,8 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,14 +90,13 @@ def sample_weights(weight: Any, samples: int) -> list[Tensor]:
     return [torch.tensor([as_float32(f"weight of sample {i}", value, positive=True)]) for i, value in enumerate(found)]
 
 
-@contextmanager
-def of_device(device: str) -> Iterator[None]:
-    """Name a device that PyTorch has not, when something inside fails for it.
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch has not here, or that holds no values, as 'meta'.
 
     Raises:
-        InputError: in place of PyTorch's error.
+        InputError: naming it.
     """
     try:
-        yield
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch raises either, by what it was built with
         raise InputError(f"device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got {device!r} ({error})") from error

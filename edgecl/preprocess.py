@@ -13,6 +13,9 @@ from edgecl_device.errors import InputError
 MOST_SIDE = 4096
 """Longest side that an image is resized to."""
 
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+"""Mean and standard deviation of ImageNet's channels, by which most published networks were trained."""
+
 
 class ImageU8(nn.Module):
     """A uint8 image as the normalised float image that a backbone takes: ``(x / 255 - mean) / std``.

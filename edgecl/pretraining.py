@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgecl.given import of_device
+from edgecl.given import check_device
 from edgecl.methods._features import check_types, require
 from edgecl.methods._losses import losses
 from edgecl_device.errors import InputError
@@ -70,9 +70,8 @@ def train(
     samples, labels = torch.tensor(x), torch.tensor(y if kind == "class" else y.astype(np.int64 if kind == "map" else np.float32))
     if preprocess is not None:
         samples = preprocess(samples)
-    with of_device(device):
-        samples, labels = samples.to(device), labels.to(device)
-        labels.max().item()  # a device without values, as 'meta', cannot train
+    check_device(device)
+    samples, labels = samples.to(device), labels.to(device)
     spec = TargetSpec(kind, (1, *labels.shape[1:]), ignore=ignore)
     net.to(device).train()
     optimiser = torch.optim.AdamW(net.parameters(), recipe.lr / 4, weight_decay=recipe.weight_decay)

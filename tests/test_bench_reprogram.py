@@ -11,12 +11,12 @@ from torch import nn
 
 from edgecl.backbones import MobileNetV2
 from edgecl.bench import reprogram
-from edgecl.bench.quick import settled, whole
-from edgecl.bench.reprogram import MEAN, STD, Plan, run_reprogram
+from edgecl.bench.quick import settled
+from edgecl.bench.reprogram import Plan, run_reprogram, whole
 from edgecl.bench.reprogram_tables import by_source, device_table, memory_table, task_table
 from edgecl.bench.reprogram_tasks import CLASSES, Task, coloured, pictures, small_sequence
 from edgecl.cli import main
-from edgecl.preprocess import ImageU8
+from edgecl.preprocess import IMAGENET, ImageU8
 from edgecl_device.errors import InputError
 
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def tasks() -> tuple[list[Task], Task]:
 
 def network() -> nn.Module:
     net = whole(MobileNetV2(CLASSES, width=0.1, generator=torch.Generator().manual_seed(0)), CLASSES)
-    settled(net, ImageU8(MEAN, STD, "CHW", (32, 32))(torch.from_numpy(tasks()[0][0].x)))
+    settled(net, ImageU8(*IMAGENET, "CHW", (32, 32))(torch.from_numpy(tasks()[0][0].x)))
     return net
 
 
@@ -79,7 +79,7 @@ def test_a_second_run_computes_nothing_and_other_tasks_are_refused(found: Any, m
     monkeypatch.setattr(reprogram, "ROWS", [row for row in reprogram.ROWS if row.label != "CLR"])
     monkeypatch.setattr(reprogram, "prepare", None)
     assert run_reprogram(network(), *tasks(), PLAN, folder) == result
-    with pytest.raises(InputError, match=r"^--out: .* holds figures of other tasks; choose another folder"):
+    with pytest.raises(InputError, match=r"^--out: .* holds figures of other tasks \(there .*, here .*\); choose another folder"):
         run_reprogram(network(), tasks()[0][:1], tasks()[1], PLAN, folder)
 
 

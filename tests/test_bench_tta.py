@@ -76,7 +76,7 @@ def test_a_second_run_computes_nothing_and_another_plan_is_refused(found: Any, m
     monkeypatch.setattr(tta, "profile", None)
     assert run_tta(colour_fashion(), network(), GREY, PLAN, folder) == result
     with pytest.raises(
-        InputError, match=r"^--out: .* holds figures of other corruptions, data, images, rounds, run; choose another folder"
+        InputError, match=r"^--out: .* holds figures of other corruptions .*, images \(there 30, here 2000\), .*; choose another folder"
     ):
         run_tta(colour_fashion(), network(), GREY, Plan((10,)), folder)
 
@@ -106,7 +106,10 @@ def test_augmentation_is_the_images_own() -> None:
 
 def test_tables_and_command(found: Any, capsys: pytest.CaptureFixture[str]) -> None:
     titles = [table.title for table in error_tables(found[0])]
-    assert titles == ["batch 12: mean error over corruptions", "batch 12, 2 passes: mean error over corruptions of pass 2"]
+    assert titles == [
+        "batch 12: mean error over corruptions of 30 images each",
+        "batch 12, 2 passes: mean error over corruptions of 12 images each in pass 2",
+    ]
     assert cost_table(found[0]).row_count == 3
     macs = {row["label"]: row["macs"] for row in found[0]["costs"]}
     forward = 28 * 28 * 16 * 27 + 28 * 28 * 2 * 16 * 144 + 14 * 14 * 32 * (144 + 288) + 7 * 7 * 64 * (288 + 576) + 640

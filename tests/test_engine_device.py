@@ -51,3 +51,19 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     prepared = prepare(net, at="0", example=np.zeros((1, 4), np.float32), method="ncm", classes=2)
     with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got 'nowhere'"):
         EagerEngine(prepared.trunk, prepared.learner, "nowhere")
+
+
+def test_arrays_go_there_and_come_back() -> None:
+    """``cpu:0`` goes the way of another device."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    x = np.random.default_rng(0).random((6, 4)).astype(np.float32)
+    prepared = prepare(net, at="0", example=x[:1], method="ridge", classes=2).fit(x, np.arange(6) % 2)
+    found = []
+    for device in ("cpu", "cpu:0"):
+        engine = EagerEngine(prepared.trunk, prepared.learner, device)
+        engine.load({name: tensor.numpy() for name, tensor in prepared.state.items()})
+        z = engine.run("encode", {"x": x[:1]})
+        engine.run("learn", {**z, "target": np.array([1]), "weight": np.ones(1, np.float32)})
+        engine.commit()
+        found.append(engine.state())
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])

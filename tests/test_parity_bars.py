@@ -7,7 +7,7 @@ from torch import nn
 
 from edgecl import EagerEngine, prepare
 from edgecl_export import ExportError
-from edgecl_export.parity import MOST_KINKS, Tally, compare_step
+from edgecl_export.parity import MOST_KINKS, NUDGES, Tally, compare_step, nudged
 
 CHANGE = 1e-3
 
@@ -293,6 +293,45 @@ def test_what_eager_makes_again_beside_a_state_is_no_rough_ground():
     state = {"param.w": np.ones(1)}
     with pytest.raises(ExportError, match=r"param\.w differs from eager"):
         compare_step("learn", state, {}, Rough(0.02, from_below=1.0), Rough(0.01, phase=1.0))
+
+
+class Sided:
+    """An engine whose every weight stands at a kink of its own, where its update jumps by half; at the kink itself it takes given sides."""
+
+    def __init__(self, sides, factor=1.0):
+        self.sides, self.factor = np.array(sides, bool), factor
+
+    def load(self, state):
+        self.start = state["param.w"]
+
+    def run(self, step, inputs):
+        return {"loss": np.float32(1.0), "finite": np.True_}
+
+    def commit(self):
+        pass
+
+    def state(self):
+        side = np.where(self.start == 1.0, self.sides, self.start > 1.0)
+        return {"param.w": self.start - 0.1 * self.factor * (1 + 0.5 * side)}
+
+
+def test_of_several_kinks_each_may_be_taken_either_way():
+    """More than eight nudges are needed until the right sides come up by chance; an error beside them is none of theirs."""
+    state, sides = {"param.w": np.ones(5)}, [1, 0, 0, 0, 1]
+    first = next(i for i, start in enumerate(nudged(state)) if np.array_equal(start["param.w"] > 1, np.array(sides, bool)))
+    assert first >= NUDGES
+    tally = Tally()
+    assert compare_step("learn", state, {}, Sided([0] * 5), Sided(sides), tally)
+    assert (tally.kinks, tally.unsettled) == (1, 0) and tally.worst["change"] < CHANGE
+    with pytest.raises(ExportError, match=r"param\.w differs from eager"):
+        compare_step("learn", state, {}, Sided([0] * 5), Sided(sides, factor=1.01))
+
+
+def test_updates_of_many_rows_may_all_lie_at_kinks():
+    state, tally = {"param.w": np.ones(5)}, Tally()
+    for _ in range(MOST_KINKS + 1):
+        assert compare_step("adapt", state, {}, Sided([0] * 5), Sided([1] * 5), tally)
+    assert tally.kinks == MOST_KINKS + 1
 
 
 def test_a_side_that_only_one_tensor_takes_is_refused(toy, kinked):

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,12 +20,11 @@ import torch
 import edgecl
 import edgecl_device
 import edgecl_export
+from edgecl.console import Step
 from edgecl.figures import machine, threads, versions
 from edgecl.runs.files import locked, stage
+from edgecl_device.checks import short
 from edgecl_device.errors import InputError
-
-Progress = Callable[[str, int, int], None]
-"""Called with what runs, how much of it is done, and how much there is."""
 
 
 def silent(text: str, done: int, total: int) -> None:
@@ -72,34 +74,67 @@ def one_setting(folder: Path, *packages: str, **setting: Any) -> Iterator[dict[s
     with locked(folder), threads(1):
         found = stage(folder / "start.json", lambda: start)
         if found != start:
-            other = ", ".join(sorted(key for key in start.keys() | found.keys() if start.get(key) != found.get(key)))
+            apart = [key for key in sorted(start.keys() | found.keys()) if start.get(key) != found.get(key)]
+            other = ", ".join(f"{key} (there {short(found.get(key))}, here {short(start.get(key))})" for key in apart)
             raise InputError(f"--out: {folder} holds figures of other {other}; choose another folder")
         yield start
 
 
-def fill(cells: Sequence[Cell], jobs: int = 1, progress: Progress = silent) -> None:
+def fill(cells: Sequence[Cell], jobs: int = 1, progress: Step = silent) -> None:
     """Make the figures that are missing, several at a time, each on one thread.
 
     Args:
-        cells: The figures, none of which needs another.
-        jobs: Processes.
-        progress: See :data:`Progress`.
+        cells: The figures, none of which needs another. Other processes get all of them at once, and what they share once.
+        jobs: Processes. When one fails, or this one is interrupted, the others end; what they had not finished is made by the next run.
+        progress: Called with what runs, of several at a time with what was made, how many are done, and how many there are.
+
+    Raises:
+        InputError: as a figure does, its label in front.
     """
     missing = [cell for cell in cells if not cell.path.exists()]
     if jobs == 1 or len(missing) < 2:
         for number, cell in enumerate(missing):
             progress(cell.label, number, len(missing))
-            cell.read()
+            _made(cell)
         return
+    progress(f"{len(missing)} figures, {jobs} at a time", 0, len(missing))
     # A forked copy of a process in which PyTorch has threads may wait for ever.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(missing)), _begin, (missing,)) as pool:
+        for done, label in enumerate(pool.imap_unordered(_make, range(len(missing))), start=1):
+            progress(label, done, len(missing))
+
+
+_cells: Sequence[Cell] = ()
+"""In a process of a pool, the figures."""
+
+
+def _begin(cells: Sequence[Cell]) -> None:
+    """A process of a pool begins: results alone go to stdout, an interrupt is its parent's affair, and it ends with its parent."""
+    global _cells
+    _cells = cells
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _make(number: int) -> str:
+    _made(_cells[number])
+    return _cells[number].label
+
+
+def _made(cell: Cell) -> None:
     try:
-        waiting = {pool.submit(Cell.read, cell): cell for cell in missing}
-        for done, future in enumerate(as_completed(waiting), start=1):
-            future.result()
-            progress(waiting[future].label, done, len(missing))
-    finally:
-        pool.shutdown(cancel_futures=True)
+        cell.read()
+    except InputError as error:
+        raise InputError(f"{cell.label}: {error}") from error
 
 
 def as_file(label: str) -> str:

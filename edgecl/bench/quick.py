@@ -1,14 +1,12 @@
 """A small form of the comparisons that needs no download: for a first look, and for tests."""
 
 import functools
-from collections import OrderedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgecl.backbones import MobileNetV2
 from edgecl.backbones.resnet_cifar import ResNetCifar
 from edgecl.preprocess import ImageU8
 from edgecl.pretraining import Recipe, train
@@ -42,17 +40,6 @@ def small_network(epochs: int = 4) -> nn.Module:
     return net
 
 
-def whole(net: MobileNetV2, classes: int) -> nn.Module:
-    """A MobileNetV2 with a new head of zeros, as ``net`` behind an identity ``input``, where it can be cut."""
-    old = net.classifier[1]
-    assert isinstance(old, nn.Linear)
-    head = nn.Linear(old.in_features, classes)
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
-    net.classifier[1] = head
-    return nn.Sequential(OrderedDict(input=nn.Identity(), net=net)).eval()
-
-
 def settled(net: nn.Module, x: torch.Tensor) -> None:
     """Give all norms of a network with random weights the statistics of what comes in, float [N, C, H, W]."""
     for module in net.modules():
@@ -60,6 +47,9 @@ def settled(net: nn.Module, x: torch.Tensor) -> None:
             module.momentum = None  # the plain mean over batches
     with torch.no_grad():
         net.train()(x)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
     net.eval()
 
 

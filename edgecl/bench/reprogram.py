@@ -9,6 +9,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgecl.bench.cells import Cell, Progress, as_file, fill, one_setting, silent
+from edgecl.backbones import MobileNetV2
+from edgecl.bench.cells import Cell, as_file, fill, one_setting, silent
 from edgecl.bench.reprogram_tasks import CLASSES, Task
+from edgecl.console import Step
 from edgecl.figures import weight_hash
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import build_step, within
@@ -31,12 +34,11 @@ from edgecl.methods._losses import cross_entropy
 from edgecl.methods.clr import Clr
 from edgecl.methods.joint import Joint
 from edgecl.prepare import Prepared, prepare
-from edgecl.preprocess import ImageU8
+from edgecl.preprocess import IMAGENET, ImageU8
 from edgecl.reprogram import Recipe, train_task, write_task
 from edgecl_device import Learner
 from edgecl_export import export
 
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RUN = 16
 """Test samples by which a task is identified together."""
 
@@ -85,8 +87,19 @@ class Plan:
     switches: int = 52
 
 
+def whole(net: MobileNetV2, classes: int) -> nn.Module:
+    """A MobileNetV2 with a new head of zeros, as ``net`` behind an identity ``input``, where it can be cut."""
+    old = net.classifier[1]
+    assert isinstance(old, nn.Linear)
+    head = nn.Linear(old.in_features, classes)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    net.classifier[1] = head
+    return nn.Sequential(OrderedDict(input=nn.Identity(), net=net)).eval()
+
+
 def run_reprogram(
-    net: nn.Module, tasks: Sequence[Task], choice: Task, plan: Plan, folder: Path, jobs: int = 1, progress: Progress = silent
+    net: nn.Module, tasks: Sequence[Task], choice: Task, plan: Plan, folder: Path, jobs: int = 1, progress: Step = silent
 ) -> dict[str, Any]:
     """Every figure, and the result that the tables are drawn from.
 
@@ -103,6 +116,7 @@ def run_reprogram(
         InputError: when the folder's figures are of another network, plan, tasks, version or machine.
     """
     known = {"size": plan.size, "epochs": plan.epochs, "network": weight_hash(net), "tasks": [_said(task) for task in (*tasks, choice)]}
+    known |= {"choose": plan.choose, "switches": plan.switches}
     with one_setting(folder, **known) as setting:
         bench = _Bench(net, tuple(tasks), choice, plan, folder)
         trials = {row: [bench.cell(row, choice, rate) for rate in row.rates] for row in ROWS if plan.choose}
@@ -125,7 +139,8 @@ def run_reprogram(
 
 
 def _said(task: Task) -> dict[str, Any]:
-    return {"task": task.name, "source": task.source, "classes": list(task.class_names), "sha256": task.sha256()}
+    sizes = {"training_images": len(task.x), "test_images": len(task.x_test)}
+    return {"task": task.name, "source": task.source, "classes": list(task.class_names), **sizes, "sha256": task.sha256()}
 
 
 def _row(row: Row, rate: float, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -216,7 +231,7 @@ class _Bench:
         return Recipe(epochs=self.plan.epochs, lr=rate, every=max(1, self.plan.epochs // 3))
 
     def _resize(self) -> ImageU8:
-        return ImageU8(MEAN, STD, "CHW", (self.plan.size, self.plan.size))
+        return ImageU8(*IMAGENET, "CHW", (self.plan.size, self.plan.size))
 
     def memory(self) -> list[Cell]:
         """What a learning step keeps for its backward pass, counted: as it is, and with half of its peak for activations."""
@@ -235,7 +250,7 @@ class _Bench:
 
     def device(self, row: Row, rate: float) -> Cell:
         """All tasks of a row in one learner."""
-        path = self.folder / "device" / f"{as_file(row.label)}.json"
+        path = self.folder / "device" / f"{as_file(row.label)} {rate:g}.json"
         return Cell(path, f"device: {row.label}", partial(self.on_device, row, rate))
 
     def on_device(self, row: Row, rate: float) -> dict[str, Any]:
@@ -261,11 +276,12 @@ class _Bench:
                     learner.switch_task(task.name)
                     equal &= first[task.name] == _some_scores(learner, task)
                     order = np.random.default_rng(0).permutation(len(task.x_test))[: 2 * RUN]
-                    for i, sample in enumerate(order, start=1):
+                    for sample in order:
                         alone.append(learner.identify(task.x_test[sample]).task == task.name)
+                    for i, sample in enumerate(order, start=1):
+                        told = learner.identify(task.x_test[sample], last=RUN)  # by this one and those before it
                         if i % RUN == 0:
-                            seen = learner.predict(task.x_test[sample])
-                            together.append(learner.identify(seen.sample_id, last=RUN).task == task.name)
+                            together.append(told.task == task.name)
                 seconds = self._switched(learner)
                 blob = learner.tasks()[self.tasks[0].name].nbytes
         return {

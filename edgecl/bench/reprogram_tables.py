@@ -15,7 +15,9 @@ def task_table(result: Row) -> Table:
     """Mean accuracy over the tasks and what each keeps, by way to learn."""
     title = f"{len(result['tasks'])} tasks of {len({task['source'] for task in result['tasks']})} sources, one network"
     sources = list(dict.fromkeys(task["source"] for task in result["tasks"]))
-    caption = "kept a task: what is stored for it beside the frozen network. Rates were chosen on a further task."
+    caption = "kept a task: what is stored for it beside the frozen network."
+    if result["choose"]:
+        caption += f" Rates were chosen on a further task, {result['choice']}."
     shown = tables.grid(("", ">accuracy, %", *(f">{name}" for name in sources), ">kept a task", ">rate"), title=title, caption=caption)
     for row in result["rows"]:
         of = [tables.percent(value) for value in by_source(result, row).values()]

@@ -21,20 +21,22 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from edgecl.bench.cells import Cell, Progress, as_file, fill, one_setting, silent
+from edgecl.bench.cells import Cell, as_file, fill, one_setting, silent
 from edgecl.bench.sparse_step import CLASSES, GRADIENTS, ROWS, cut, measure, network
+from edgecl.console import Step
 from edgecl.engine import EagerEngine
 from edgecl.evaluate import run_stream
+from edgecl.given import check_device
 from edgecl.graph import cost
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import canonicalise
-from edgecl.learner import Problem
+from edgecl.learner import Problem, update_macs
 from edgecl.masks import nominal_macs
 from edgecl.methods.finetune import Finetune
 from edgecl.methods.sparcl import SparCL
 from edgecl.metrics import average_incremental_accuracy, forgetting
 from edgecl.prepare import Prepared, prepare
-from edgecl.preprocess import ImageU8
+from edgecl.preprocess import IMAGENET, ImageU8
 from edgecl.pretraining import Recipe, train
 from edgecl.runs.files import save_network, sha256_data
 from edgecl.streams import ClassIncremental, Dataset
@@ -42,10 +44,10 @@ from edgecl_device import Learner
 from edgecl_device.checks import read_tensors
 from edgecl_device.engines import Engine
 from edgecl_device.engines.onnx import OnnxEngine
+from edgecl_device.errors import InputError
 from edgecl_device.manifest import TensorSpec, read_manifest
 from edgecl_export import export
 
-SCALE = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 REPLAY: dict[str, dict[str, float]] = {"er": {}, "der++": {"distill": 0.1, "replay_weight": 0.5}}
 COMMON: dict[str, Any] = {"rows_per_step": ROWS, "policy": "reservoir", "sparse": ("1.layer*.conv*.weight",), "lr": 0.01}
 SKIP = 0.9
@@ -63,7 +65,7 @@ class Plan:
 
     Attributes:
         net: ``resnet8``, ``resnet20``, ...: what learns.
-        epochs: Of training on the first data set.
+        pretraining_epochs: Of training on the first data set.
         seeds: How many; none for work and time alone.
         capacity_bytes: Of each replay memory.
         tests: Test images of a task.
@@ -71,12 +73,12 @@ class Plan:
         forms: Sparsity and channels of a unit, of the steps that are timed.
         repeats: Turns.
         cases: Names of the cases that are wanted; all by default.
-        passes: Over each task's images; 1 is the online setting.
+        epochs: Over each task's images; 1 is the online setting.
         device: PyTorch's device for training and streams: other than ``cpu`` the loop's steps run there, eagerly, and not on ONNX Runtime.
     """
 
     net: str = "resnet8"
-    epochs: int = 15
+    pretraining_epochs: int = 15
     seeds: int = 5
     capacity_bytes: int = 640 << 10
     tests: int = 200
@@ -84,7 +86,7 @@ class Plan:
     forms: tuple[tuple[float, int], ...] = ((0.75, 1), (0.9, 1), (0.75, 4), (0.9, 4))
     repeats: int = 15
     cases: tuple[str, ...] = ()
-    passes: int = 1
+    epochs: int = 1
     device: str = "cpu"
 
 
@@ -103,7 +105,7 @@ def cases() -> dict[str, dict[str, Any]]:
     return found
 
 
-def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: int = 1, progress: Progress = silent) -> dict[str, Any]:
+def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: int = 1, progress: Step = silent) -> dict[str, Any]:
     """Every figure, and the result that the tables are drawn from.
 
     Args:
@@ -117,7 +119,13 @@ def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: in
     Raises:
         InputError: when the folder's figures are of another plan, data, version or machine.
     """
-    same = {name: getattr(plan, name) for name in ("net", "epochs", "capacity_bytes", "tests", "forms", "repeats", "passes", "device")}
+    if not set(plan.cases) <= set(cases()):
+        raise InputError(f"cases: must be some of {sorted(cases())}, got {sorted(set(plan.cases) - set(cases()))}")
+    check_device(plan.device)
+    names = ("net", "pretraining_epochs", "epochs", "capacity_bytes", "tests", "forms", "repeats", "device")
+    same = {name: getattr(plan, name) for name in names}
+    if plan.device.startswith("cuda"):
+        same["device_name"] = torch.cuda.get_device_name(plan.device)
     with one_setting(folder, "scipy", **same, first=sha256_data(first), data=sha256_data(then)) as setting:
         bench = _Bench(first, then, plan, folder)
         steps = [Cell(folder / "steps" / f"{net}.json", f"time of a step of {net}", partial(bench.timed, net)) for net in plan.timed]
@@ -140,11 +148,12 @@ def _summary(name: str, found: Mapping[str, list[dict[str, Any]]], costs: Mappin
     """Means over the seeds, and the paired difference of accuracy from dense training with the same replay."""
     mine, base = found[name], found.get(f"dense, {name.rpartition(', ')[2]}", [])
     row: dict[str, Any] = {"case": name, "seeds": len(mine), **{k: v for k, v in costs.items() if k != "seconds"}}
-    for key in ("accuracy", "average_incremental_accuracy", "forgetting", "learned", "update_ms"):
+    for key in ("accuracy", "average_incremental_accuracy", "forgetting", "learned"):
         row[key] = statistics.fmean(one[key] for one in mine)
+    row["sample_macs"] = round(costs["gate_macs"] + row["learned"] * costs["update_macs"])
     row["accuracies"] = [one["accuracy"] for one in mine]
     row["accuracy_sd"] = statistics.stdev(row["accuracies"]) if len(mine) > 1 else None
-    pairs = [a["accuracy"] - b["accuracy"] for a, b in zip(mine, base, strict=True)] if mine is not base else []
+    pairs = [a["accuracy"] - b["accuracy"] for a, b in zip(mine, base, strict=True)] if base and mine is not base else []
     row["difference"] = statistics.fmean(pairs) if pairs else None
     half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
     row["interval"] = None if half is None else [row["difference"] - half, row["difference"] + half]
@@ -183,8 +192,7 @@ class _Bench:
 
     def trained(self) -> dict[str, Any]:
         """The network that every case starts from."""
-        torch.manual_seed(0)
-        net, recipe = network(self.plan.net, len(self.first.class_names)), Recipe(epochs=self.plan.epochs)
+        net, recipe = network(self.plan.net, len(self.first.class_names)), Recipe(epochs=self.plan.pretraining_epochs)
         generator, device = torch.Generator().manual_seed(0), self.plan.device
         train(net, self.first.x, self.first.y, preprocess=_scale(), recipe=recipe, generator=generator, device=device)
         save_network(self.weights, net.state_dict())
@@ -218,12 +226,11 @@ class _Bench:
     def exported(self, name: str) -> dict[str, Any]:
         prepared = self.prepared(name)
         found = export(prepared, self.folder / as_file(name) / "bundle", ram_budget_bytes=1 << 30, overwrite=True).manifest
-        learn, refresh = found.steps["learn"], found.steps.get("refresh")
+        macs = {step: spec.canonical_macs for step, spec in found.steps.items() if step != "gate"}
         assert prepared.memory is not None
         return {
-            "learn_macs": learn.canonical_macs,
-            "executed_macs": learn.executed_macs,
-            "refresh_macs": refresh.canonical_macs if refresh is not None else 0,
+            "update_macs": update_macs(macs, found.refresh_every),
+            "gate_macs": found.steps["gate"].canonical_macs if "gate" in found.steps else 0,
             "beyond_trunk": found.ledger["beyond_trunk"],
             "activations_peak": found.ledger["activations_peak"],
             "memory_rows": prepared.memory.rows,
@@ -237,12 +244,13 @@ class _Bench:
         folder = self.folder / as_file(name) / "bundle"
         order = np.random.default_rng(seed).permutation(CLASSES).tolist()
         pairs = [order[i : i + 2] for i in range(0, CLASSES, 2)]
-        stream = ClassIncremental(self.then, base_classes=[], steps=pairs, seed=seed, epochs=self.plan.passes)
+        stream = ClassIncremental(self.then, base_classes=[], steps=pairs, seed=seed, epochs=self.plan.epochs)
         manifest = read_manifest(folder)
         assert manifest.replay is not None
         manifest = dataclasses.replace(manifest, replay=dataclasses.replace(manifest.replay, seed=seed))
-        engine: Engine = OnnxEngine(folder, manifest)
-        if self.plan.device != "cpu":
+        if self.plan.device == "cpu":
+            engine: Engine = OnnxEngine(folder, manifest)
+        else:
             prepared = self.prepared(name)
             engine = EagerEngine(prepared.trunk, prepared.learner, self.plan.device)
         with Learner(manifest, engine, read_tensors(folder / manifest.state_file)) as learner:
@@ -253,9 +261,8 @@ class _Bench:
             "average_incremental_accuracy": average_incremental_accuracy(result.matrix),
             "forgetting": forgetting(result.matrix),
             "learned": learned,
-            "update_ms": statistics.median(result.update_seconds) * 1e3,
         }
 
 
 def _scale() -> ImageU8:
-    return ImageU8(*SCALE, "CHW")
+    return ImageU8(*IMAGENET, "CHW")

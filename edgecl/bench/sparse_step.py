@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from torch import nn
 
 from edgecl.backbones.resnet import resnet18
@@ -38,6 +39,7 @@ def network(name: str, classes: int = CLASSES) -> nn.Module:
         return ResNetCifar((int(name.removeprefix("resnet")) - 2) // 6, classes).eval()
     net = resnet18(classes=classes)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu", generator=torch.Generator().manual_seed(0))
     net.register_module("maxpool", nn.Identity())
     return net.eval()
 

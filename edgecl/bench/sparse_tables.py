@@ -35,14 +35,20 @@ def step_table(result: Row) -> Table:
 
 def accuracy_table(result: Row) -> Table:
     """Accuracy of every case, and its difference from dense training."""
-    names = ("", ">accuracy, %", ">to dense", ">95 %", ">learned, %", ">MACs", ">state and rows", ">ms")
-    title = f"online Split CIFAR-10, {result['net']}, {result['rows'][0]['seeds']} seeds, {tables.size(result['capacity_bytes'])} of rows"
-    caption = "to dense: paired by seed, from dense training with the same replay. learned: share of the samples. ms: median of an update."
+    names = ("", ">accuracy, %", ">to dense", ">95 %", ">learned, %", ">MACs a sample", ">of an update", ">state and rows")
+    seeds = result["rows"][0]["seeds"]
+    times = "each image once" if result["epochs"] == 1 else f"{result['epochs']} epochs a task"
+    who = f"{result['net']}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {tables.size(result['capacity_bytes'])} of rows"
+    title = f"five tasks of two classes, {times}; {who}"
+    caption = (
+        "to dense: paired by seed, from dense training with the same replay, with its interval. learned: share of the samples; the others "
+        "cost a forward pass. MACs: with the share of a refresh."
+    )
     shown = tables.grid(names, title=title, caption=caption)
     for row in result["rows"]:
         apart = "-" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
         between = "-" if row["interval"] is None else " to ".join(f"{100 * end:+.1f}" for end in row["interval"])
-        costs = [tables.si(row["learn_macs"]), tables.size(row["beyond_trunk"]), f"{row['update_ms']:.1f}"]
+        costs = [tables.si(row["sample_macs"]), tables.si(row["update_macs"]), tables.size(row["beyond_trunk"])]
         accuracy = tables.percent(row["accuracy"], row["accuracy_sd"])
         shown.add_row(row["case"], accuracy, apart, between, tables.percent(row["learned"]), *costs)
     return shown

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from edgecl.bench.adapting import BATCHES, SINGLES, Entry, in_batches, learner_of, one_by_one, saved_bytes
-from edgecl.bench.cells import Cell, Progress, as_file, fill, one_setting, silent
+from edgecl.bench.cells import Cell, as_file, fill, one_setting, silent
 from edgecl.bench.jitter import jittered
+from edgecl.console import Step
 from edgecl.figures import weight_hash
 from edgecl.learner import State
 from edgecl.prepare import Prepared
@@ -25,6 +26,7 @@ from edgecl.preprocess import ImageU8
 from edgecl.profiling import profile
 from edgecl.runs.files import save_network, sha256_data
 from edgecl.streams import CORRUPTIONS, Corrupted, Dataset
+from edgecl_device.errors import InputError
 from edgecl_export import export
 
 FISHER = 2000
@@ -57,7 +59,8 @@ class Plan:
         images: Test images, the first ones.
         seeds: How many.
         run: Least images of one class in a row in the second order of single samples.
-        rounds: Passes over an eighth of the images at the smallest batch, for what becomes of a learner in the long run; 0 for none.
+        rounds: Passes over some eighth of the images (:func:`fewer`) at the smallest batch, for what becomes of a learner in the long
+            run; 0 for none.
         entries: Labels of the lines that are wanted; all by default.
     """
 
@@ -72,7 +75,7 @@ class Plan:
 
 
 def run_tta(
-    data: Dataset, net: nn.Module, preprocess: ImageU8, plan: Plan, folder: Path, jobs: int = 1, progress: Progress = silent
+    data: Dataset, net: nn.Module, preprocess: ImageU8, plan: Plan, folder: Path, jobs: int = 1, progress: Step = silent
 ) -> dict[str, Any]:
     """Every figure, and the result that the tables are drawn from.
 
@@ -88,6 +91,9 @@ def run_tta(
     Raises:
         InputError: when the folder's figures are of other images, corruptions, lengths of runs, network, data, version or machine.
     """
+    known = {entry.label for entry in (*BATCHES, *SINGLES)}
+    if not known.issuperset(plan.entries):
+        raise InputError(f"entries: must be some of {sorted(known)}, got {sorted(set(plan.entries) - known)}")
     data = replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
     same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")}
     with one_setting(folder, "scipy", "pillow", **same, network=weight_hash(net), data=sha256_data(data)) as setting:
@@ -97,6 +103,11 @@ def run_tta(
         fill([*costs, *(cell for lines in protocols.values() for _, cells in lines for cell in cells)], jobs, progress)
         tables = {name: [_row(entry, [cell.read() for cell in cells]) for entry, cells in lines] for name, lines in protocols.items()}
         return {"tables": tables, "costs": [cell.read() for cell in costs], "seeds": plan.seeds, **setting}
+
+
+def fewer(images: int, batch: int) -> int:
+    """Images of one of many passes: whole batches, some eighth of them all."""
+    return max(batch, images // 8 // batch * batch)
 
 
 def _row(entry: Entry, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -149,7 +160,7 @@ class _Bench:
 
     def of_rounds(self, batch: int, entry: Entry, seed: int) -> dict[str, Any]:
         """Passes over fewer images, without a reset between them."""
-        stream = self._stream(seed, images=max(batch, self.plan.images // 8 // batch * batch))
+        stream = self._stream(seed, images=fewer(self.plan.images, batch))
         sized = self._sized(entry, batch, len(stream.dataset.y_test))
         state, found = self._state(entry, sized[batch], seed), []
         for number in range(self.plan.rounds):

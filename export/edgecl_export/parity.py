@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgecl.learner import UNSEEN
+from edgecl_device.adapt_checks import ADAPT
 from edgecl_device.manifest import Array
 from edgecl_export.errors import ExportError, refuse
 
@@ -36,15 +37,16 @@ MOST_LOST, MOST_VANISHING, MOST_CANCELLED = 100.0, 0.5, 1e-2
 CONDITIONED = 1e-4
 """Bar of a badly conditioned state. The change, whose bar stays, is what tells a wrong step."""
 
-NUDGE, NUDGES = 1e-6, 8
-"""Relative change of trained weights that takes a rectifier over its kink, about ten roundings; how many times it is tried."""
+NUDGE, NUDGES, MOST_NUDGES = 1e-6, 8, 64
+"""Relative change of trained weights that takes a rectifier over its kink, about ten roundings; how many times it is tried, and how many
+times at most: of several kinks that are near an engine may take each either way, and of five the right sides come up once in 32."""
 
 NUDGED = ("param.", "average.")
 """Names of the trained weights, and of their running average."""
 
 MOST_KINKS = 6
 """States of a gate that may lie at a kink, a quarter: ResNet-18 met 6 in 100, so that 25 states hold more than 6 once in a thousand
-exports."""
+exports. An update of the step ``adapt`` is of many rows, 64 by default: 1 - 0.94^64 of them meet one, which is no limit."""
 
 MOST_MOVED = 0.1
 """Share of an update by which eager's own may move when its weights are nudged, where no nudged run makes eager's update again."""
@@ -153,7 +155,7 @@ def compare_step(
         at_kink = _compare_nudged(step, state, inputs, eager, new, other, lost, vanishing)
         if at_kink is None:
             raise
-        if at_kink.kinks and tally.kinks == MOST_KINKS:
+        if at_kink.kinks and tally.kinks == MOST_KINKS and step != ADAPT:
             why = f"step {step!r}: more than {MOST_KINKS} states lie at a kink of the network, where updates jump"
             raise refuse("parity", why, "report this as a defect") from error
         eager.load(new)
@@ -225,7 +227,9 @@ def _compare_nudged(
     """
     moves: dict[str, float] = {}
     settled = False
-    for start in nudged(state):
+    for tried, start in enumerate(nudged(state)):
+        if tried == NUDGES and not settled and (rough := _unsettled(state, new, other, moves, lost)) is not None:
+            return rough
         eager.load(start)
         if _refuses(eager.run(step, inputs)):
             continue
@@ -238,13 +242,29 @@ def _compare_nudged(
             pass  # another nudge may make it
         else:
             return found
-        try:
-            _compare_state(step, start, run, _from(start, state, new), lost, vanishing, Tally())
-            settled = True
-        except ExportError:
-            moves = {name: max(moves.get(name, 0.0), apart) for name, apart in _apart(state, new, _from(state, start, run)).items()}
+        if tried < NUDGES:
+            try:
+                _compare_state(step, start, run, _from(start, state, new), lost, vanishing, Tally())
+                settled = True
+            except ExportError:
+                moves = {name: max(moves.get(name, 0.0), apart) for name, apart in _apart(state, new, _from(state, start, run)).items()}
+    return None
+
+
+def _unsettled(
+    state: Mapping[str, Array], new: Mapping[str, Array], other: Mapping[str, Array], moves: Mapping[str, float], lost: float
+) -> Tally | None:
+    """What is found where no nudged run makes eager's own update again: none if the other's is farther away than that moves.
+
+    Args:
+        state: Every state tensor before the step.
+        new: Those after eager's.
+        other: Those after the other engine's.
+        moves: The most that eager's change of each tensor moved, as a share of it.
+        lost: Factor by which all bars are wider.
+    """
     largest = max(moves.values(), default=math.inf)
-    if settled or largest > MOST_MOVED:
+    if largest > MOST_MOVED:
         return None
     distances = _apart(state, new, other)
     if any(distance > max(moves[name], lost * CHANGE) for name, distance in distances.items()):
@@ -285,7 +305,7 @@ def nudged(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     """
     if not any(name.startswith(NUDGED) for name in state):
         return
-    for index in range(NUDGES):
+    for index in range(MOST_NUDGES):
         generator = np.random.default_rng(index // 2)
         steps = {}
         for name, value in state.items():
