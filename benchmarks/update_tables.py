@@ -160,7 +160,7 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[Row], str]]]] = {
     },
     "docs/plan.md": {"plan": ("docs/figures/plan.json", plan_table)},
     "docs/int8.md": {"int8": ("benchmarks/results/int8_trunk.json", equal_table)},
-    **bench_tables.PAGES,
+    **{page: tables for page, tables in bench_tables.PAGES.items() if all((ROOT / path).exists() for path, _ in tables.values())},
 }
 """The tables of each page: their JSON, and what writes them."""
 

@@ -39,6 +39,17 @@ def test_the_subset_is_balanced_and_bears_its_notice():
         assert words in notice
 
 
+def test_epochs_repeat_a_group_before_the_next_comes():
+    once, stream = (ClassIncremental(tiny([1, 6, 3, 4]), [0], [[1, 2], [3]], seed=5, epochs=epochs) for epochs in (1, 3))
+    samples = [(s.task, int(s.x.reshape(-1)[0])) for s in stream]
+    assert len(stream) == len(samples) == 3 * len(once) and [task for task, _ in samples] == [1] * 27 + [2] * 12
+    passes = [[x for _, x in samples[9 * i : 9 * i + 9]] for i in range(3)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2]) and len({*map(tuple, passes)}) == 3
+    assert passes[0] == [int(s.x.reshape(-1)[0]) for s in once if s.task == 1], "one epoch draws as it did"
+    with pytest.raises(InputError, match=r"^epochs: must be at least 1, got 0; 1 shows each sample once"):
+        ClassIncremental(tiny([2, 2]), [0], [[1]], epochs=0)
+
+
 def test_class_incremental_on_the_subset():
     data = fashion_mnist_subset()
     stream: Stream = ClassIncremental(data, range(6), STEPS, seed=3)
