@@ -25,7 +25,7 @@ Out = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Folder of the figures; default: bench-NAME.", show_default=False),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="A small form that needs no files: minutes instead of hours.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A small form of its own sizes that needs no files: minutes instead of hours.")]
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Seeds; figures are means over them.")]
 Jobs = Annotated[int, typer.Option(min=1, max=256, help="Processes that work at the same time, each on one thread.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result instead of tables.")]
@@ -144,7 +144,7 @@ def sparse(
     with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
         if quick:
             names = ("dense, er", "structured 75%, er", "unstructured 75%, er")
-            plan = Plan("resnet8", 1, 1, 64 << 10, 10, ("resnet8",), ((0.75, 1),), 3, names)
+            plan = Plan(net.value, 1, 1, 64 << 10, 10, (net.value,), ((0.75, 1),), 3, names, epochs, device)
             found = run_sparse(colour_squares(), colour_squares(), plan, folder, jobs, step)
         else:
             if data is None:

@@ -33,7 +33,7 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"a {type(value).__name__} instead of an object")
         return value
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: must be a JSON file of a run ({error}); run it again with --fresh") from error
+        raise InputError(f"{path}: must be a JSON file of a run ({error}); run it again with --fresh, or in a new folder") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -95,7 +95,9 @@ def stage(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = read_json(path)
     seal = found.pop(SEAL, None)
     if seal != _sha256(found):
-        raise InputError(f"{path}: must be as the run wrote it, the file was altered ({SEAL} differs); run it again with --fresh")
+        raise InputError(
+            f"{path}: must be as the run wrote it, the file was altered ({SEAL} differs); run it again with --fresh, or in a new folder"
+        )
     return found
 
 
