@@ -30,8 +30,8 @@ class EagerEngine:
 
     def __init__(self, trunk: nn.Module, learner: Learner, device: str = "cpu") -> None:
         check_device(device)
-        self._trunk, self._learner = (trunk, learner) if device == "cpu" else copies_on(device, trunk, learner)
         self._device = torch.device(device)
+        self._trunk, self._learner = (trunk, learner) if self._device.type == "cpu" else copies_on(device, trunk, learner)
         self._state: State = {}
         self.load({name: value.numpy() for name, value in learner.init().items()})
         self._pending: State = {}
