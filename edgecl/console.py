@@ -14,6 +14,11 @@ from edgecl import tables
 Step = Callable[[str, int, int], None]
 """Tells what runs, how much of it is done, and how much there is."""
 
+
+def silent(text: str, done: int, total: int) -> None:
+    """Tells nothing."""
+
+
 NARROWEST = 20
 """Columns that a table has at least, whatever a terminal or COLUMNS says: a width of 0 would show nothing."""
 

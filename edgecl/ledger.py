@@ -97,5 +97,5 @@ def state_specs(state: State) -> tuple[TensorSpec, ...]:
 
 
 def table_bytes(tables: Iterable[Tensor]) -> int:
-    """Bytes of frozen tables."""
+    """Bytes of tensors: of frozen tables, or of a state."""
     return sum(table.numel() * table.element_size() for table in tables)

@@ -249,11 +249,8 @@ def test_an_error_of_a_kinks_size_is_refused_at_a_kink_too(toy, kinked, side, te
         compare_step("learn", state, inputs, eager, bad)
 
 
-class Rough:
-    """An engine whose update jumps by a share of its size with every rounding of its weights, as one of a very deep network does."""
-
-    def __init__(self, share, factor=1.0, phase=0.0, from_below=1e9):
-        self.share, self.factor, self.phase, self.from_below = share, factor, phase, from_below
+class Jumping:
+    """An engine of one tensor, whose update some weights make jump."""
 
     def load(self, state):
         self.start = state["param.w"]
@@ -263,6 +260,13 @@ class Rough:
 
     def commit(self):
         pass
+
+
+class Rough(Jumping):
+    """Its update jumps by a share of its size with every rounding of its weights, as one of a very deep network does."""
+
+    def __init__(self, share, factor=1.0, phase=0.0, from_below=1e9):
+        self.share, self.factor, self.phase, self.from_below = share, factor, phase, from_below
 
     def state(self):
         jump = self.share * np.sin(1e9 * self.start + self.phase) * (self.start < self.from_below)
@@ -295,20 +299,11 @@ def test_what_eager_makes_again_beside_a_state_is_no_rough_ground():
         compare_step("learn", state, {}, Rough(0.02, from_below=1.0), Rough(0.01, phase=1.0))
 
 
-class Sided:
-    """An engine whose every weight stands at a kink of its own, where its update jumps by half; at the kink itself it takes given sides."""
+class Sided(Jumping):
+    """Its every weight stands at a kink of its own, where its update jumps by half; at the kink itself it takes given sides."""
 
     def __init__(self, sides, factor=1.0):
         self.sides, self.factor = np.array(sides, bool), factor
-
-    def load(self, state):
-        self.start = state["param.w"]
-
-    def run(self, step, inputs):
-        return {"loss": np.float32(1.0), "finite": np.True_}
-
-    def commit(self):
-        pass
 
     def state(self):
         side = np.where(self.start == 1.0, self.sides, self.start > 1.0)

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,15 +20,11 @@ import torch
 import edgecl
 import edgecl_device
 import edgecl_export
-from edgecl.console import Step
+from edgecl.console import Step, silent
 from edgecl.figures import machine, threads, versions
 from edgecl.runs.files import locked, stage
 from edgecl_device.checks import short
 from edgecl_device.errors import InputError
-
-
-def silent(text: str, done: int, total: int) -> None:
-    """No progress."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +131,17 @@ def _made(cell: Cell) -> None:
         cell.read()
     except InputError as error:
         raise InputError(f"{cell.label}: {error}") from error
+
+
+def check_known(parameter: str, names: Collection[str], known: Collection[str]) -> None:
+    """Refuse names of lines that there are not.
+
+    Raises:
+        InputError: with the names that there are.
+    """
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise InputError(f"{parameter}: must be some of {sorted(known)}, got {unknown}; leave it empty for all")
 
 
 def as_file(label: str) -> str:

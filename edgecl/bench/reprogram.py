@@ -22,13 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgecl.backbones import MobileNetV2
-from edgecl.bench.cells import Cell, as_file, fill, one_setting, silent
+from edgecl.bench.cells import Cell, as_file, fill, one_setting
+from edgecl.bench.heads import with_head
 from edgecl.bench.reprogram_tasks import CLASSES, Task
-from edgecl.console import Step
+from edgecl.console import Step, silent
 from edgecl.figures import weight_hash
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import build_step, within
 from edgecl.graph.memory import kept_for_backward
+from edgecl.ledger import table_bytes
 from edgecl.methods import METHODS
 from edgecl.methods._losses import cross_entropy
 from edgecl.methods.clr import Clr
@@ -89,13 +91,7 @@ class Plan:
 
 def whole(net: MobileNetV2, classes: int) -> nn.Module:
     """A MobileNetV2 with a new head of zeros, as ``net`` behind an identity ``input``, where it can be cut."""
-    old = net.classifier[1]
-    assert isinstance(old, nn.Linear)
-    head = nn.Linear(old.in_features, classes)
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
-    net.classifier[1] = head
-    return nn.Sequential(OrderedDict(input=nn.Identity(), net=net)).eval()
+    return nn.Sequential(OrderedDict(input=nn.Identity(), net=with_head(net, "classifier.1", classes))).eval()
 
 
 def run_reprogram(
@@ -186,7 +182,7 @@ class _Bench:
             state = prepared.fit(task.x, task.y).state
         with torch.no_grad():
             scores = [prepared.learner.predict(state, z)[0]["scores"] for z in prepared.encode(task.x_test)]
-        kept = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        kept = table_bytes(state.values())
         return {"accuracy": _accuracy(torch.cat(scores), task), "bytes": kept}
 
     def prepared(self, row: Row, rate: float) -> Prepared:

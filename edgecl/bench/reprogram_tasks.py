@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecl.runs.files import array_bytes
 from edgecl.streams import Dataset, fashion_mnist_subset
 from edgecl.streams.loaders import load_cifar10, load_cifar100, load_idx, load_wavs
 
@@ -44,7 +45,7 @@ class Task:
         """SHA-256 over its images and labels."""
         digest = hashlib.sha256()
         for array in (self.x, self.y, self.x_test, self.y_test):
-            digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+            digest.update(array_bytes(array))
         return digest.hexdigest()
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import t as student
-from torch import nn
 
-from edgecl.bench.cells import Cell, as_file, fill, one_setting, silent
-from edgecl.bench.sparse_step import CLASSES, GRADIENTS, ROWS, cut, measure, network
-from edgecl.console import Step
+from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
+from edgecl.bench.heads import with_head
+from edgecl.bench.sparse_step import CLASSES, GRADIENTS, ROWS, SPARSE, cut, measure, network
+from edgecl.console import Step, silent
 from edgecl.engine import EagerEngine
 from edgecl.evaluate import run_stream
 from edgecl.given import check_device
@@ -44,12 +44,11 @@ from edgecl_device import Learner
 from edgecl_device.checks import read_tensors
 from edgecl_device.engines import Engine
 from edgecl_device.engines.onnx import OnnxEngine
-from edgecl_device.errors import InputError
 from edgecl_device.manifest import TensorSpec, read_manifest
 from edgecl_export import export
 
 REPLAY: dict[str, dict[str, float]] = {"er": {}, "der++": {"distill": 0.1, "replay_weight": 0.5}}
-COMMON: dict[str, Any] = {"rows_per_step": ROWS, "policy": "reservoir", "sparse": ("1.layer*.conv*.weight",), "lr": 0.01}
+COMMON: dict[str, Any] = {"rows_per_step": ROWS, "policy": "reservoir", "sparse": SPARSE, "lr": 0.01}
 SKIP = 0.9
 """A sample whose class has more than this probability is not learned."""
 DATA = 0.775
@@ -119,8 +118,7 @@ def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: in
     Raises:
         InputError: when the folder's figures are of another plan, data, version or machine.
     """
-    if not set(plan.cases) <= set(cases()):
-        raise InputError(f"cases: must be some of {sorted(cases())}, got {sorted(set(plan.cases) - set(cases()))}")
+    check_known("cases", plan.cases, cases())
     check_device(plan.device)
     names = ("net", "pretraining_epochs", "epochs", "capacity_bytes", "tests", "forms", "repeats", "device")
     same = {name: getattr(plan, name) for name in names}
@@ -204,13 +202,7 @@ class _Bench:
         """A case's learner, nothing learned; its codec has seen the whole range of bytes."""
         net = network(self.plan.net, len(self.first.class_names))
         net.load_state_dict(torch.load(self.weights, weights_only=True))
-        name = "fc" if self.plan.net == WIDE else "linear"
-        old = net.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        head = nn.Linear(old.in_features, CLASSES)
-        for parameter in head.parameters():
-            nn.init.zeros_(parameter)
-        net.register_module(name, head)
+        with_head(net, "fc" if self.plan.net == WIDE else "linear", CLASSES)
         calibration = np.random.default_rng(1).integers(0, 256, (64, 3, 32, 32), np.uint8)
         calibration[0], calibration[1] = 0, 255
         config = SparCL.Config(**{**COMMON, "capacity_bytes": self.plan.capacity_bytes, **cases()[case]})

@@ -22,11 +22,14 @@ from edgecl.backbones.resnet import resnet18
 from edgecl.backbones.resnet_cifar import ResNetCifar
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import BuiltStep, build_step
+from edgecl.ledger import table_bytes
 from edgecl.methods import METHODS
 from edgecl.prepare import Prepared, prepare
 from edgecl_export.targets import target_of
 
 CLASSES, ROWS = 10, 8
+SPARSE = ("1.layer*.conv*.weight",)
+"""Weights that are masked, of a network that is cut in front."""
 IN_TURN = 3
 """Updates of a form in its turn, of which the median counts: on a device, too, updates of one learner follow each other."""
 GRADIENTS = {0.0: 0.0, 0.75: 0.8, 0.9: 0.92, 0.95: 0.9575}
@@ -85,9 +88,7 @@ class Form:
             method, config = "latent_replay", METHODS["latent_replay"].Config(**common)
         else:
             method = "sparcl"
-            config = METHODS[method].Config(
-                **common, sparsity=sparsity, gradient_sparsity=GRADIENTS[sparsity], block=block, sparse=("1.layer*.conv*.weight",)
-            )
+            config = METHODS[method].Config(**common, sparsity=sparsity, gradient_sparsity=GRADIENTS[sparsity], block=block, sparse=SPARSE)
         prepared = prepare(cut(network(net)), at="0", example=x[:1], method=method, classes=CLASSES, config=config)
         return prepared.fit(x, np.arange(ROWS + 1) % CLASSES)
 
@@ -107,7 +108,7 @@ class Form:
             "executed_macs": self.built.executed.total_macs,
             "elementwise": self.built.executed.elementwise,
             "activation_bytes": self.built.plan.arena_bytes,
-            "state_bytes": sum(t.numel() * t.element_size() for t in self.prepared.state.values()),
+            "state_bytes": table_bytes(self.prepared.state.values()),
         }
 
     def update(self) -> tuple[float, float]:

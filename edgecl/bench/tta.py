@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from edgecl.bench.adapting import BATCHES, SINGLES, Entry, in_batches, learner_of, one_by_one, saved_bytes
-from edgecl.bench.cells import Cell, as_file, fill, one_setting, silent
+from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
 from edgecl.bench.jitter import jittered
-from edgecl.console import Step
+from edgecl.console import Step, silent
 from edgecl.figures import weight_hash
 from edgecl.learner import State
 from edgecl.prepare import Prepared
@@ -26,7 +26,6 @@ from edgecl.preprocess import ImageU8
 from edgecl.profiling import profile
 from edgecl.runs.files import save_network, sha256_data
 from edgecl.streams import CORRUPTIONS, Corrupted, Dataset
-from edgecl_device.errors import InputError
 from edgecl_export import export
 
 FISHER = 2000
@@ -91,9 +90,7 @@ def run_tta(
     Raises:
         InputError: when the folder's figures are of other images, corruptions, lengths of runs, network, data, version or machine.
     """
-    known = {entry.label for entry in (*BATCHES, *SINGLES)}
-    if not known.issuperset(plan.entries):
-        raise InputError(f"entries: must be some of {sorted(known)}, got {sorted(set(plan.entries) - known)}")
+    check_known("entries", plan.entries, {entry.label for entry in (*BATCHES, *SINGLES)})
     data = replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
     same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")}
     with one_setting(folder, "scipy", "pillow", **same, network=weight_hash(net), data=sha256_data(data)) as setting:

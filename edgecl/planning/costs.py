@@ -136,7 +136,7 @@ def resized(costs: Costs, candidate: Candidate, depth: Depth, room: int, most_ro
 def state_bytes(learner: Learner) -> int:
     """Bytes of a learner's state, without allocating what it makes."""
     with torch.device("meta"):
-        return sum(tensor.numel() * tensor.element_size() for tensor in learner.init().values())
+        return table_bytes(learner.init().values())
 
 
 def least_rows(spec: ReplaySpec, classes: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecl.console import Step, silent
 from edgecl.methods._dropout import check_functions
 from edgecl.planning.candidates import Candidate, candidates
 from edgecl.planning.costs import Accountant, resized
@@ -22,7 +23,6 @@ from edgecl.streams import Dataset, Stream
 from edgecl_device.errors import EdgeclError, InputError
 from edgecl_device.manifest import TensorSpec
 
-Progress = Callable[[str, int, int], None]
 Scenario = Callable[[Dataset, int], Stream]
 """Makes the stream of a data set, for a stream order."""
 
@@ -39,7 +39,7 @@ def plan(
     scenario: Scenario,
     limits: Limits,
     settings: Settings | None = None,
-    progress: Progress = lambda text, done, total: None,
+    progress: Step = silent,
 ) -> Planned:
     """Look for the most accurate learners within a budget.
 
@@ -63,7 +63,7 @@ def plan(
 class _Planner:
     """One search; each stage hands fewer candidates to the next."""
 
-    def __init__(self, network: Network, data: Dataset, scenario: Scenario, limits: Limits, settings: Settings, progress: Progress) -> None:
+    def __init__(self, network: Network, data: Dataset, scenario: Scenario, limits: Limits, settings: Settings, progress: Step) -> None:
         self.network, self.data, self.scenario = network, thinned(data, settings.samples - len(data.y_test)), scenario
         self.limits, self.settings, self.progress = limits, settings, progress
         max_rows, data = len(data.y), self.data

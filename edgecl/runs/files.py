@@ -15,6 +15,7 @@ import torch
 
 from edgecl.streams import Dataset
 from edgecl_device.errors import InputError
+from edgecl_device.manifest import Array
 
 LOCK = "lock.db"
 SEAL = "file_sha256"
@@ -117,9 +118,13 @@ def sha256_data(data: Dataset) -> str:
     digest = hashlib.sha256(json.dumps([data.class_names, data.group_names, *said]).encode())
     arrays = (data.x, data.y, data.x_test, data.y_test, data.group, data.group_test)
     for array in (array for array in arrays if array is not None):
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(array_bytes(array))
     return digest.hexdigest()
+
+
+def array_bytes(array: Array) -> bytes:
+    """An array as bytes to hash: its type and shape, then its values."""
+    return f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()
 
 
 @contextmanager

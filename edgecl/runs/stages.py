@@ -8,12 +8,13 @@ import dataclasses
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from edgecl.console import Step, silent
 from edgecl.evaluate import evaluation_set
 from edgecl.evaluate import figures as metrics
 from edgecl.figures import BASELINES, costs, figures, machine, summarise, tasks_of, threads, versions
@@ -39,12 +40,8 @@ SEED = re.compile(r"seed\d+")
 SCRATCH = ".edgecl-new-*"
 """What an export that was killed leaves behind."""
 
-Progress = Callable[[str, int, int], None]
 
-
-def run(
-    config: RunConfig, source: Path, folder: Path, *, fresh: bool = False, progress: Progress = lambda text, done, total: None
-) -> dict[str, Any]:
+def run(config: RunConfig, source: Path, folder: Path, *, fresh: bool = False, progress: Step = silent) -> dict[str, Any]:
     """Run a configuration, or go on with it.
 
     Args:
@@ -153,7 +150,7 @@ def _short(value: Any) -> str:
 class _Run:
     """The stages of one run; each learner of each seed has a folder of its own."""
 
-    def __init__(self, config: RunConfig, folder: Path, data: Dataset, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, folder: Path, data: Dataset, progress: Step) -> None:
         self.config, self.folder, self.data, self.progress = config, folder, data, progress
         self.entries = list(zip(config.labels, config.learner, strict=True))
 
