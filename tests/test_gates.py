@@ -91,6 +91,18 @@ def test_gate_parity_compares_revisions_of_what_was_learned(tmp_path, monkeypatc
         export(ready, tmp_path / "bad")
 
 
+def test_statistics_that_repeat_themselves_pass_parity(tmp_path):
+    """An update that makes the statistics those of its rows changes nothing when it sees the same rows again, but for roundings."""
+    torch.manual_seed(0)
+    deep = [layer for _ in range(8) for layer in (nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))]
+    head = [nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)]
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), *deep, *head).eval()
+    x, y = np.random.default_rng(0).normal(size=(30, 1, 12, 12)).astype(np.float32), np.arange(30) % 2
+    config = METHODS["bn_stats"].Config(rows_per_step=16, every=16, statistics="rows")
+    prepared = prepare(model, at="0", example=x[:1], method="bn_stats", classes=2, config=config).fit(x, y)
+    assert export(prepared, tmp_path / "bundle").gates
+
+
 def test_what_a_single_sample_cannot_forget_two_alike_can(tmp_path):
     """A guard that refuses to let the last sample of a direction go: the gate learns another like it."""
     model = nn.Sequential(nn.Identity(), nn.Linear(64, 4))

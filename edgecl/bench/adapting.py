@@ -61,6 +61,7 @@ BATCHES = (
 """In batches: the scores of a batch are those before its update."""
 
 _SLOW = {"share": 0.01}
+_BALANCED = {"policy": "balanced", "statistics": "rows"}
 
 SINGLES = (
     Entry("source", "bn_stats", {"statistics": "source"}, "source"),
@@ -73,7 +74,20 @@ SINGLES = (
     Entry("EcoTTA, detached", "ecotta", _SLOW, warm="ecotta"),
     Entry("affine warm-up + TENT", "affine_warmup", _SLOW, warm="affine"),
 )
-"""Sample by sample: predictions by stored statistics, updates from a memory of 64 rows."""
+"""Sample by sample, in random order: predictions by statistics that follow each sample, updates from the last 64."""
+
+RUNS = (
+    Entry("source", "bn_stats", {"statistics": "source"}, "source"),
+    Entry("affine warm-up, balanced rows", "affine_warmup", {"lr": 0.0, **_BALANCED}, "control", warm="affine"),
+    Entry("EcoTTA, no updates, balanced rows", "ecotta", {"lr": 0.0, **_BALANCED}, "control", warm="ecotta"),
+    Entry("BN-alpha .1", "bn_stats", {"statistics": "source", "share": 0.1}),
+    Entry("balanced rows", "bn_stats", _BALANCED),
+    Entry("TENT", "tent", _BALANCED),
+    Entry("EATA", "eata", _BALANCED),
+    Entry("EcoTTA, detached", "ecotta", _BALANCED, warm="ecotta"),
+    Entry("affine warm-up + TENT", "affine_warmup", _BALANCED, warm="affine"),
+)
+"""In long runs of a class: statistics and updates are of 64 rows that are balanced by the class predicted."""
 
 
 class Whole(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgecl.bench.adapting import BATCHES, SINGLES, Entry, in_batches, learner_of, one_by_one, saved_bytes
+from edgecl.bench.adapting import BATCHES, RUNS, SINGLES, Entry, in_batches, learner_of, one_by_one, saved_bytes
 from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
 from edgecl.bench.jitter import jittered
 from edgecl.console import Step, silent
@@ -58,7 +58,7 @@ class Plan:
         images: Test images, the first ones.
         seeds: How many.
         run: Least images of one class in a row in the second order of single samples.
-        rounds: Passes over some eighth of the images (:func:`fewer`) at the smallest batch, for what becomes of a learner in the long
+        rounds: Passes over some eighth of the images, whole batches, at the smallest batch, for what becomes of a learner in the long
             run; 0 for none.
         entries: Labels of the lines that are wanted; all by default.
     """
@@ -90,7 +90,7 @@ def run_tta(
     Raises:
         InputError: when the folder's figures are of other images, corruptions, lengths of runs, network, data, version or machine.
     """
-    check_known("entries", plan.entries, {entry.label for entry in (*BATCHES, *SINGLES)})
+    check_known("entries", plan.entries, {entry.label for entry in (*BATCHES, *SINGLES, *RUNS)})
     data = replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
     same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")}
     with one_setting(folder, "scipy", "pillow", **same, network=weight_hash(net), data=sha256_data(data)) as setting:
@@ -102,18 +102,13 @@ def run_tta(
         return {"tables": tables, "costs": [cell.read() for cell in costs], "seeds": plan.seeds, **setting}
 
 
-def fewer(images: int, batch: int) -> int:
-    """Images of one of many passes: whole batches, some eighth of them all."""
-    return max(batch, images // 8 // batch * batch)
-
-
 def _row(entry: Entry, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A line of a table, of the figures of its seeds."""
     errors = [mean(one["errors"].values()) for one in found]
     row = {"label": entry.label, "method": entry.method, "role": entry.role, "error": mean(errors), "errors": errors}
     row["error_sd"] = stdev(errors) if len(errors) > 1 else None
     row["by_corruption"] = {key: mean(one["errors"][key] for one in found) for key in found[0]["errors"]}
-    row |= {key: found[0][key] for key in ("bytes",) if key in found[0]}
+    row |= {key: found[0][key] for key in ("images", "bytes") if key in found[0]}
     if "rounds" in found[0]:
         row["rounds"] = [mean(values) for values in zip(*(one["rounds"] for one in found), strict=True)]
     return row
@@ -135,8 +130,9 @@ class _Bench:
             name = f"batch {least}, {self.plan.rounds} passes"
             found[name] = self._lines(name, BATCHES, partial(self.of_rounds, least))
         if self.plan.single:
-            for name, order in (("batch 1", "iid"), ("batch 1, long runs of a class", "correlated")):
-                found[name] = self._lines(name, SINGLES, partial(self.of_singles, order))
+            found["batch 1"] = self._lines("batch 1", SINGLES, partial(self.of_singles, "continual"))
+            name = "batch 1, long runs of a class"
+            found[name] = self._lines(name, RUNS, partial(self.of_singles, "correlated"))
         return found
 
     def _lines(self, name: str, entries: Sequence[Entry], measure: Measure) -> list[Line]:
@@ -153,30 +149,29 @@ class _Bench:
         stream = self._stream(seed)
         sized = self._sized(entry, batch, len(stream.dataset.y_test))
         errors, _ = in_batches(entry, sized, self._state(entry, sized[batch], seed), stream, batch, seed)
-        return {"errors": errors}
+        return {"errors": errors, "images": len(stream.dataset.y_test)}
 
     def of_rounds(self, batch: int, entry: Entry, seed: int) -> dict[str, Any]:
         """Passes over fewer images, without a reset between them."""
-        stream = self._stream(seed, images=fewer(self.plan.images, batch))
+        stream = self._stream(seed, images=max(batch, self.plan.images // 8 // batch * batch))
         sized = self._sized(entry, batch, len(stream.dataset.y_test))
         state, found = self._state(entry, sized[batch], seed), []
         for number in range(self.plan.rounds):
             errors, state = in_batches(entry, sized, state, stream, batch, seed + number, fresh=False)
             found.append(mean(errors.values()))
-        return {"errors": {"last pass": found[-1]}, "rounds": found}
+        return {"errors": {"last pass": found[-1]}, "rounds": found, "images": len(stream.dataset.y_test)}
 
-    def of_singles(self, order: str, entry: Entry, seed: int) -> dict[str, Any]:
-        """On the device's loop: images in random order, or long runs of a class, with a memory that suits each."""
-        setting: dict[str, Any] = {"setting": order, "run": self.plan.run} if order == "correlated" else {}
-        config = {"policy": "balanced"} if order == "correlated" else {}
-        prepared = learner_of(entry, self.net, self.preprocess, self.data, **config)
+    def of_singles(self, setting: str, entry: Entry, seed: int) -> dict[str, Any]:
+        """On the device's loop: images in random order, or, of the setting ``correlated``, in long runs of a class."""
+        stream = self._stream(seed, setting=setting, run=self.plan.run if setting == "correlated" else None)
+        prepared = learner_of(entry, self.net, self.preprocess, self.data)
         prepared.fit(self.data.x[:EXAMPLES], self.data.y[:EXAMPLES])  # what the checks at export start from
         prepared.state = self._state(entry, prepared, seed)
-        bundle = self.folder / f"seed{seed}" / f"bundles-{order}" / as_file(entry.label)
+        bundle = self.folder / f"seed{seed}" / f"bundles-{setting}" / as_file(entry.label)
         exported = export(prepared, bundle, overwrite=True)
-        errors = one_by_one(entry, bundle, self._stream(seed, **setting))
+        errors = one_by_one(entry, bundle, stream)
         own = {"bytes": exported.manifest.ledger["beyond_trunk"]} if entry.role == "method" else {}
-        return {"errors": errors, **own}
+        return {"errors": errors, "images": len(stream.dataset.y_test), **own}
 
     def costs(self) -> list[Cell]:
         """Of an update of 64 rows: MACs a sample, bytes that PyTorch keeps for the backward pass, and those of the ledger."""
@@ -205,7 +200,7 @@ class _Bench:
 
     def starts(self) -> list[Cell]:
         """The states that learners start from, behind what each may do with source samples."""
-        lines = self.wanted([*BATCHES, *(SINGLES if self.plan.single else ())])
+        lines = self.wanted([*BATCHES, *((*SINGLES, *RUNS) if self.plan.single else ())])
         entries = {self._start(entry, seed): (entry, seed) for entry in lines for seed in range(self.plan.seeds)}
         found = []
         for path, (entry, seed) in entries.items():

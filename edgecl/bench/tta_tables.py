@@ -6,23 +6,20 @@ from typing import Any
 from rich.table import Table
 
 from edgecl import tables
-from edgecl.bench.tta import fewer
 
 Row = Mapping[str, Any]
 
 
 def error_tables(result: Row) -> list[Table]:
     """Mean errors over the corruptions, one table a protocol."""
-    return [_errors(name, rows, result["images"]) for name, rows in result["tables"].items()]
+    return [_errors(name, rows) for name, rows in result["tables"].items()]
 
 
-def _errors(name: str, rows: Sequence[Row], images: int) -> Table:
+def _errors(name: str, rows: Sequence[Row]) -> Table:
     best = min(row["error"] for row in rows)
     rounds = "rounds" in rows[0]
-    if rounds:
-        images = fewer(images, int(name.removeprefix("batch ").partition(",")[0]))
     which = f" in pass {len(rows[0]['rounds'])}" if rounds else ""
-    title = f"{name}: mean error over corruptions of {images:,} images each{which}"
+    title = f"{name}: mean error over corruptions of {rows[0]['images']:,} images each{which}"
     first = ["first pass, %"] if rounds else []
     shown = tables.grid(["", *first, "error, %", "to the source", "to the best control"], title=title)
     for row in rows:

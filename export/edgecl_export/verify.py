@@ -149,7 +149,8 @@ def _parity(case: _Case) -> str:
     latents, tally, compared = Latents(), Tally(), dict.fromkeys(case.manifest.steps, 0)
     state: Mapping[str, Array] = {name: t.detach().numpy().copy() for name, t in case.prepared.state.items()}
     inputs: Mapping[str, Array] = {}
-    for state_index, inputs in zip(range(STATES), _inputs(case), strict=False):
+    for state_index, drawn in zip(range(STATES), _inputs(case), strict=False):
+        earlier, inputs = inputs, drawn
         learned = _learned(case, eager, state, inputs)
         for step in steps:
             start = learned if step in REVISIONS else state  # only what was learned can be taken out
@@ -160,7 +161,8 @@ def _parity(case: _Case) -> str:
         if state_index == 0:
             _check_clean_runs(case, state, inputs, target)
         state = learned
-    blank = {name: np.zeros_like(a) if name.partition(".")[0] == "z" or name == "replay.weight" else a for name, a in inputs.items()}
+    # With rows that this state has not just learned: statistics of the same rows once more do not change.
+    blank = {name: np.zeros_like(a) if name.partition(".")[0] == "z" or name == "replay.weight" else a for name, a in earlier.items()}
     for step in steps:
         compared[step] += compare_step(step, state, blank, eager, target, tally)
     frames = _samples(case, eager)
