@@ -74,7 +74,7 @@ def tta_page(result: Row) -> str:
     count = result["seeds"]
     seeds = "One seed" if count == 1 else f"Means over {count} seeds and their standard deviation"
     note = f"{seeds}; {len(result['corruptions'])} corruptions at severity 5, one after the other."
-    command = "edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th"
+    command = f"edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th --seeds {count}"
     return "\n\n".join([note, page(error_tables(result)), page([cost_table(result)]), targets(tta_targets(result)), said(command, result)])
 
 
@@ -148,7 +148,7 @@ def sparse_page(result: Row) -> str:
             what = f"share of the reduction of MACs, ResNet-18, {100 * row['sparsity']:g} %, {unit}"
             aims.append(Target(what, 100 * row["share"], 60, most=False, unit=" %"))
     parts = [nominal_table(result), step_table(result), *([accuracy_table(result)] if result["rows"] else [])]
-    command = "edgecl bench sparse --data FOLDER" + ("" if result["rows"] else " --seeds 0")
+    command = f"edgecl bench sparse --data FOLDER --seeds {result['rows'][0]['seeds'] if result['rows'] else 0}"
     return "\n\n".join([page(parts), targets(aims), said(command, result)])
 
 

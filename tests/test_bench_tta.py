@@ -10,7 +10,7 @@ from torch import nn
 
 from edgecl.backbones.resnet_cifar import ResNetCifar
 from edgecl.bench import tta
-from edgecl.bench.adapting import BATCHES, Entry, learner_of, saved_bytes
+from edgecl.bench.adapting import BATCHES, RUNS, Entry, learner_of, saved_bytes
 from edgecl.bench.jitter import jittered
 from edgecl.bench.quick import GREY, colour_fashion
 from edgecl.bench.tta import Plan, run_tta
@@ -93,6 +93,17 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     assert kept["EcoTTA, detached"] < kept["EcoTTA, released"]
     assert kept["TENT"] < kept["CoTTA, 8 views"]
     assert saved_bytes(learner_of(Entry("", "bn_stats"), network(), GREY, data).learner, {}, z) == 0
+
+
+def test_long_runs_are_adapted_to_from_balanced_rows() -> None:
+    """Statistics that follow each sample, and the last rows, become those of one class."""
+    data, net = colour_fashion(), network()
+    for entry in RUNS:
+        learner: Any = learner_of(entry, net, GREY, data).learner
+        if learner.replay is None:
+            assert entry.label in ("source", "BN-alpha .1") and learner.config.statistics == "source"
+        else:
+            assert (learner.replay.policy, learner.config.statistics) == ("balanced", "rows")
 
 
 def test_augmentation_is_the_images_own() -> None:

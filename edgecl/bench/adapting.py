@@ -74,7 +74,7 @@ SINGLES = (
     Entry("EcoTTA, detached", "ecotta", _SLOW, warm="ecotta"),
     Entry("affine warm-up + TENT", "affine_warmup", _SLOW, warm="affine"),
 )
-"""Sample by sample, in random order: predictions by statistics that follow each sample, updates from the last 64."""
+"""Sample by sample, in random order: where statistics move, they follow each sample; updates are of the last 64 rows."""
 
 RUNS = (
     Entry("source", "bn_stats", {"statistics": "source"}, "source"),

@@ -130,9 +130,9 @@ class _Bench:
             name = f"batch {least}, {self.plan.rounds} passes"
             found[name] = self._lines(name, BATCHES, partial(self.of_rounds, least))
         if self.plan.single:
-            found["batch 1"] = self._lines("batch 1", SINGLES, partial(self.of_singles, "continual"))
+            found["batch 1"] = self._lines("batch 1", SINGLES, partial(self.of_singles, None))
             name = "batch 1, long runs of a class"
-            found[name] = self._lines(name, RUNS, partial(self.of_singles, "correlated"))
+            found[name] = self._lines(name, RUNS, partial(self.of_singles, self.plan.run))
         return found
 
     def _lines(self, name: str, entries: Sequence[Entry], measure: Measure) -> list[Line]:
@@ -161,13 +161,13 @@ class _Bench:
             found.append(mean(errors.values()))
         return {"errors": {"last pass": found[-1]}, "rounds": found, "images": len(stream.dataset.y_test)}
 
-    def of_singles(self, setting: str, entry: Entry, seed: int) -> dict[str, Any]:
-        """On the device's loop: images in random order, or, of the setting ``correlated``, in long runs of a class."""
-        stream = self._stream(seed, setting=setting, run=self.plan.run if setting == "correlated" else None)
+    def of_singles(self, run: int | None, entry: Entry, seed: int) -> dict[str, Any]:
+        """On the device's loop: images in random order, or at least ``run`` of a class in a row."""
+        stream = self._stream(seed, setting="correlated" if run else "continual", run=run)
         prepared = learner_of(entry, self.net, self.preprocess, self.data)
         prepared.fit(self.data.x[:EXAMPLES], self.data.y[:EXAMPLES])  # what the checks at export start from
         prepared.state = self._state(entry, prepared, seed)
-        bundle = self.folder / f"seed{seed}" / f"bundles-{setting}" / as_file(entry.label)
+        bundle = self.folder / f"seed{seed}" / f"bundles{'-runs' if run else ''}" / as_file(entry.label)
         exported = export(prepared, bundle, overwrite=True)
         errors = one_by_one(entry, bundle, stream)
         own = {"bytes": exported.manifest.ledger["beyond_trunk"]} if entry.role == "method" else {}

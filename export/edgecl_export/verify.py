@@ -161,7 +161,7 @@ def _parity(case: _Case) -> str:
         if state_index == 0:
             _check_clean_runs(case, state, inputs, target)
         state = learned
-    # With rows that this state has not just learned: statistics of the same rows once more do not change.
+    # With the inputs before the last: statistics of rows that this state has just taken would not change again, and the last rate is 0.
     blank = {name: np.zeros_like(a) if name.partition(".")[0] == "z" or name == "replay.weight" else a for name, a in earlier.items()}
     for step in steps:
         compared[step] += compare_step(step, state, blank, eager, target, tally)
