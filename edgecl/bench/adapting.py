@@ -60,33 +60,26 @@ BATCHES = (
 )
 """In batches: the scores of a batch are those before its update."""
 
-_SLOW = {"share": 0.01}
-_BALANCED = {"policy": "balanced", "statistics": "rows"}
 
-SINGLES = (
-    Entry("source", "bn_stats", {"statistics": "source"}, "source"),
-    Entry("affine warm-up, EMA .01", "affine_warmup", {"lr": 0.0, **_SLOW}, "control", warm="affine"),
-    Entry("EcoTTA, no updates, EMA .01", "ecotta", {"lr": 0.0, **_SLOW}, "control", warm="ecotta"),
-    Entry("BN-alpha .1", "bn_stats", {"statistics": "source", "share": 0.1}),
-    Entry("EMA .01", "bn_stats", {"statistics": "each", **_SLOW}),
-    Entry("TENT", "tent", _SLOW),
-    Entry("EATA", "eata", _SLOW),
-    Entry("EcoTTA, detached", "ecotta", _SLOW, warm="ecotta"),
-    Entry("affine warm-up + TENT", "affine_warmup", _SLOW, warm="affine"),
-)
-"""Sample by sample, in random order: where statistics move, they follow each sample; updates are of the last 64 rows."""
+def _one_by_one(statistics: str, config: Mapping[str, Any]) -> tuple[Entry, ...]:
+    """Lines sample by sample, whose statistics move as ``config`` says."""
+    return (
+        Entry("source", "bn_stats", {"statistics": "source"}, "source"),
+        Entry(f"affine warm-up, {statistics}", "affine_warmup", {"lr": 0.0, **config}, "control", warm="affine"),
+        Entry(f"EcoTTA, no updates, {statistics}", "ecotta", {"lr": 0.0, **config}, "control", warm="ecotta"),
+        Entry("BN-alpha .1", "bn_stats", {"statistics": "source", "share": 0.1}),
+        Entry(statistics, "bn_stats", config),
+        Entry("TENT", "tent", config),
+        Entry("EATA", "eata", config),
+        Entry("EcoTTA, detached", "ecotta", config, warm="ecotta"),
+        Entry("affine warm-up + TENT", "affine_warmup", config, warm="affine"),
+    )
 
-RUNS = (
-    Entry("source", "bn_stats", {"statistics": "source"}, "source"),
-    Entry("affine warm-up, balanced rows", "affine_warmup", {"lr": 0.0, **_BALANCED}, "control", warm="affine"),
-    Entry("EcoTTA, no updates, balanced rows", "ecotta", {"lr": 0.0, **_BALANCED}, "control", warm="ecotta"),
-    Entry("BN-alpha .1", "bn_stats", {"statistics": "source", "share": 0.1}),
-    Entry("balanced rows", "bn_stats", _BALANCED),
-    Entry("TENT", "tent", _BALANCED),
-    Entry("EATA", "eata", _BALANCED),
-    Entry("EcoTTA, detached", "ecotta", _BALANCED, warm="ecotta"),
-    Entry("affine warm-up + TENT", "affine_warmup", _BALANCED, warm="affine"),
-)
+
+SINGLES = _one_by_one("EMA .01", {"share": 0.01})
+"""In random order: where statistics move, they follow each sample; updates are of the last 64 rows."""
+
+RUNS = _one_by_one("balanced rows", {"policy": "balanced", "statistics": "rows"})
 """In long runs of a class: statistics and updates are of 64 rows that are balanced by the class predicted."""
 
 
