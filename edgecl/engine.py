@@ -1,7 +1,7 @@
 """The eager engine: runs the step functions themselves, in PyTorch, behind the same interface as a device runtime."""
 
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -31,7 +31,7 @@ class EagerEngine:
     def __init__(self, trunk: nn.Module, learner: Learner, device: str = "cpu") -> None:
         check_device(device)
         self._device = torch.device(device)
-        self._trunk, self._learner = (trunk, learner) if self._device.type == "cpu" else copies_on(device, trunk, learner)
+        self._trunk, self._learner = parts_on(device, trunk, learner)
         self._state: State = {}
         self.load({name: value.numpy() for name, value in learner.init().items()})
         self._pending: State = {}
@@ -52,8 +52,7 @@ class EagerEngine:
     def run(self, step: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one step and return its outputs; inputs that the step does not take are ignored."""
         tensors = self._tensors(inputs)
-        # What a step makes itself is made there, too; on the CPU it is anyway, and every operator would take longer.
-        with torch.no_grad(), nullcontext() if self._device.type == "cpu" else self._device:
+        with torch.no_grad(), running_on(self._device):
             if step == "encode":
                 x = tensors["x"] if "x" in tensors else {name.removeprefix("x."): value for name, value in tensors.items()}
                 stream = {name: tensor for name, tensor in self._state.items() if name.startswith(STREAM)}
@@ -75,13 +74,33 @@ class EagerEngine:
         return {name: to_tensor(value).to(self._device) for name, value in arrays.items()}
 
 
+def parts_on(device: str, trunk: nn.Module, learner: Learner) -> tuple[nn.Module, Learner]:
+    """Trunk and learner themselves for the CPU, else copies there."""
+    return (trunk, learner) if torch.device(device).type == "cpu" else copies_on(device, trunk, learner)
+
+
 def copies_on(device: str, trunk: nn.Module, learner: Learner) -> tuple[nn.Module, Learner]:
-    """Copies whose tensors, wherever they hold some, are on another device; classes of the user's must be ones that pickle finds."""
+    """Copies whose tensors, wherever they hold some, are on a device; classes of the user's must be ones that pickle finds."""
     parts = BytesIO()
     torch.save((trunk, learner), parts)
     parts.seek(0)
     found: tuple[nn.Module, Learner] = torch.load(parts, map_location=device, weights_only=False)  # what was just saved
     return found
+
+
+@contextmanager
+def running_on(device: str | torch.device) -> Iterator[None]:
+    """What PyTorch makes inside is made on a device, and there convolutions are of whole float32, where cuDNN's own choice is TF32."""
+    if torch.device(device).type == "cpu":
+        yield  # it is anyway, and every operator would take longer
+        return
+    with torch.device(device), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+
+
+def on_device(device: str | torch.device, tensors: Mapping[str, Tensor]) -> State:
+    """The tensors, on a device."""
+    return {name: value.to(device) for name, value in tensors.items()}
 
 
 def to_tensor(value: Any) -> Tensor:

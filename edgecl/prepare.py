@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgecl.engine import to_arrays
+from edgecl.engine import on_device, parts_on, running_on, to_arrays
 from edgecl.fidelity import check_gradients, check_values
-from edgecl.given import NAMES, Samples, check_independent, check_like, check_names, plain_samples, sample_weights
+from edgecl.given import NAMES, Samples, check_device, check_independent, check_like, check_names, plain_samples, sample_weights
 from edgecl.int8 import check_trunk_dtype, to_int8
 from edgecl.learner import Learner, Problem, State, dtype_name, refreshed
 from edgecl.methods import METHODS
@@ -126,6 +126,7 @@ class Prepared:
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
         weight: Array | None = None,
+        device: str = "cpu",
     ) -> "Prepared":
         """Take in base samples: what the model already knows becomes part of the state and of the replay memory.
 
@@ -137,10 +138,12 @@ class Prepared:
             batch: As in :meth:`encode`.
             progress: Called with samples done and in all.
             weight: Sample weights [N], above 0; for methods whose base samples go through ``learn`` and that take weights.
+            device: PyTorch's device for the warm-up, of methods that train on base samples in the first call.
 
         Raises:
-            InputError: when shapes, types, values or labels do not fit; state and memory are unchanged then.
+            InputError: when there is no such device, or shapes, types, values or labels do not fit; state and memory are unchanged then.
         """
+        check_device(device)
         latents = self.encode(x, batch)
         problem = self.learner.problem
         targets = target_arrays(y, problem.target, problem.max_classes, len(latents))
@@ -152,7 +155,7 @@ class Prepared:
             self.reconstruction = self.learner.reconstruction(stacked(latents))
         state, rows = self.state, []
         if not self.examples:
-            state = {**state, **self.learner.warm_up(state, stacked(latents), torch.from_numpy(np.concatenate(targets)))}
+            state = {**state, **self._warmed_up(state, latents, torch.from_numpy(np.concatenate(targets)), device)}
         for i, (z, target, one) in enumerate(zip(latents, targets, weights, strict=True)):
             with torch.no_grad():
                 outputs, new = self.learner.prime(state, z, torch.tensor(target), one)
@@ -175,6 +178,12 @@ class Prepared:
                 if row:  # a method whose base samples give none starts with an empty memory
                     self.memory.offer(row, target[0], -1)
         return self
+
+    def _warmed_up(self, state: State, latents: Sequence[Any], target: Tensor, device: str) -> State:
+        _, learner = parts_on(device, self.trunk, self.learner)
+        z = map_tree(stacked(latents), lambda part: part.to(device))
+        with running_on(device):
+            return on_device("cpu", learner.warm_up(on_device(device, state), z, target.to(device)))
 
     def reconstruction_of(self, x: Samples, batch: int = 64) -> float:
         """Squared error of other samples' latents as replay rows hold them, over their square: what the codec loses on held-out samples.

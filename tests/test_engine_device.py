@@ -21,16 +21,37 @@ from edgecl_device.manifest import TensorSpec
         ("sparcl", {"granularity": "unstructured", "distill": 0.1, "skip_above": 0.9}),
         ("latent_replay", {"codec": "pq"}),
         ("ridge", {}),
+        ("bn_stats", {"statistics": "rows"}),
+        ("eata", {}),
+        ("affine_warmup", {}),
+        ("cotta", {"views": 2}),
+        ("ecotta", {"parts": ("4",)}),
+        ("ecotta", {"parts": ("4",), "detached": False, "pull": "outputs"}),
     ],
 )
 def test_nothing_stays_behind(method: str, config: dict[str, Any]) -> None:
     net = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3), torch.nn.ReLU(),
-        torch.nn.Flatten(), torch.nn.Linear(32, 4),
+        torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(128, 4),
     ).eval()  # fmt: skip
     x = np.random.default_rng(0).random((80, 1, 8, 8)).astype(np.float32)
     config = METHODS[method].Config(**config)
     prepared = prepare(net, at="1", example=x[:1], method=method, classes=4, config=config).fit(x, np.arange(80) % 4)
+    _, twin = copies_on("cpu", prepared.trunk, prepared.learner)
+    for step in prepared.learner.steps:
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(spec: TensorSpec, generator: torch.Generator = generator) -> torch.Tensor:
+            return (torch.rand(spec.shape, generator=generator) * 3).to(getattr(torch, spec.dtype))
+
+        inputs = tree_map(drawn, prepared.learner.inputs_of(step), is_leaf=lambda part: isinstance(part, TensorSpec))
+        with torch.no_grad():
+            for mine, other in zip(
+                call_step(prepared.learner, step, prepared.state, inputs), call_step(twin, step, prepared.state, inputs), strict=True
+            ):
+                assert mine.keys() == other.keys()
+                assert all(torch.equal(mine[name], other[name]) for name in mine), step
+
     trunk, learner = copies_on("meta", prepared.trunk, prepared.learner)
     state = {name: tensor.to("meta") for name, tensor in prepared.state.items()}
 

@@ -15,7 +15,8 @@ from edgecl.streams import fashion_mnist_subset
 from edgecl_device import Learner
 from edgecl_device.engines.onnx import OnnxEngine
 from edgecl_export import ExportError, export
-from edgecl_export.parity import compare_step, nudged
+from edgecl_export.kinks import nudged
+from edgecl_export.parity import compare_step
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from edgecl import EagerEngine, prepare
 from edgecl_export import ExportError
-from edgecl_export.parity import MOST_KINKS, NUDGES, Tally, compare_step, nudged
+from edgecl_export.kinks import NUDGES, nudged, shifts
+from edgecl_export.parity import MOST_KINKS, Tally, compare_step
 
 CHANGE = 1e-3
 
@@ -320,6 +321,53 @@ def test_of_several_kinks_each_may_be_taken_either_way():
     assert (tally.kinks, tally.unsettled) == (1, 0) and tally.worst["change"] < CHANGE
     with pytest.raises(ExportError, match=r"param\.w differs from eager"):
         compare_step("learn", state, {}, Sided([0] * 5), Sided(sides, factor=1.01))
+
+
+class Unmoved(Jumping):
+    """A rectifier of its stands at its kink, whose input no weight moves; it takes a given side there."""
+
+    def __init__(self, side, factor=1.0):
+        self.side, self.factor = side, factor
+
+    def run(self, step, inputs):
+        near = 2e-6 if self.side else -2e-6
+        self.passed = int((torch.tensor([[near, 1.0, -1.0]]).relu() != 0).sum())
+        return super().run(step, inputs)
+
+    def state(self):
+        return {"param.w": self.start - 0.1 * self.factor * self.passed}
+
+
+def test_a_rectifier_is_taken_over_its_kink_where_nudged_weights_move_something_else():
+    state, tally = {"param.w": np.ones(5)}, Tally()
+    for side in (0, 1):
+        assert compare_step("adapt", state, {}, Unmoved(side), Unmoved(1 - side), tally)
+        with pytest.raises(ExportError, match=r"param\.w differs from eager"):
+            compare_step("adapt", state, {}, Unmoved(side), Unmoved(1 - side, factor=1.01))
+    assert (tally.kinks, tally.unsettled) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("rectify", "low", "high"),
+    [
+        (torch.relu, 0.0, 100.0),
+        (nn.ReLU(), 0.0, 100.0),
+        (nn.ReLU6(), 0.0, 6.0),
+        (torch.nn.functional.relu6, 0.0, 6.0),
+        (nn.Hardtanh(-2.0, 3.0), -2.0, 3.0),
+    ],
+)
+def test_a_shifted_rectifier_gives_what_it_gives_and_takes_either_side_at_its_kinks(rectify, low, high):
+    x = torch.tensor([[low - 1.0, low - 1e-7, low + 1e-7, (low + high) / 2, high - 1e-6, high + 1e-6, high + 1.0]], requires_grad=True)
+    taken = set()
+    for sides in shifts():
+        with sides:
+            y = rectify(x)
+        assert torch.allclose(y, rectify(x), rtol=0, atol=2e-6)
+        taken.add(tuple(torch.autograd.grad(y.sum(), x)[0][0].tolist()))
+    found = [set(column) for column in zip(*taken, strict=True)]
+    both = {0.0, 1.0}
+    assert found == [{0.0}, both, both, {1.0}, *([{1.0}] * 3 if high == 100.0 else [both, both, {0.0}])]
 
 
 def test_updates_of_many_rows_may_all_lie_at_kinks():

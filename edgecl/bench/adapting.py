@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgecl.learner import State
+from edgecl.engine import on_device, parts_on, running_on
+from edgecl.learner import Learner, State
 from edgecl.methods import METHODS
 from edgecl.methods._adapt import AdaptiveLearner
 from edgecl.methods._norms import ROWS
@@ -116,7 +117,14 @@ def learner_of(entry: Entry, net: nn.Module, preprocess: ImageU8, data: Dataset,
 
 
 def in_batches(
-    entry: Entry, sized: Mapping[int, Prepared], state: State, stream: Corrupted, batch: int, seed: int, fresh: bool = True
+    entry: Entry,
+    sized: Mapping[int, Prepared],
+    state: State,
+    stream: Corrupted,
+    batch: int,
+    seed: int,
+    fresh: bool = True,
+    device: str = "cpu",
 ) -> tuple[dict[str, float], State]:
     """Error in % of each corruption, by scores before each batch's update; and the state behind the stream.
 
@@ -128,31 +136,34 @@ def in_batches(
         batch: Rows of a batch.
         seed: Of what is drawn.
         fresh: Whether the learner starts anew where the stream says so.
+        device: PyTorch's, on which it runs.
     """
-    start, generator = state, np.random.default_rng(seed)
+    parts = {rows: parts_on(device, prepared.trunk, prepared.learner) for rows, prepared in sized.items()}
+    start, generator = on_device(device, state), np.random.default_rng(seed)
+    state = start
     wrong: dict[str, list[bool]] = {}
     for stretch in stream.stretches:
         state = start if stretch.reset and fresh else state
         for first in range(0, len(stretch.index), batch):
             part = slice(first, first + batch)
-            prepared = sized[len(stretch.index[part])]
-            with torch.no_grad():
-                z = prepared.trunk(torch.from_numpy(stream.images(stretch, part)))
-                scores, state = _updated(entry, prepared, state, z, generator)
-            missed = scores.argmax(1).numpy() != stream.dataset.y_test[stretch.index[part]]
+            trunk, learner = parts[len(stretch.index[part])]
+            with torch.no_grad(), running_on(device):
+                z = trunk(torch.from_numpy(stream.images(stretch, part)).to(device))
+                scores, state = _updated(entry, learner, state, z, generator)
+            missed = scores.argmax(1).cpu().numpy() != stream.dataset.y_test[stretch.index[part]]
             for name, miss in zip(stretch.corruption[part].tolist(), missed.tolist(), strict=True):
                 wrong.setdefault(name, []).append(miss)
     return {name: 100 * float(np.mean(found)) for name, found in wrong.items()}, state
 
 
-def _updated(entry: Entry, prepared: Prepared, state: State, z: Tensor, generator: np.random.Generator) -> tuple[Tensor, State]:
-    learner = prepared.learner
+def _updated(entry: Entry, learner: Learner, state: State, z: Tensor, generator: np.random.Generator) -> tuple[Tensor, State]:
     if entry.role == "source":
         return learner.predict(state, z)[0]["scores"], state
     wanted = learner.inputs_of("adapt")
     values: dict[str, Any] = {"replay": {"z": z}, "lr": torch.tensor(learner.default_lr)}
     if "draw" in wanted and learner.replay is not None:
-        values["draw"] = {draw.name: torch.from_numpy(generator.integers(0, draw.below, draw.shape)) for draw in learner.replay.draws}
+        drawn = {draw.name: torch.from_numpy(generator.integers(0, draw.below, draw.shape)) for draw in learner.replay.draws}
+        values["draw"] = on_device(z.device, drawn)
     outputs, new = learner.steps["adapt"](state, **{name: values[name] for name in wanted})
     return outputs["scores"], {**state, **new}
 

@@ -22,6 +22,7 @@ import edgecl_device
 import edgecl_export
 from edgecl.console import Step, silent
 from edgecl.figures import machine, threads, versions
+from edgecl.given import check_device
 from edgecl.runs.files import locked, stage
 from edgecl_device.checks import short
 from edgecl_device.errors import InputError
@@ -131,6 +132,16 @@ def _made(cell: Cell) -> None:
         cell.read()
     except InputError as error:
         raise InputError(f"{cell.label}: {error}") from error
+
+
+def device_said(device: str) -> dict[str, str]:
+    """PyTorch's device, and of a GPU its name, as parts of a setting.
+
+    Raises:
+        InputError: when PyTorch has no such device here.
+    """
+    check_device(device)
+    return {"device": device, **({"device_name": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {})}
 
 
 def check_known(parameter: str, names: Collection[str], known: Collection[str]) -> None:

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
+from edgecl.bench.cells import Cell, as_file, check_known, device_said, fill, one_setting
 from edgecl.bench.heads import with_head
 from edgecl.bench.sparse_step import CLASSES, GRADIENTS, ROWS, SPARSE, cut, measure, network
 from edgecl.console import Step, silent
 from edgecl.engine import EagerEngine
 from edgecl.evaluate import run_stream
-from edgecl.given import check_device
 from edgecl.graph import cost
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import canonicalise
@@ -119,11 +118,8 @@ def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: in
         InputError: when the folder's figures are of another plan, data, version or machine.
     """
     check_known("cases", plan.cases, cases())
-    check_device(plan.device)
-    names = ("net", "pretraining_epochs", "epochs", "capacity_bytes", "tests", "forms", "repeats", "device")
-    same = {name: getattr(plan, name) for name in names}
-    if plan.device.startswith("cuda"):
-        same["device_name"] = torch.cuda.get_device_name(plan.device)
+    names = ("net", "pretraining_epochs", "epochs", "capacity_bytes", "tests", "forms", "repeats")
+    same = {name: getattr(plan, name) for name in names} | device_said(plan.device)
     with one_setting(folder, "scipy", **same, first=sha256_data(first), data=sha256_data(then)) as setting:
         bench = _Bench(first, then, plan, folder)
         steps = [Cell(folder / "steps" / f"{net}.json", f"time of a step of {net}", partial(bench.timed, net)) for net in plan.timed]

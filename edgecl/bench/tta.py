@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from edgecl.bench.adapting import BATCHES, RUNS, SINGLES, Entry, in_batches, learner_of, one_by_one, saved_bytes
-from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
+from edgecl.bench.cells import Cell, as_file, check_known, device_said, fill, one_setting
 from edgecl.bench.jitter import jittered
 from edgecl.console import Step, silent
 from edgecl.figures import weight_hash
@@ -61,6 +61,7 @@ class Plan:
         rounds: Passes over some eighth of the images, whole batches, at the smallest batch, for what becomes of a learner in the long
             run; 0 for none.
         entries: Labels of the lines that are wanted; all by default.
+        device: PyTorch's, for batches and warm-ups; single samples run on ONNX Runtime.
     """
 
     batches: tuple[int, ...] = (200, 64)
@@ -71,6 +72,7 @@ class Plan:
     run: int = 80
     rounds: int = 10
     entries: tuple[str, ...] = ()
+    device: str = "cpu"
 
 
 def run_tta(
@@ -92,7 +94,7 @@ def run_tta(
     """
     check_known("entries", plan.entries, {entry.label for entry in (*BATCHES, *SINGLES, *RUNS)})
     data = replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
-    same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")}
+    same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")} | device_said(plan.device)
     with one_setting(folder, "scipy", "pillow", **same, network=weight_hash(net), data=sha256_data(data)) as setting:
         bench = _Bench(data, net, preprocess, plan, folder)
         protocols, costs = bench.protocols(), bench.costs()
@@ -148,7 +150,7 @@ class _Bench:
     def of_batches(self, batch: int, entry: Entry, seed: int) -> dict[str, Any]:
         stream = self._stream(seed)
         sized = self._sized(entry, batch, len(stream.dataset.y_test))
-        errors, _ = in_batches(entry, sized, self._state(entry, sized[batch], seed), stream, batch, seed)
+        errors, _ = in_batches(entry, sized, self._state(entry, sized[batch], seed), stream, batch, seed, device=self.plan.device)
         return {"errors": errors, "images": len(stream.dataset.y_test)}
 
     def of_rounds(self, batch: int, entry: Entry, seed: int) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class _Bench:
         sized = self._sized(entry, batch, len(stream.dataset.y_test))
         state, found = self._state(entry, sized[batch], seed), []
         for number in range(self.plan.rounds):
-            errors, state = in_batches(entry, sized, state, stream, batch, seed + number, fresh=False)
+            errors, state = in_batches(entry, sized, state, stream, batch, seed + number, fresh=False, device=self.plan.device)
             found.append(mean(errors.values()))
         return {"errors": {"last pass": found[-1]}, "rounds": found, "images": len(stream.dataset.y_test)}
 
@@ -215,7 +217,7 @@ class _Bench:
         images = jittered(self.data.x.transpose(0, 2, 3, 1) if first else self.data.x, seed)
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if first else images
         prepared = learner_of(_WARM[name], self.net, self.preprocess, self.data, seed=seed)
-        save_network(path, prepared.fit(images, self.data.y).state)
+        save_network(path, prepared.fit(images, self.data.y, device=self.plan.device).state)
         return {"images": len(images)}
 
     def of_fit(self, entry: Entry, path: Path) -> dict[str, Any]:

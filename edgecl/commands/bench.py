@@ -27,6 +27,7 @@ Out = Annotated[
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="A small form of its own sizes that needs no files: minutes instead of hours.")]
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Seeds; figures are means over them.")]
+Device = Annotated[str, typer.Option(help="PyTorch's device, for what runs in PyTorch.")]
 Jobs = Annotated[int, typer.Option(min=1, max=256, help="Processes that work at the same time, each on one thread.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result instead of tables.")]
 
@@ -60,6 +61,7 @@ def tta(
     out: Out = None,
     seeds: Seeds = 3,
     images: Annotated[int, typer.Option(min=2, max=10000, help="Test images, the first ones.")] = 2000,
+    device: Device = "cpu",
     jobs: Jobs = 1,
     quick: Quick = False,
     as_json: Json = False,
@@ -73,14 +75,16 @@ def tta(
     with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
         if quick:
             step("training a small network", 0, 1)
-            chosen = Plan((48,), True, ("gaussian_noise", "contrast"), 96, 1, 4, 2, ("source", "TENT", "EcoTTA, detached"))
+            lines = ("source", "TENT", "EcoTTA, detached")
+            chosen = Plan((48,), True, ("gaussian_noise", "contrast"), 96, 1, 4, 2, lines, device)
             found = run_tta(colour_fashion(), small_network(), GREY, chosen, folder, jobs, step)
         else:
             if data is None or weights is None:
                 raise InputError("--data, --weights: must be given, or --quick; edgecl.streams.fetch downloads CIFAR-10")
             net = resnet20().eval()
             load_weights(net, weights)
-            found = run_tta(load_cifar10(data), net, ImageU8(*IMAGENET, "CHW"), Plan(images=images, seeds=seeds), folder, jobs, step)
+            plan = Plan(images=images, seeds=seeds, device=device)
+            found = run_tta(load_cifar10(data), net, ImageU8(*IMAGENET, "CHW"), plan, folder, jobs, step)
     _told(found, folder, "tta", as_json, *error_tables(found), cost_table(found))
 
 

@@ -36,19 +36,19 @@ class Statistics:
         self.share = 0.0
         self.reports = False
         self.found: State = {}
-        self.names: list[str] = []
+        self._norms: dict[str, StatNorm] = {}  # not the suffix, which holds them: a traced module in such a circle cannot be pickled
         for name, norm in list(suffix.named_modules()):
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 if norm.running_mean is None or norm.running_var is None:
                     raise InputError(f"suffix: batch norm {name!r} must have stored statistics, it tracks none; train it with them")
                 parent, _, own = name.rpartition(".")
-                setattr(suffix.get_submodule(parent), own, StatNorm(norm, name, self))
-                self.names.append(name)
-        self._suffix = suffix
+                self._norms[name] = StatNorm(norm, name, self)
+                setattr(suffix.get_submodule(parent), own, self._norms[name])
+        self.names = list(self._norms)
 
     def initial(self) -> State:
         """The stored statistics, new tensors: ``NAME.mean`` and ``NAME.var``, each [C]."""
-        return {f"{name}.{part}": self._suffix.get_buffer(f"{name}.{part}").clone() for name in self.names for part in ("mean", "var")}
+        return {f"{name}.{part}": norm.get_buffer(part).clone() for name, norm in self._norms.items() for part in ("mean", "var")}
 
     @contextmanager
     def using(self, mode: str, share: float = 0.0, reports: bool = False) -> Iterator[State]:

@@ -43,7 +43,7 @@ def warmed_up(
     optimiser = torch.optim.SGD(weights.values(), lr, 0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * -(-len(target) // batch))
     for _ in range(epochs):
-        for rows in _batches(torch.randperm(len(target), generator=generator), batch):
+        for rows in _batches(torch.randperm(len(target), generator=generator, device="cpu"), batch):
             with torch.enable_grad():
                 scores, _ = learner.scored(state, map_tree(latents, itemgetter(rows)), ROWS, parameters=weights)
                 loss = cross_entropy(scores, target[rows], allowed).mean()

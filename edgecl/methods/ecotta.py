@@ -129,7 +129,7 @@ class EcoTTA(Tent):
         if not self.config.anchor:
             return torch.zeros(())
         if self.config.pull == "outputs":
-            terms = self._gaps
+            terms, self._gaps = self._gaps, []  # noted for this once
         else:
             away = [value - state[f"anchor.{name}"] for name, value in parameters.items()]
             terms = [(part * part).sum() for part in away]

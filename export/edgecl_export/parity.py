@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgecl.learner import UNSEEN
 from edgecl_device.adapt_checks import ADAPT
 from edgecl_device.manifest import Array
 from edgecl_export.errors import ExportError, refuse
+from edgecl_export.kinks import NUDGE, NUDGED, NUDGES, nudged, shifts
 
 WEIGHTS, MOMENTS, CHANGE = 1e-5, 1e-4, 1e-3
 """Largest relative differences: of weights and analytic state; of optimiser moments, losses and scores; of an update."""
@@ -36,13 +38,6 @@ MOST_LOST, MOST_VANISHING, MOST_CANCELLED = 100.0, 0.5, 1e-2
 
 CONDITIONED = 1e-4
 """Bar of a badly conditioned state. The change, whose bar stays, is what tells a wrong step."""
-
-NUDGE, NUDGES, MOST_NUDGES = 1e-6, 8, 64
-"""Relative change of trained weights that takes a rectifier over its kink, about ten roundings; how many times it is tried, and how many
-times at most: of several kinks that are near an engine may take each either way, and of five the right sides come up once in 32."""
-
-NUDGED = ("param.", "average.")
-"""Names of the trained weights, and of their running average."""
 
 MOST_KINKS = 6
 """States of a gate that may lie at a kink, a quarter: ResNet-18 met 6 in 100, so that 25 states hold more than 6 once in a thousand
@@ -216,9 +211,10 @@ def _compare_nudged(
     lost: float,
     vanishing: float,
 ) -> Tally | None:
-    """Compare the other engine's update with eager's from nudged weights: at a kink, each engine may stand on either side.
+    """Compare the other engine's update with eager's on the other side of a kink: each engine may stand on either.
 
-    All tensors must hold their bars against the same nudged run, so that only an update passes that eager itself makes next to this state.
+    All tensors must hold their bars against the same run, from nudged weights or with shifted rectifiers, so that only an update passes
+    that eager itself makes next to this state.
     Where many kinks are near, as in a deep network that is trained whole, no nudged run makes eager's own update again, either. Its update
     is then known no better than it moves, and the other's must be no farther away.
 
@@ -227,11 +223,13 @@ def _compare_nudged(
     """
     moves: dict[str, float] = {}
     settled = False
-    for tried, start in enumerate(nudged(state)):
+    for tried, (start, sides) in enumerate(_beside(state)):
         if tried == NUDGES and not settled and (rough := _unsettled(state, new, other, moves, lost)) is not None:
             return rough
         eager.load(start)
-        if _refuses(eager.run(step, inputs)):
+        with sides:
+            refused = _refuses(eager.run(step, inputs))
+        if refused:
             continue
         eager.commit()
         run = eager.state()
@@ -249,6 +247,14 @@ def _compare_nudged(
             except ExportError:
                 moves = {name: max(moves.get(name, 0.0), apart) for name, apart in _apart(state, new, _from(state, start, run)).items()}
     return None
+
+
+def _beside(state: Mapping[str, Array]) -> Iterator[tuple[Mapping[str, Array], AbstractContextManager[Any]]]:
+    """States, and what to be in, for runs of eager beside this one: some nudged weights, then shifted rectifiers, then the other nudges."""
+    for index, start in enumerate(nudged(state)):
+        if index == NUDGES:
+            yield from ((state, sides) for sides in shifts())
+        yield start, nullcontext()
 
 
 def _unsettled(
@@ -290,31 +296,6 @@ def _apart(state: Mapping[str, Array], new: Mapping[str, Array], other: Mapping[
         floor = 2 * ROUNDING[str(reference.dtype)] * _norm(wide)
         found[name] = _ratio(max(_norm(wide - other[name]) - floor, 0.0), _norm(wide - state[name]))
     return found
-
-
-def nudged(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """States whose trained weights are some roundings away: a rectifier at its kink then falls to the other side.
-
-    Each weight goes up or down by :data:`NUDGE` of its size, by chance, as a common factor would not move a sum that is zero. Each nudge
-    is followed by its mirror image, so that one of the two crosses. A weight and its running average move by the same factor.
-
-    Example:
-        >>> up, down, *_ = nudged({"param.w": np.ones(4), "count": np.ones(1)})
-        >>> np.abs(up["param.w"] - 1).round(7), (up["param.w"] + down["param.w"]).round(9), up["count"]
-        (array([1.e-06, 1.e-06, 1.e-06, 1.e-06]), array([2., 2., 2., 2.]), array([1.]))
-    """
-    if not any(name.startswith(NUDGED) for name in state):
-        return
-    for index in range(MOST_NUDGES):
-        generator = np.random.default_rng(index // 2)
-        steps = {}
-        for name, value in state.items():
-            if name.startswith("param."):
-                steps[name.partition(".")[2]] = NUDGE * (-1) ** index * (1.0 - 2.0 * generator.integers(0, 2, value.shape, np.int8))
-        yield {
-            name: (value * (1.0 + steps[name.partition(".")[2]])).astype(value.dtype) if name.startswith(NUDGED) else value
-            for name, value in state.items()
-        }
 
 
 def _rounding_of_products(state: Mapping[str, Array], inputs: Mapping[str, Array]) -> float:

@@ -1,0 +1,101 @@
+"""Kinks: where a rectifier's input is zero but for rounding, each engine may take either side, and gradients jump.
+
+Two ways to let eager take the other side. Nudged weights are such that eager itself computes; but weights in front of a norm move a
+gradient that is small beside its terms, too. A shifted rectifier changes nothing but the side of what is near its kink.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from edgecl_device.manifest import Array
+
+NUDGE, NUDGES, MOST_NUDGES = 1e-6, 8, 64
+"""Relative change of trained weights that takes a rectifier over its kink, about ten roundings; how many times it is tried, and how many
+times at most: of several kinks that are near an engine may take each either way, and of five the right sides come up once in 32."""
+
+NUDGED = ("param.", "average.")
+"""Names of the trained weights, and of their running average."""
+
+SHIFTS, TURNS = (1e-6, 3e-6, 1e-5), 8
+"""Shifts of rectifiers, as shares of the root mean square of what comes in, and how many times each is tried: a norm that takes away a mean
+far from zero is off by more than ten roundings."""
+
+_RECTIFIERS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_}
+_CLIPPED = {F.relu6: (0.0, 6.0), F.hardtanh: (-1.0, 1.0), F.hardtanh_: (-1.0, 1.0)}
+"""Rectifiers with two kinks, and where these are unless the call says otherwise."""
+
+
+def nudged(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    """States whose trained weights are some roundings away: a rectifier at its kink then falls to the other side.
+
+    Each weight goes up or down by :data:`NUDGE` of its size, by chance, as a common factor would not move a sum that is zero. Each nudge
+    is followed by its mirror image, so that one of the two crosses. A weight and its running average move by the same factor.
+
+    Example:
+        >>> up, down, *_ = nudged({"param.w": np.ones(4), "count": np.ones(1)})
+        >>> np.abs(up["param.w"] - 1).round(7), (up["param.w"] + down["param.w"]).round(9), up["count"]
+        (array([1.e-06, 1.e-06, 1.e-06, 1.e-06]), array([2., 2., 2., 2.]), array([1.]))
+    """
+    if not any(name.startswith(NUDGED) for name in state):
+        return
+    for index in range(MOST_NUDGES):
+        generator = np.random.default_rng(index // 2)
+        steps = {}
+        for name, value in state.items():
+            if name.startswith("param."):
+                steps[name.partition(".")[2]] = NUDGE * (-1) ** index * (1.0 - 2.0 * generator.integers(0, 2, value.shape, np.int8))
+        yield {
+            name: (value * (1.0 + steps[name.partition(".")[2]])).astype(value.dtype) if name.startswith(NUDGED) else value
+            for name, value in state.items()
+        }
+
+
+class Shifted(TorchFunctionMode):
+    """While inside, each rectifier decides by its input plus a shift, up or down by chance, and passes on the input itself.
+
+    Units of all rows go the same way: rows may be equal, and an engine then takes the same side for all of them.
+
+    Args:
+        share: The shift, as a share of the root mean square of the input.
+        seed: Of the directions.
+
+    Example:
+        >>> x = torch.tensor([[1e-7, -1e-7, 1.0, -1.0]])
+        >>> with Shifted(1e-6, seed=0):
+        ...     taken = torch.cat([x.relu() != 0 for _ in range(9)]).sum(0)
+        >>> [0 < times < 9 for times in taken.tolist()], taken[2:].tolist()
+        ([True, True, False, False], [9, 0])
+    """
+
+    def __init__(self, share: float, seed: int) -> None:
+        super().__init__()
+        self._share, self._generator = share, torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Rectifiers otherwise than they are, the rest as it is."""
+        given = dict(zip(("input", "min_val", "max_val"), args, strict=False)) | (kwargs or {})
+        if func in _RECTIFIERS:
+            low, high = 0.0, math.inf
+        elif func in _CLIPPED:
+            low, high = (given.get(name, usual) for name, usual in zip(("min_val", "max_val"), _CLIPPED[func], strict=True))
+        else:
+            return func(*args, **(kwargs or {}))
+        x: Tensor = given["input"]
+        up = torch.randint(0, 2, (1, *x.shape[1:]), generator=self._generator) * 2 - 1
+        shift = self._share * x.detach().square().mean().sqrt() * up
+        near = x.detach() + shift
+        return torch.where(near > low, torch.where(near < high, x, high), low)
+
+
+def shifts() -> Iterator[Shifted]:
+    """Each shift in its turn, in other directions each time."""
+    for seed in range(TURNS):
+        for share in SHIFTS:
+            yield Shifted(share, seed)
