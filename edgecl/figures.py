@@ -136,9 +136,10 @@ def versions(engine: str) -> dict[str, str]:
     return {name: version(name) for name in ("edgecl", "torch", ENGINE_PACKAGES[engine], "numpy")}
 
 
-def machine() -> str:
-    """The machine in words: system, processor architecture, cores, Python."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+def machine(device: str = "cpu") -> str:
+    """The machine in words: system, processor architecture, cores, the GPU if PyTorch's device is one, Python."""
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {gpu}Python {platform.python_version()}"
 
 
 @contextmanager

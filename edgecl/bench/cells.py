@@ -52,22 +52,26 @@ class Cell:
 
 
 @contextmanager
-def one_setting(folder: Path, *packages: str, **setting: Any) -> Iterator[dict[str, Any]]:
+def one_setting(folder: Path, *packages: str, device: str | None = "cpu", **setting: Any) -> Iterator[dict[str, Any]]:
     """While inside, no other command works in the folder, PyTorch has one thread, and all figures are of one setting and version.
 
     Args:
         folder: Of the figures.
         packages: On which figures depend besides PyTorch, ONNX Runtime and NumPy.
+        device: PyTorch's device; None where figures may be of several machines, as none is a time, and say so themselves.
         setting: What figures depend on, as values for JSON; how many there are of them is no part of it.
 
     Yields:
         The setting with versions, a hash of the code, and the machine.
 
     Raises:
-        InputError: when the folder's figures are of another setting, version or machine.
+        InputError: when the folder's figures are of another setting, version or machine, or PyTorch has no such device here.
     """
+    if device is not None:
+        check_device(device)
+        setting |= {"device": device, "machine": machine(device)}
     known = {**versions("onnx"), **{name: version(name) for name in packages}, "sources": _sources()}
-    start: dict[str, Any] = json.loads(json.dumps({**setting, "versions": known, "machine": machine()}))  # as it will be read
+    start: dict[str, Any] = json.loads(json.dumps({**setting, "versions": known}))  # as it will be read
     with locked(folder), threads(1):
         found = stage(folder / "start.json", lambda: start)
         if found != start:
@@ -132,16 +136,6 @@ def _made(cell: Cell) -> None:
         cell.read()
     except InputError as error:
         raise InputError(f"{cell.label}: {error}") from error
-
-
-def device_said(device: str) -> dict[str, str]:
-    """PyTorch's device, and of a GPU its name, as parts of a setting.
-
-    Raises:
-        InputError: when PyTorch has no such device here.
-    """
-    check_device(device)
-    return {"device": device, **({"device_name": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {})}
 
 
 def check_known(parameter: str, names: Collection[str], known: Collection[str]) -> None:

@@ -111,7 +111,12 @@ def run_reprogram(
     Raises:
         InputError: when the folder's figures are of another network, plan, tasks, version or machine.
     """
-    known = {"size": plan.size, "epochs": plan.epochs, "network": weight_hash(net), "tasks": [_said(task) for task in (*tasks, choice)]}
+    known: dict[str, Any] = {
+        "size": plan.size,
+        "epochs": plan.epochs,
+        "network": weight_hash(net),
+        "tasks": [_said(task) for task in (*tasks, choice)],
+    }
     known |= {"choose": plan.choose, "switches": plan.switches}
     with one_setting(folder, **known) as setting:
         bench = _Bench(net, tuple(tasks), choice, plan, folder)

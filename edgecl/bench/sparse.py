@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from edgecl.bench.cells import Cell, as_file, check_known, device_said, fill, one_setting
+from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
 from edgecl.bench.heads import with_head
 from edgecl.bench.sparse_step import CLASSES, GRADIENTS, ROWS, SPARSE, cut, measure, network
 from edgecl.console import Step, silent
@@ -119,8 +119,8 @@ def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: in
     """
     check_known("cases", plan.cases, cases())
     names = ("net", "pretraining_epochs", "epochs", "capacity_bytes", "tests", "forms", "repeats")
-    same = {name: getattr(plan, name) for name in names} | device_said(plan.device)
-    with one_setting(folder, "scipy", **same, first=sha256_data(first), data=sha256_data(then)) as setting:
+    same = {name: getattr(plan, name) for name in names}
+    with one_setting(folder, "scipy", device=plan.device, **same, first=sha256_data(first), data=sha256_data(then)) as setting:
         bench = _Bench(first, then, plan, folder)
         steps = [Cell(folder / "steps" / f"{net}.json", f"time of a step of {net}", partial(bench.timed, net)) for net in plan.timed]
         fill(steps, 1, progress)

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from edgecl.bench.adapting import BATCHES, RUNS, SINGLES, Entry, in_batches, learner_of, one_by_one, saved_bytes
-from edgecl.bench.cells import Cell, as_file, check_known, device_said, fill, one_setting
+from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
 from edgecl.bench.jitter import jittered
 from edgecl.console import Step, silent
-from edgecl.figures import weight_hash
+from edgecl.figures import machine, weight_hash
+from edgecl.given import check_device
 from edgecl.learner import State
 from edgecl.prepare import Prepared
 from edgecl.preprocess import ImageU8
@@ -90,18 +91,22 @@ def run_tta(
         progress: Called with what runs, how much of it is done, and how much there is.
 
     Raises:
-        InputError: when the folder's figures are of other images, corruptions, lengths of runs, network, data, version or machine.
+        InputError: when the folder's figures are of other images, corruptions, lengths of runs, network, data or version, or PyTorch
+            has no such device here.
     """
     check_known("entries", plan.entries, {entry.label for entry in (*BATCHES, *SINGLES, *RUNS)})
     data = replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
-    same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")} | device_said(plan.device)
-    with one_setting(folder, "scipy", "pillow", **same, network=weight_hash(net), data=sha256_data(data)) as setting:
+    same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")}
+    check_device(plan.device)
+    with one_setting(folder, "scipy", "pillow", device=None, **same, network=weight_hash(net), data=sha256_data(data)) as setting:
         bench = _Bench(data, net, preprocess, plan, folder)
         protocols, costs = bench.protocols(), bench.costs()
         fill(bench.starts(), jobs, progress)
         fill([*costs, *(cell for lines in protocols.values() for _, cells in lines for cell in cells)], jobs, progress)
-        tables = {name: [_row(entry, [cell.read() for cell in cells]) for entry, cells in lines] for name, lines in protocols.items()}
-        return {"tables": tables, "costs": [cell.read() for cell in costs], "seeds": plan.seeds, **setting}
+        found = {name: [(entry, [cell.read() for cell in cells]) for entry, cells in lines] for name, lines in protocols.items()}
+        tables = {name: [_row(entry, some) for entry, some in lines] for name, lines in found.items()}
+        machines = sorted({one["machine"] for lines in found.values() for _, some in lines for one in some})
+        return {"tables": tables, "costs": [cell.read() for cell in costs], "seeds": plan.seeds, **setting, "machine": "; ".join(machines)}
 
 
 def _row(entry: Entry, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -151,7 +156,7 @@ class _Bench:
         stream = self._stream(seed)
         sized = self._sized(entry, batch, len(stream.dataset.y_test))
         errors, _ = in_batches(entry, sized, self._state(entry, sized[batch], seed), stream, batch, seed, device=self.plan.device)
-        return {"errors": errors, "images": len(stream.dataset.y_test)}
+        return {"errors": errors, "images": len(stream.dataset.y_test), "machine": machine(self.plan.device)}
 
     def of_rounds(self, batch: int, entry: Entry, seed: int) -> dict[str, Any]:
         """Passes over fewer images, without a reset between them."""
@@ -161,7 +166,8 @@ class _Bench:
         for number in range(self.plan.rounds):
             errors, state = in_batches(entry, sized, state, stream, batch, seed + number, fresh=False, device=self.plan.device)
             found.append(mean(errors.values()))
-        return {"errors": {"last pass": found[-1]}, "rounds": found, "images": len(stream.dataset.y_test)}
+        last = {"last pass": found[-1]}
+        return {"errors": last, "rounds": found, "images": len(stream.dataset.y_test), "machine": machine(self.plan.device)}
 
     def of_singles(self, run: int | None, entry: Entry, seed: int) -> dict[str, Any]:
         """On the device's loop: images in random order, or at least ``run`` of a class in a row."""
@@ -173,7 +179,7 @@ class _Bench:
         exported = export(prepared, bundle, overwrite=True)
         errors = one_by_one(entry, bundle, stream)
         own = {"bytes": exported.manifest.ledger["beyond_trunk"]} if entry.role == "method" else {}
-        return {"errors": errors, "images": len(stream.dataset.y_test), **own}
+        return {"errors": errors, "images": len(stream.dataset.y_test), "machine": machine(), **own}
 
     def costs(self) -> list[Cell]:
         """Of an update of 64 rows: MACs a sample, bytes that PyTorch keeps for the backward pass, and those of the ledger."""
