@@ -52,17 +52,20 @@ class Cell:
 
 
 @contextmanager
-def one_setting(folder: Path, *packages: str, device: str | None = "cpu", **setting: Any) -> Iterator[dict[str, Any]]:
+def one_setting(
+    folder: Path, *packages: str, device: str | None = "cpu", complete: bool = False, **setting: Any
+) -> Iterator[dict[str, Any]]:
     """While inside, no other command works in the folder, PyTorch has one thread, and all figures are of one setting and version.
 
     Args:
         folder: Of the figures.
         packages: On which figures depend besides PyTorch, ONNX Runtime and NumPy.
         device: PyTorch's device; None where figures may be of several machines, as none is a time, and say so themselves.
+        complete: Whether no figure is missing: then they may be of other versions than these, for they are only read.
         setting: What figures depend on, as values for JSON; how many there are of them is no part of it.
 
     Yields:
-        The setting with versions, a hash of the code, and the machine.
+        The setting of the figures with versions, a hash of the code, and the machine.
 
     Raises:
         InputError: when the folder's figures are of another setting, version or machine, or PyTorch has no such device here.
@@ -74,11 +77,11 @@ def one_setting(folder: Path, *packages: str, device: str | None = "cpu", **sett
     start: dict[str, Any] = json.loads(json.dumps({**setting, "versions": known}))  # as it will be read
     with locked(folder), threads(1):
         found = stage(folder / "start.json", lambda: start)
-        if found != start:
-            apart = [key for key in sorted(start.keys() | found.keys()) if start.get(key) != found.get(key)]
+        apart = [key for key in sorted(start.keys() | found.keys()) if start.get(key) != found.get(key)]
+        if apart and not (complete and apart == ["versions"]):
             other = ", ".join(f"{key} (there {short(found.get(key))}, here {short(start.get(key))})" for key in apart)
             raise InputError(f"--out: {folder} holds figures of other {other}; choose another folder")
-        yield start
+        yield found
 
 
 def fill(cells: Sequence[Cell], jobs: int = 1, progress: Step = silent) -> None:

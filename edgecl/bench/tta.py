@@ -53,7 +53,7 @@ class Plan:
     """What is compared.
 
     Attributes:
-        batches: Rows of a batch, one table each.
+        batches: Rows of a batch, one table each; none for single samples alone.
         single: Whether the device's loop runs, in random order and in long runs of a class.
         corruptions: Which, in their order.
         images: Test images, the first ones.
@@ -85,7 +85,8 @@ def run_tta(
         data: Colour images of bytes; the training images are the source's.
         net: Trained on them, in eval mode, with modules ``conv1`` and ``layer1``, ``layer2``, ... as the ResNets have.
         preprocess: Its normalisation.
-        plan: What is compared. A folder whose plan had fewer seeds, batches or entries gets what is missing.
+        plan: What is compared. A folder whose plan had fewer seeds, batches or entries gets what is missing; one that lacks nothing is
+            read, of whatever version.
         folder: Of the figures.
         jobs: Processes that make figures.
         progress: Called with what runs, how much of it is done, and how much there is.
@@ -98,11 +99,14 @@ def run_tta(
     data = replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
     same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")}
     check_device(plan.device)
-    with one_setting(folder, "scipy", "pillow", device=None, **same, network=weight_hash(net), data=sha256_data(data)) as setting:
-        bench = _Bench(data, net, preprocess, plan, folder)
-        protocols, costs = bench.protocols(), bench.costs()
-        fill(bench.starts(), jobs, progress)
-        fill([*costs, *(cell for lines in protocols.values() for _, cells in lines for cell in cells)], jobs, progress)
+    same |= {"network": weight_hash(net), "data": sha256_data(data)}
+    bench = _Bench(data, net, preprocess, plan, folder)
+    protocols, costs = bench.protocols(), bench.costs()
+    measured = [*costs, *(cell for lines in protocols.values() for _, cells in lines for cell in cells)]
+    complete = all(cell.path.exists() for cell in measured)
+    with one_setting(folder, "scipy", "pillow", device=None, complete=complete, **same) as setting:
+        fill([] if complete else bench.starts(), jobs, progress)
+        fill(measured, jobs, progress)
         found = {name: [(entry, [cell.read() for cell in cells]) for entry, cells in lines] for name, lines in protocols.items()}
         tables = {name: [_row(entry, some) for entry, some in lines] for name, lines in found.items()}
         machines = sorted({one["machine"] for lines in found.values() for _, some in lines for one in some})
@@ -132,7 +136,7 @@ class _Bench:
     def protocols(self) -> dict[str, list[Line]]:
         """The lines of each table."""
         found = {f"batch {batch}": self._lines(f"batch {batch}", BATCHES, partial(self.of_batches, batch)) for batch in self.plan.batches}
-        if self.plan.rounds:
+        if self.plan.rounds and self.plan.batches:
             least = min(self.plan.batches)
             name = f"batch {least}, {self.plan.rounds} passes"
             found[name] = self._lines(name, BATCHES, partial(self.of_rounds, least))
@@ -185,7 +189,7 @@ class _Bench:
         """Of an update of 64 rows: MACs a sample, bytes that PyTorch keeps for the backward pass, and those of the ledger."""
         return [
             Cell(self.folder / "costs" / f"{as_file(entry.label)}.json", f"costs: {entry.label}", partial(self.of_costs, entry))
-            for entry in self.wanted(BATCHES)
+            for entry in self.wanted(BATCHES if self.plan.batches else ())
         ]
 
     def of_costs(self, entry: Entry) -> dict[str, Any]:
@@ -208,7 +212,7 @@ class _Bench:
 
     def starts(self) -> list[Cell]:
         """The states that learners start from, behind what each may do with source samples."""
-        lines = self.wanted([*BATCHES, *((*SINGLES, *RUNS) if self.plan.single else ())])
+        lines = self.wanted([*(BATCHES if self.plan.batches else ()), *((*SINGLES, *RUNS) if self.plan.single else ())])
         entries = {self._start(entry, seed): (entry, seed) for entry in lines for seed in range(self.plan.seeds)}
         found = []
         for path, (entry, seed) in entries.items():
@@ -235,8 +239,7 @@ class _Bench:
     def _start(self, entry: Entry, seed: int) -> Path:
         if entry.warm:
             return self.folder / f"seed{seed}" / f"warm-{entry.warm}.pth"
-        settings = "".join(f"-{name}-{value}" for name, value in entry.config.items())
-        return self.folder / "fitted" / f"{as_file(entry.method + settings)}.pth"
+        return self.folder / "fitted" / f"{entry.method}.pth"  # what is taken from source samples is the same for all settings
 
     def _state(self, entry: Entry, prepared: Prepared, seed: int) -> State:
         known, own = torch.load(self._start(entry, seed), weights_only=True), prepared.learner.init()

@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,13 @@ Seeds = Annotated[int, typer.Option(min=1, max=100, help="Seeds; figures are mea
 Device = Annotated[str, typer.Option(help="PyTorch's device, for what runs in PyTorch.")]
 Jobs = Annotated[int, typer.Option(min=1, max=256, help="Processes that work at the same time, each on one thread.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result instead of tables.")]
+
+
+class Part(StrEnum):
+    """Parts of the comparison of test-time adaptation."""
+
+    BATCHES = "batches"
+    SINGLES = "singles"
 
 
 class Net(StrEnum):
@@ -61,6 +69,7 @@ def tta(
     out: Out = None,
     seeds: Seeds = 3,
     images: Annotated[int, typer.Option(min=2, max=10000, help="Test images, the first ones.")] = 2000,
+    only: Annotated[Part | None, typer.Option(help="One part: in batches, or sample by sample; both by default.")] = None,
     device: Device = "cpu",
     jobs: Jobs = 1,
     quick: Quick = False,
@@ -71,21 +80,26 @@ def tta(
     from edgecl.bench.tta import Plan, run_tta
     from edgecl.bench.tta_tables import cost_table, error_tables
 
+    def part(plan: Plan) -> Plan:
+        if only is None:
+            return plan
+        return replace(plan, single=False) if only is Part.BATCHES else replace(plan, batches=())
+
     folder = _folder(out, "tta", quick)
     with redirect_stdout(sys.stderr), progress(quiet=as_json) as step:
         if quick:
             step("training a small network", 0, 1)
             lines = ("source", "TENT", "EcoTTA, detached")
             chosen = Plan((48,), True, ("gaussian_noise", "contrast"), 96, 1, 4, 2, lines, device)
-            found = run_tta(colour_fashion(), small_network(), GREY, chosen, folder, jobs, step)
+            found = run_tta(colour_fashion(), small_network(), GREY, part(chosen), folder, jobs, step)
         else:
             if data is None or weights is None:
                 raise InputError("--data, --weights: must be given, or --quick; edgecl.streams.fetch downloads CIFAR-10")
             net = resnet20().eval()
             load_weights(net, weights)
             plan = Plan(images=images, seeds=seeds, device=device)
-            found = run_tta(load_cifar10(data), net, ImageU8(*IMAGENET, "CHW"), plan, folder, jobs, step)
-    _told(found, folder, "tta", as_json, *error_tables(found), cost_table(found))
+            found = run_tta(load_cifar10(data), net, ImageU8(*IMAGENET, "CHW"), part(plan), folder, jobs, step)
+    _told(found, folder, "tta", as_json, *error_tables(found), *([cost_table(found)] if found["costs"] else []))
 
 
 @app.command(epilog="Examples:\n\nedgecl bench reprogram --quick\n\nedgecl bench reprogram --data data --weights mobilenet_v2.pth --jobs 2")
