@@ -69,44 +69,62 @@ def targets(found: Iterable[Target]) -> str:
     return markdown(["target", "aim", "reached", "met"], [target.cells() for target in found])
 
 
-def tta_page(result: Row) -> str:
-    """Errors, costs and targets of test-time adaptation."""
+def batches_page(result: Row) -> str:
+    """Errors in batches, costs and targets of test-time adaptation."""
+    command = f"edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th --only batches --device cuda --seeds {result['seeds']}"
+    shown = page([*error_tables(result), cost_table(result)])
+    return "\n\n".join([_note(result), shown, targets(batches_targets(result)), said(command, result)])
+
+
+def singles_page(result: Row) -> str:
+    """Errors sample by sample, and targets of test-time adaptation."""
+    command = f"edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th --only singles --seeds {result['seeds']}"
+    return "\n\n".join([_note(result), page(error_tables(result)), targets(singles_targets(result)), said(command, result)])
+
+
+def _note(result: Row) -> str:
     count = result["seeds"]
     seeds = "One seed" if count == 1 else f"Means over {count} seeds and their standard deviation"
-    note = f"{seeds}; {len(result['corruptions'])} corruptions at severity 5, one after the other."
-    command = f"edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th --seeds {count}"
-    return "\n\n".join([note, page(error_tables(result)), page([cost_table(result)]), targets(tta_targets(result)), said(command, result)])
+    return f"{seeds}; {len(result['corruptions'])} corruptions at severity 5, one after the other."
 
 
-def tta_targets(result: Row) -> Iterable[Target]:
-    """The project's targets for test-time adaptation."""
-    tables = {name: {row["label"]: row for row in rows} for name, rows in result["tables"].items()}
+def _by_label(result: Row) -> dict[str, dict[str, Row]]:
+    return {name: {row["label"]: row for row in rows} for name, rows in result["tables"].items()}
+
+
+def _best(rows: Mapping[str, Row], role: str) -> str:
+    """The label with the lowest error of a role."""
+    return min((label for label, row in rows.items() if row["role"] == role), key=lambda label: float(rows[label]["error"]))
+
+
+def batches_targets(result: Row) -> Iterable[Target]:
+    """The project's targets for test-time adaptation in batches."""
+    tables = _by_label(result)
     kept = {row["label"]: row["kept_by_pytorch"] for row in result["costs"]}
-    error = {name: {label: row["error"] for label, row in rows.items()} for name, rows in tables.items()}
-    wide, detached, points = error["batch 200"], "EcoTTA, detached", " points"
-
-    def best(name: str, role: str) -> str:
-        return min((label for label, row in tables[name].items() if row["role"] == role), key=error[name].__getitem__)
-
+    wide, detached, points = {label: row["error"] for label, row in tables["batch 200"].items()}, "EcoTTA, detached", " points"
     yield Target("EcoTTA detached above released, batch 200", wide[detached] - wide["EcoTTA, released"], 0.5, unit=points)
     yield Target("EcoTTA detached below TENT, batch 200", wide["TENT"] - wide[detached], 1, most=False, unit=points)
     yield Target("EcoTTA detached above CoTTA, batch 200", wide[detached] - wide["CoTTA, 8 views"], 1, unit=points)
     for name in ("batch 200", "batch 64"):
-        label = best(name, "method")
-        gain = error[name][best(name, "control")] - error[name][label]
+        label, control = (_best(tables[name], role) for role in ("method", "control"))
+        gain = tables[name][control]["error"] - tables[name][label]["error"]
         yield Target(f"best method ({label}) below the better control, {name}", gain, 0.5, most=False, unit=points)
     yield Target("bytes that PyTorch keeps, EcoTTA detached / TENT", kept[detached] / kept["TENT"], 0.45)
     yield Target("the same / CoTTA's student", kept[detached] / kept["CoTTA, 8 views"], 0.45)
     passes = next(rows for name, rows in tables.items() if "passes" in name)
-    for label in dict.fromkeys((detached, best("batch 64", "method"))):
+    for label in dict.fromkeys((detached, _best(tables["batch 64"], "method"))):
         drift = passes[label]["rounds"][-1] - passes[label]["rounds"][0]
         yield Target(f"last pass above the first, {label}", drift, 0.5, unit=points)
-    for name in ("batch 1", "batch 1, long runs of a class"):
-        label = best(name, "method")
-        yield Target(
-            f"best method ({label}) below the source, {name}", error[name]["source"] - error[name][label], 12, most=False, unit=points
-        )
-    single = error["batch 1"]
+
+
+def singles_targets(result: Row) -> Iterable[Target]:
+    """The project's targets for test-time adaptation sample by sample."""
+    tables, points = _by_label(result), " points"
+    for name, rows in tables.items():
+        label = _best(rows, "method")
+        gain = rows["source"]["error"] - rows[label]["error"]
+        yield Target(f"best method ({label}) below the source, {name}", gain, 12, most=False, unit=points)
+    single = {label: row["error"] for label, row in tables["batch 1"].items()}
     for still, learning in _SAME_WEIGHTS.items():
         first, label = min(still, key=single.__getitem__), min(learning, key=single.__getitem__)
         what = f"{label} below {first}, the best without a gradient from the same weights, batch 1"
@@ -153,7 +171,10 @@ def sparse_page(result: Row) -> str:
 
 
 PAGES: Mapping[str, Mapping[str, Any]] = {
-    "docs/methods/adaptation.md": {"tta": ("benchmarks/results/tta.json", tta_page)},
+    "docs/methods/adaptation.md": {
+        "tta-batches": ("benchmarks/results/tta_batches.json", batches_page),
+        "tta-singles": ("benchmarks/results/tta_singles.json", singles_page),
+    },
     "docs/methods/clr.md": {"reprogram": ("benchmarks/results/reprogram.json", reprogram_page)},
     "docs/methods/sparcl.md": {"sparse": ("benchmarks/results/sparse.json", sparse_page)},
 }

@@ -6,7 +6,8 @@ edgecl plan --ram 256KiB --flash 1MiB --macs 5M --json > docs/figures/plan.json
 python benchmarks/equal_bytes.py --data FOLDER --weights FILE
 python benchmarks/learn_latency.py
 python benchmarks/step_latency.py
-edgecl bench tta|reprogram|sparse ... --json > benchmarks/results/tta|reprogram|sparse.json
+edgecl bench tta ... --only batches|singles --json > benchmarks/results/tta_batches|tta_singles.json
+edgecl bench reprogram|sparse ... --json > benchmarks/results/reprogram|sparse.json
 python benchmarks/update_tables.py
 """
 

@@ -1,6 +1,8 @@
 """``edgecl bench tta``: its figures against plain loops over PyTorch's own batch norm, and a run that goes on where it was stopped."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,14 @@ import torch
 from torch import nn
 
 from edgecl.backbones.resnet_cifar import ResNetCifar
-from edgecl.bench import tta
+from edgecl.bench import cells, tta
 from edgecl.bench.adapting import BATCHES, RUNS, Entry, learner_of, saved_bytes
 from edgecl.bench.jitter import jittered
 from edgecl.bench.quick import GREY, colour_fashion
 from edgecl.bench.tta import Plan, run_tta
 from edgecl.bench.tta_tables import cost_table, error_tables
 from edgecl.cli import main
+from edgecl.figures import machine
 from edgecl.streams import Corrupted
 from edgecl_device.errors import InputError
 
@@ -79,6 +82,23 @@ def test_a_second_run_computes_nothing_and_another_plan_is_refused(found: Any, m
         InputError, match=r"^--out: .* holds figures of other corruptions .*, images \(there 30, here 2000\), .*; choose another folder"
     ):
         run_tta(colour_fashion(), network(), GREY, Plan((10,)), folder)
+
+
+def test_a_folder_that_lacks_nothing_is_read_of_whatever_version(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, folder = found
+    monkeypatch.setattr(cells, "versions", lambda engine: {"torch": "1.0"})
+    assert run_tta(colour_fashion(), network(), GREY, PLAN, folder) == result
+    assert result["machine"] == machine() and result["versions"]["torch"] == torch.__version__
+    with pytest.raises(InputError, match=r"^--out: .* holds figures of other versions"):
+        run_tta(colour_fashion(), network(), GREY, replace(PLAN, seeds=3), folder)
+
+
+def test_single_samples_alone(tmp_path: Path) -> None:
+    plan = replace(PLAN, batches=(), single=True, seeds=1, run=1, entries=("source",))
+    result = run_tta(colour_fashion(), network(), GREY, plan, tmp_path)
+    assert list(result["tables"]) == ["batch 1", "batch 1, long runs of a class"] and result["costs"] == []
+    for rows in result["tables"].values():
+        assert rows[0]["by_corruption"] == pytest.approx(error(network(), 0))
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
