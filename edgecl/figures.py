@@ -137,9 +137,10 @@ def versions(engine: str) -> dict[str, str]:
 
 
 def machine(device: str = "cpu") -> str:
-    """The machine in words: system, processor architecture, cores, the GPU if PyTorch's device is one, Python."""
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {gpu}Python {platform.python_version()}"
+    """The machine in words: system, processor architecture, cores, PyTorch's device if it is another one, Python."""
+    other = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    parts = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *([] if other == "cpu" else [other])]
+    return ", ".join([*parts, f"Python {platform.python_version()}"])
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """``edgecl bench reprogram``: its figures against counts by hand and plain loops, and a run that goes on where it was stopped."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def test_a_second_run_computes_nothing_and_other_tasks_are_refused(found: Any, m
     assert run_reprogram(network(), *tasks(), PLAN, folder) == result
     with pytest.raises(InputError, match=r"^--out: .* holds figures of other tasks \(there .*, here .*\); choose another folder"):
         run_reprogram(network(), tasks()[0][:1], tasks()[1], PLAN, folder)
+
+
+def test_a_trained_task_that_is_gone_is_named(found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    shutil.copytree(found[1], folder)
+    monkeypatch.setattr(reprogram, "ROWS", [row for row in reprogram.ROWS if row.label != "CLR"])
+    (device,) = (folder / "device").glob("*.json")
+    device.unlink()
+    (gone, *_) = sorted((folder / "clr--last-stages").glob(f"{reprogram.as_file(tasks()[0][0].name)} *.safetensors"))
+    gone.unlink()
+    with pytest.raises(InputError, match=r"--out: the trained task .* it is gone; remove .*\.json to train it again"):
+        run_reprogram(network(), *tasks(), PLAN, folder)
 
 
 def test_tables_and_command(found: Any, capsys: pytest.CaptureFixture[str]) -> None:

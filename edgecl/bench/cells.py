@@ -72,7 +72,7 @@ def one_setting(
     """
     if device is not None:
         check_device(device)
-        setting |= {"device": device, "machine": machine(device)}
+        setting["machine"] = machine(device)
     known = {**versions("onnx"), **{name: version(name) for name in packages}, "sources": _sources()}
     start: dict[str, Any] = json.loads(json.dumps({**setting, "versions": known}))  # as it will be read
     with locked(folder), threads(1):

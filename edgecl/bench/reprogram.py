@@ -30,6 +30,7 @@ from edgecl.figures import weight_hash
 from edgecl.graph.capture import capture
 from edgecl.graph.lowering import build_step, within
 from edgecl.graph.memory import kept_for_backward
+from edgecl.learner import State
 from edgecl.ledger import table_bytes
 from edgecl.methods import METHODS
 from edgecl.methods._losses import cross_entropy
@@ -39,6 +40,7 @@ from edgecl.prepare import Prepared, prepare
 from edgecl.preprocess import IMAGENET, ImageU8
 from edgecl.reprogram import Recipe, train_task, write_task
 from edgecl_device import Learner
+from edgecl_device.errors import InputError
 from edgecl_export import export
 
 RUN = 16
@@ -264,8 +266,7 @@ class _Bench:
                 first = {}
                 for task in self.tasks:
                     path = Path(scratch) / "task"
-                    trained = self.cell(row, task, rate).path.with_suffix(".safetensors")
-                    write_task(prepared, load_file(trained), path, task.class_names)
+                    write_task(prepared, self._trained(row, task, rate), path, task.class_names)
                     learner.add_task(task.name, file=path)
                     learner.switch_task(task.name)
                     for i in range(4):
@@ -295,6 +296,13 @@ class _Bench:
             "task_bytes": blob,
             "task_values": prepared.learner.task_values(),
         }
+
+    def _trained(self, row: Row, task: Task, rate: float) -> State:
+        figure = self.cell(row, task, rate).path
+        path = figure.with_suffix(".safetensors")
+        if not path.is_file():
+            raise InputError(f"--out: the trained task {path} must lie beside its figure, it is gone; remove {figure} to train it again")
+        return load_file(path)
 
     def _switched(self, learner: Learner) -> list[float]:
         """Seconds of switches; a task that has learned before is written when it is left."""

@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 def error_tables(result: Row) -> list[Table]:
     """Mean errors over the corruptions, one table a protocol."""
-    return [_errors(name, rows) for name, rows in result["tables"].items()]
+    return [_errors(name, rows) for name, rows in result["tables"].items() if rows]
 
 
 def _errors(name: str, rows: Sequence[Row]) -> Table:

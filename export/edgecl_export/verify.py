@@ -318,7 +318,9 @@ def _tracked(case: _Case) -> dict[str, Array]:
     eager = EagerEngine(case.prepared.trunk, case.prepared.learner)
     eager.load({name: t.detach().numpy() for name, t in case.prepared.state.items()})
     found = [row_of(eager.run(TRACK, {n: t.numpy() for n, t in flatten_tree({"z": z}).items()})) for z, _ in case.prepared.examples]
-    return {f"replay.{name}": np.stack([row[name] for row in found]) for name in (found[0] if found else {})}
+    together = {f"replay.{name}": np.stack([row[name] for row in found]) for name in (found[0] if found else {})}
+    # Rows of a single sample would be the same in every state: statistics that took them before change by roundings alone.
+    return {name: rows for name, rows in together.items() if (rows != rows[0]).any()}
 
 
 def _example_of(spec: TensorSpec, generator: np.random.Generator) -> Array:
