@@ -71,7 +71,8 @@ def targets(found: Iterable[Target]) -> str:
 
 def batches_page(result: Row) -> str:
     """Errors in batches, costs and targets of test-time adaptation."""
-    command = f"edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th --only batches --device cuda --seeds {result['seeds']}"
+    device = " --device cuda" if "NVIDIA" in result["machine"] else ""
+    command = f"edgecl bench tta --data cifar-10-batches-bin --weights resnet20.th --only batches{device} --seeds {result['seeds']}"
     shown = page([*error_tables(result), cost_table(result)])
     return "\n\n".join([_note(result), shown, targets(batches_targets(result)), said(command, result)])
 

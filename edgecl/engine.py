@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from pickle import PicklingError
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from edgecl.given import check_device
 from edgecl.learner import Learner, State, call_encode, call_step
 from edgecl.trees import unflatten_like
+from edgecl_device.errors import InputError
 from edgecl_device.manifest import STREAM, Array
+
+Parts = TypeVar("Parts")
 
 
 class EagerEngine:
@@ -31,7 +35,7 @@ class EagerEngine:
     def __init__(self, trunk: nn.Module, learner: Learner, device: str = "cpu") -> None:
         check_device(device)
         self._device = torch.device(device)
-        self._trunk, self._learner = parts_on(device, trunk, learner)
+        self._trunk, self._learner = parts_on(device, (trunk, learner))
         self._state: State = {}
         self.load({name: value.numpy() for name, value in learner.init().items()})
         self._pending: State = {}
@@ -74,23 +78,36 @@ class EagerEngine:
         return {name: to_tensor(value).to(self._device) for name, value in arrays.items()}
 
 
-def parts_on(device: str, trunk: nn.Module, learner: Learner) -> tuple[nn.Module, Learner]:
-    """Trunk and learner themselves for the CPU, else copies there."""
-    return (trunk, learner) if torch.device(device).type == "cpu" else copies_on(device, trunk, learner)
+def parts_on(device: str, parts: Parts) -> Parts:
+    """Trunk, learner or both: themselves for the CPU, else copies there."""
+    return parts if torch.device(device).type == "cpu" else copies_on(device, parts)
 
 
-def copies_on(device: str, trunk: nn.Module, learner: Learner) -> tuple[nn.Module, Learner]:
-    """Copies whose tensors, wherever they hold some, are on a device; classes of the user's must be ones that pickle finds."""
-    parts = BytesIO()
-    torch.save((trunk, learner), parts)
-    parts.seek(0)
-    found: tuple[nn.Module, Learner] = torch.load(parts, map_location=device, weights_only=False)  # what was just saved
+def copies_on(device: str, parts: Parts) -> Parts:
+    """Copies whose tensors, wherever they hold some, are on a device.
+
+    Raises:
+        InputError: when a class of theirs is none that pickle finds.
+    """
+    saved = BytesIO()
+    try:
+        torch.save(parts, saved)
+    except (PicklingError, AttributeError, TypeError) as error:  # pickle raises any of them
+        raise InputError(
+            f"device: classes of the model and of what stands in front must be ones that pickle finds, for a copy on {device!r}; define "
+            f"them at the top of a module ({error})"
+        ) from error
+    saved.seek(0)
+    found: Parts = torch.load(saved, map_location=device, weights_only=False)  # what was just saved
     return found
 
 
 @contextmanager
 def running_on(device: str | torch.device) -> Iterator[None]:
-    """What PyTorch makes inside is made on a device, and there convolutions are of whole float32, where cuDNN's own choice is TF32."""
+    """What PyTorch makes inside is made on a device.
+
+    Convolutions on a GPU are of whole float32, where cuDNN's own choice is TF32, and always by the same algorithms.
+    """
     if torch.device(device).type == "cpu":
         yield  # it is anyway, and every operator would take longer
         return

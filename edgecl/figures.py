@@ -138,9 +138,11 @@ def versions(engine: str) -> dict[str, str]:
 
 def machine(device: str = "cpu") -> str:
     """The machine in words: system, processor architecture, cores, PyTorch's device if it is another one, Python."""
-    other = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    parts = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *([] if other == "cpu" else [other])]
-    return ", ".join([*parts, f"Python {platform.python_version()}"])
+    kind = torch.device(device).type
+    other = [] if kind == "cpu" else [torch.cuda.get_device_name(device) if kind == "cuda" else kind]
+    return ", ".join(
+        [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *other, f"Python {platform.python_version()}"]
+    )
 
 
 @contextmanager

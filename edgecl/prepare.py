@@ -141,7 +141,8 @@ class Prepared:
             device: PyTorch's device for the warm-up, of methods that train on base samples in the first call.
 
         Raises:
-            InputError: when there is no such device, or shapes, types, values or labels do not fit; state and memory are unchanged then.
+            InputError: when there is no such device or the learner cannot be copied there, or shapes, types, values or labels do not
+                fit; state and memory are unchanged then.
         """
         check_device(device)
         latents = self.encode(x, batch)
@@ -180,7 +181,7 @@ class Prepared:
         return self
 
     def _warmed_up(self, state: State, latents: Sequence[Any], target: Tensor, device: str) -> State:
-        _, learner = parts_on(device, self.trunk, self.learner)
+        learner = parts_on(device, self.learner)
         z = map_tree(stacked(latents), lambda part: part.to(device))
         with running_on(device):
             return on_device("cpu", learner.warm_up(on_device(device, state), z, target.to(device)))

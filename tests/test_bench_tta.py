@@ -18,6 +18,7 @@ from edgecl.bench.quick import GREY, colour_fashion
 from edgecl.bench.tta import Plan, run_tta
 from edgecl.bench.tta_tables import cost_table, error_tables
 from edgecl.cli import main
+from edgecl.engine import copies_on
 from edgecl.figures import machine
 from edgecl.streams import Corrupted
 from edgecl_device.errors import InputError
@@ -101,6 +102,20 @@ def test_single_samples_alone(tmp_path: Path) -> None:
         assert rows[0]["by_corruption"] == pytest.approx(error(network(), 0))
 
 
+def test_batches_on_copies_are_the_same(found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on another device."""
+    monkeypatch.setattr("edgecl.bench.adapting.parts_on", copies_on)
+    again = run_tta(colour_fashion(), network(), GREY, replace(PLAN, seeds=1, rounds=0), tmp_path)
+    rows = {row["label"]: row["errors"][0] for row in found[0]["tables"]["batch 12"]}
+    assert {row["label"]: row["errors"][0] for row in again["tables"]["batch 12"]} == rows
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here"):
+        run_tta(colour_fashion(), network(), GREY, replace(PLAN, device="nowhere"), tmp_path / "bench")
+    assert not (tmp_path / "bench").exists()
+
+
 def test_what_is_kept_for_the_backward_pass() -> None:
     """EcoTTA keeps less when no gradient passes its frozen parts, and the student of CoTTA, whose convolutions learn, the most."""
     data, z, kept = colour_fashion(), torch.randn(2, 16, 28, 28), {}
@@ -148,3 +163,20 @@ def test_tables_and_command(found: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert macs["TENT"] == 2 * forward - 28 * 28 * 16 * 27, "no gradient goes through the convolution in front of the first norm"
     assert main(["bench", "tta"]) == 2
     assert "--data, --weights: must be given, or --quick" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("only", ["", "batches", "singles"])
+def test_the_command_runs_one_half_or_both(only: str, found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plans: list[Plan] = []
+
+    def run(data: Any, net: Any, preprocess: Any, plan: Plan, *rest: Any) -> dict[str, Any]:
+        plans.append(plan)
+        return dict(found[0])
+
+    monkeypatch.setattr(tta, "run_tta", run)
+    monkeypatch.setattr("edgecl.bench.quick.small_network", network)
+    given = ["--only", only] if only else []
+    assert main(["bench", "tta", "--quick", "--device", "cpu:0", "--out", str(tmp_path), *given]) == 0
+    (plan,) = plans
+    assert (bool(plan.batches), plan.single, plan.device) == (only != "singles", only != "batches", "cpu:0")
+    assert [path.name for path in tmp_path.iterdir()] == [f"tta-{only}.json" if only else "tta.json"]

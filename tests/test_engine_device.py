@@ -1,5 +1,6 @@
 """The eager engine on another device. ``meta`` stands in for one: most operators refuse to mix it with the CPU."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from edgecl import METHODS, EagerEngine, prepare
+from edgecl import engine as engine_module
 from edgecl.engine import copies_on
 from edgecl.learner import call_encode, call_step
 from edgecl_device.errors import InputError
@@ -37,7 +39,7 @@ def test_nothing_stays_behind(method: str, config: dict[str, Any]) -> None:
     x = np.random.default_rng(0).random((80, 1, 8, 8)).astype(np.float32)
     config = METHODS[method].Config(**config)
     prepared = prepare(net, at="1", example=x[:1], method=method, classes=4, config=config).fit(x, np.arange(80) % 4)
-    _, twin = copies_on("cpu", prepared.trunk, prepared.learner)
+    _, twin = copies_on("cpu", (prepared.trunk, prepared.learner))
     for step in prepared.learner.steps:
         generator = torch.Generator().manual_seed(0)
 
@@ -52,7 +54,7 @@ def test_nothing_stays_behind(method: str, config: dict[str, Any]) -> None:
                 assert mine.keys() == other.keys()
                 assert all(torch.equal(mine[name], other[name]) for name in mine), step
 
-    trunk, learner = copies_on("meta", prepared.trunk, prepared.learner)
+    trunk, learner = copies_on("meta", (prepared.trunk, prepared.learner))
     state = {name: tensor.to("meta") for name, tensor in prepared.state.items()}
 
     def made(spec: TensorSpec) -> torch.Tensor:
@@ -74,8 +76,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         EagerEngine(prepared.trunk, prepared.learner, "nowhere")
 
 
-def test_arrays_go_there_and_come_back() -> None:
-    """``cpu:0`` goes the way of another device."""
+def test_arrays_go_there_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``cpu:0`` goes the way of another device, with copies."""
+    monkeypatch.setattr(engine_module, "parts_on", lambda device, parts: copies_on(device, parts) if ":" in device else parts)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     x = np.random.default_rng(0).random((6, 4)).astype(np.float32)
     prepared = prepare(net, at="0", example=x[:1], method="ridge", classes=2).fit(x, np.arange(6) % 2)
@@ -88,3 +91,40 @@ def test_arrays_go_there_and_come_back() -> None:
         engine.commit()
         found.append(engine.state())
     assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def normed() -> torch.nn.Module:
+    """Of one norm, the same each time."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    ).eval()
+
+
+def test_a_warm_up_on_copies_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = np.random.default_rng(0).random((20, 1, 8, 8)).astype(np.float32), np.arange(20) % 2
+    here, there = (prepare(normed(), at="0", example=x[:1], method="affine_warmup", classes=2) for _ in range(2))
+    here.fit(x, y)
+    own = there.learner
+    monkeypatch.setattr(sys.modules["edgecl.prepare"], "parts_on", copies_on)
+    there.fit(x, y)
+    assert there.learner is own and not torch.equal(here.state["param.1.weight"], torch.ones(4))
+    assert all(torch.equal(value, there.state[name]) for name, value in here.state.items())
+
+
+def test_a_warm_up_on_no_device_changes_nothing() -> None:
+    x = np.random.default_rng(0).random((20, 1, 8, 8)).astype(np.float32)
+    prepared = prepare(normed(), at="0", example=x[:1], method="affine_warmup", classes=2)
+    before = prepared.state
+    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here"):
+        prepared.fit(x, np.arange(20) % 2, device="nowhere")
+    assert prepared.state is before and not prepared.examples
+
+
+def test_what_pickle_does_not_find_is_told() -> None:
+    class Local(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(InputError, match=r"^device: classes of the model .* must be ones that pickle finds, for a copy on 'cuda'; .*Local"):
+        copies_on("cuda", Local())

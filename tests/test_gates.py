@@ -307,3 +307,22 @@ def test_integers_that_are_indices(tmp_path):
 
     x = np.array([[0, 4, 1, 2], [3, 3, 0, 1]])
     export(prepare(Table(), at="flat", example=x[:1], classes=3).fit(x, np.array([0, 1])), tmp_path / "bundle")
+
+
+def test_rows_of_one_sample_that_are_indices(tmp_path):
+    """They are the same in every state, as others may be no row of the table."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front, self.table, self.norm, self.head = nn.Identity(), nn.Embedding(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.norm(self.table(self.front(x))).mean(1))
+
+    torch.manual_seed(0)
+    x = np.array([[0, 4, 1, 2]])
+    config = METHODS["tent"].Config(rows_per_step=4, every=4)
+    prepared = prepare(Table(), at="front", example=x, method="tent", classes=3, config=config).fit(x, np.array([0]))
+    found = {gate.name: gate.found for gate in export(prepared, tmp_path / "bundle").gates}
+    assert "adapt 25" in found["parity"]

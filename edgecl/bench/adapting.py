@@ -138,7 +138,7 @@ def in_batches(
         fresh: Whether the learner starts anew where the stream says so.
         device: PyTorch's, on which it runs.
     """
-    parts = {rows: parts_on(device, prepared.trunk, prepared.learner) for rows, prepared in sized.items()}
+    parts = {rows: parts_on(device, (prepared.trunk, prepared.learner)) for rows, prepared in sized.items()}
     start, generator = on_device(device, state), np.random.default_rng(seed)
     state = start
     wrong: dict[str, list[bool]] = {}

@@ -55,7 +55,9 @@ class Cell:
 def one_setting(
     folder: Path, *packages: str, device: str | None = "cpu", complete: bool = False, **setting: Any
 ) -> Iterator[dict[str, Any]]:
-    """While inside, no other command works in the folder, PyTorch has one thread, and all figures are of one setting and version.
+    """While inside, no other command works in the folder, PyTorch has one thread, and all figures are of one setting.
+
+    They are of one version as well, and of one machine unless ``device`` is None.
 
     Args:
         folder: Of the figures.
@@ -65,7 +67,7 @@ def one_setting(
         setting: What figures depend on, as values for JSON; how many there are of them is no part of it.
 
     Yields:
-        The setting of the figures with versions, a hash of the code, and the machine.
+        The setting of the figures with versions, a hash of the code, and the machine if it is one.
 
     Raises:
         InputError: when the folder's figures are of another setting, version or machine, or PyTorch has no such device here.

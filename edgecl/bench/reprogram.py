@@ -113,13 +113,8 @@ def run_reprogram(
     Raises:
         InputError: when the folder's figures are of another network, plan, tasks, version or machine.
     """
-    known: dict[str, Any] = {
-        "size": plan.size,
-        "epochs": plan.epochs,
-        "network": weight_hash(net),
-        "tasks": [_said(task) for task in (*tasks, choice)],
-    }
-    known |= {"choose": plan.choose, "switches": plan.switches}
+    known: dict[str, Any] = {name: getattr(plan, name) for name in ("size", "epochs", "choose", "switches")}
+    known |= {"network": weight_hash(net), "tasks": [_said(task) for task in (*tasks, choice)]}
     with one_setting(folder, **known) as setting:
         bench = _Bench(net, tuple(tasks), choice, plan, folder)
         trials = {row: [bench.cell(row, choice, rate) for rate in row.rates] for row in ROWS if plan.choose}

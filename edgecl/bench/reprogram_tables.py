@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from edgecl import tables
+from edgecl.bench.paired import paired, points
 from edgecl.bench.reprogram import RUN
 
 Row = Mapping[str, Any]
@@ -15,13 +16,18 @@ def task_table(result: Row) -> Table:
     """Mean accuracy over the tasks and what each keeps, by way to learn."""
     title = f"{len(result['tasks'])} tasks of {len({task['source'] for task in result['tasks']})} sources, one network"
     sources = list(dict.fromkeys(task["source"] for task in result["tasks"]))
-    caption = "kept a task: what is stored for it beside the frozen network."
+    caption = "to the head: mean difference from the linear head over the tasks, with its 95 % interval; kept a task: what is stored for it"
+    caption += " beside the frozen network."
     if result["choose"]:
         caption += f" Rates were chosen on a further task, {result['choice']}."
-    shown = tables.grid(("", ">accuracy, %", *(f">{name}" for name in sources), ">kept a task", ">rate"), title=title, caption=caption)
+    names = ("", ">accuracy, %", ">to the head", ">95 %", *(f">{name}" for name in sources), ">kept a task", ">rate")
+    shown = tables.grid(names, title=title, caption=caption)
+    head = next(row for row in result["rows"] if row["method"] == "joint")
     for row in result["rows"]:
+        mean, ends = (None, None) if row is head else paired(row["accuracies"], head["accuracies"])
+        apart = ("-" if mean is None else f"{100 * mean:+.1f}", points(ends))
         of = [tables.percent(value) for value in by_source(result, row).values()]
-        shown.add_row(row["row"], tables.percent(row["accuracy"]), *of, tables.size(row["bytes_a_task"]), f"{row['rate']:g}")
+        shown.add_row(row["row"], tables.percent(row["accuracy"]), *apart, *of, tables.size(row["bytes_a_task"]), f"{row['rate']:g}")
     return shown
 
 

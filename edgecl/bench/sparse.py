@@ -7,7 +7,6 @@ the dense case of the same replay are paired by seed (order of classes, of sampl
 """
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 
 from edgecl.bench.cells import Cell, as_file, check_known, fill, one_setting
 from edgecl.bench.heads import with_head
+from edgecl.bench.paired import paired
 from edgecl.bench.sparse_step import CLASSES, GRADIENTS, ROWS, SPARSE, cut, measure, network
 from edgecl.console import Step, silent
 from edgecl.engine import EagerEngine
@@ -147,10 +146,9 @@ def _summary(name: str, found: Mapping[str, list[dict[str, Any]]], costs: Mappin
     row["sample_macs"] = round(costs["gate_macs"] + row["learned"] * costs["update_macs"])
     row["accuracies"] = [one["accuracy"] for one in mine]
     row["accuracy_sd"] = statistics.stdev(row["accuracies"]) if len(mine) > 1 else None
-    pairs = [a["accuracy"] - b["accuracy"] for a, b in zip(mine, base, strict=True)] if base and mine is not base else []
-    row["difference"] = statistics.fmean(pairs) if pairs else None
-    half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-    row["interval"] = None if half is None else [row["difference"] - half, row["difference"] + half]
+    row["difference"], row["interval"] = None, None
+    if base and mine is not base:
+        row["difference"], row["interval"] = paired(row["accuracies"], [one["accuracy"] for one in base])
     return row
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from edgecl import tables
+from edgecl.bench.paired import points
 
 Row = Mapping[str, Any]
 
@@ -47,8 +48,7 @@ def accuracy_table(result: Row) -> Table:
     shown = tables.grid(names, title=title, caption=caption)
     for row in result["rows"]:
         apart = "-" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
-        between = "-" if row["interval"] is None else " to ".join(f"{100 * end:+.1f}" for end in row["interval"])
         costs = [tables.si(row["sample_macs"]), tables.si(row["update_macs"]), tables.size(row["beyond_trunk"])]
         accuracy = tables.percent(row["accuracy"], row["accuracy_sd"])
-        shown.add_row(row["case"], accuracy, apart, between, tables.percent(row["learned"]), *costs)
+        shown.add_row(row["case"], accuracy, apart, points(row["interval"]), tables.percent(row["learned"]), *costs)
     return shown

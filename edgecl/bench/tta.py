@@ -105,11 +105,14 @@ def run_tta(
     measured = [*costs, *(cell for lines in protocols.values() for _, cells in lines for cell in cells)]
     complete = all(cell.path.exists() for cell in measured)
     with one_setting(folder, "scipy", "pillow", device=None, complete=complete, **same) as setting:
-        fill([] if complete else bench.starts(), jobs, progress)
+        starts = bench.starts()
+        fill([] if complete else starts, jobs, progress)
         fill(measured, jobs, progress)
         found = {name: [(entry, [cell.read() for cell in cells]) for entry, cells in lines] for name, lines in protocols.items()}
         tables = {name: [_row(entry, some) for entry, some in lines] for name, lines in found.items()}
-        machines = sorted({one["machine"] for lines in found.values() for _, some in lines for one in some})
+        made = [one for lines in found.values() for _, some in lines for one in some]
+        made += [cell.read() for cell in starts if cell.path.exists()]
+        machines = sorted({one["machine"] for one in made if "machine" in one})
         return {"tables": tables, "costs": [cell.read() for cell in costs], "seeds": plan.seeds, **setting, "machine": "; ".join(machines)}
 
 
@@ -228,7 +231,7 @@ class _Bench:
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if first else images
         prepared = learner_of(_WARM[name], self.net, self.preprocess, self.data, seed=seed)
         save_network(path, prepared.fit(images, self.data.y, device=self.plan.device).state)
-        return {"images": len(images)}
+        return {"images": len(images), "machine": machine(self.plan.device)}
 
     def of_fit(self, entry: Entry, path: Path) -> dict[str, Any]:
         count = min(FISHER if entry.method == "eata" else KNOWN, len(self.data.y))

@@ -99,7 +99,8 @@ def tta(
             load_weights(net, weights)
             plan = Plan(images=images, seeds=seeds, device=device)
             found = run_tta(load_cifar10(data), net, ImageU8(*IMAGENET, "CHW"), part(plan), folder, jobs, step)
-    _told(found, folder, "tta", as_json, *error_tables(found), *([cost_table(found)] if found["costs"] else []))
+    name = "tta" if only is None else f"tta-{only.value}"
+    _told(found, folder, name, as_json, *error_tables(found), *([cost_table(found)] if found["costs"] else []))
 
 
 @app.command(epilog="Examples:\n\nedgecl bench reprogram --quick\n\nedgecl bench reprogram --data data --weights mobilenet_v2.pth --jobs 2")

@@ -27,9 +27,9 @@ SHIFTS, TURNS = (1e-6, 3e-6, 1e-5), 8
 """Shifts of rectifiers, as shares of the root mean square of what comes in, and how many times each is tried: a norm that takes away a mean
 far from zero is off by more than ten roundings."""
 
-_RECTIFIERS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_}
-_CLIPPED = {F.relu6: (0.0, 6.0), F.hardtanh: (-1.0, 1.0), F.hardtanh_: (-1.0, 1.0)}
-"""Rectifiers with two kinks, and where these are unless the call says otherwise."""
+_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_, F.hardtanh_}
+_RECTIFIERS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_, F.relu6}
+_CLIPPED = {F.hardtanh, F.hardtanh_}
 
 
 def nudged(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
@@ -60,6 +60,7 @@ def nudged(state: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
 class Shifted(TorchFunctionMode):
     """While inside, each rectifier decides by its input plus a shift, up or down by chance, and passes on the input itself.
 
+    Rectifiers are ReLU, ReLU6 and hardtanh, as functions, methods or modules.
     Units of all rows go the same way: rows may be equal, and an engine then takes the same side for all of them.
 
     Args:
@@ -80,18 +81,17 @@ class Shifted(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Rectifiers otherwise than they are, the rest as it is."""
-        given = dict(zip(("input", "min_val", "max_val"), args, strict=False)) | (kwargs or {})
-        if func in _RECTIFIERS:
-            low, high = 0.0, math.inf
-        elif func in _CLIPPED:
-            low, high = (given.get(name, usual) for name, usual in zip(("min_val", "max_val"), _CLIPPED[func], strict=True))
-        else:
+        if func not in _RECTIFIERS | _CLIPPED:
             return func(*args, **(kwargs or {}))
+        names = ("input", "min_val", "max_val", "inplace") if func in _CLIPPED else ("input", "inplace")
+        given = {"min_val": -1.0, "max_val": 1.0, **dict(zip(names, args, strict=False)), **(kwargs or {})}
+        low, high = (given["min_val"], given["max_val"]) if func in _CLIPPED else (0.0, 6.0 if func is F.relu6 else math.inf)
         x: Tensor = given["input"]
         up = torch.randint(0, 2, (1, *x.shape[1:]), generator=self._generator) * 2 - 1
         shift = self._share * x.detach().square().mean().sqrt() * up
         near = x.detach() + shift
-        return torch.where(near > low, torch.where(near < high, x, high), low)
+        found = torch.where(near <= low, low, torch.where(near >= high, high, x))
+        return x.copy_(found) if func in _IN_PLACE or given.get("inplace") else found
 
 
 def shifts() -> Iterator[Shifted]:

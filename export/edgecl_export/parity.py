@@ -63,7 +63,7 @@ class Tally:
         worst: Largest relative difference by kind.
         bare: Comparisons that held the bare bars.
         allowed: Comparisons that needed an allowance (``docs/bundle.md`` lists them).
-        kinks: States at a kink, whose update was compared with eager's from nudged weights.
+        kinks: States at a kink, whose update was compared with eager's on its other side.
         unsettled: States whose update is known no better than eager's own moves when its weights are nudged.
         moved: The most that it moved in one of them, as a share of the update.
     """
@@ -92,9 +92,7 @@ class Tally:
 
     def __str__(self) -> str:
         worst = ", ".join(f"{kind} {value:.0e}" for kind, value in sorted(self.worst.items()))
-        kinks = (
-            f"; {self.kinks} updates (at most {MOST_KINKS}) at a kink, equal to eager's from weights {NUDGE:.0e} away" if self.kinks else ""
-        )
+        kinks = f"; {self.kinks} updates (at most {MOST_KINKS}) at a kink, equal to eager's on its other side" if self.kinks else ""
         if self.unsettled:
             kinks += (
                 f"; {self.unsettled} updates no farther from eager's than eager's own move, by up to {self.moved:.0e}, with weights "
@@ -214,12 +212,12 @@ def _compare_nudged(
     """Compare the other engine's update with eager's on the other side of a kink: each engine may stand on either.
 
     All tensors must hold their bars against the same run, from nudged weights or with shifted rectifiers, so that only an update passes
-    that eager itself makes next to this state.
+    that eager makes next to this state, or where units near their kinks take the other side.
     Where many kinks are near, as in a deep network that is trained whole, no nudged run makes eager's own update again, either. Its update
     is then known no better than it moves, and the other's must be no farther away.
 
     Returns:
-        What was found, or None if no nudged run makes the same update, and one makes eager's or eager's moves too far.
+        What was found, or None if no such run makes the same update, and a nudged one makes eager's or eager's moves too far.
     """
     moves: dict[str, float] = {}
     settled = False

@@ -319,8 +319,13 @@ def _tracked(case: _Case) -> dict[str, Array]:
     eager.load({name: t.detach().numpy() for name, t in case.prepared.state.items()})
     found = [row_of(eager.run(TRACK, {n: t.numpy() for n, t in flatten_tree({"z": z}).items()})) for z, _ in case.prepared.examples]
     together = {f"replay.{name}": np.stack([row[name] for row in found]) for name in (found[0] if found else {})}
-    # Rows of a single sample would be the same in every state: statistics that took them before change by roundings alone.
-    return {name: rows for name, rows in together.items() if (rows != rows[0]).any()}
+    if all((rows == rows[0]).all() for rows in together.values()):
+        # The same rows in every state: statistics that took them before change by roundings alone. What the latent has as integers stays,
+        # as it may be rows of a table; the rest is drawn.
+        latent = flatten_tree({"z": case.prepared.learner.problem.features})
+        drawn = {f"replay.{name}" for name, spec in latent.items() if np.dtype(spec.dtype).kind == "f"}
+        return {name: rows for name, rows in together.items() if name not in drawn}
+    return together
 
 
 def _example_of(spec: TensorSpec, generator: np.random.Generator) -> Array:
