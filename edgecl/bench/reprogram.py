@@ -255,13 +255,14 @@ class _Bench:
         """Bits of earlier tasks behind all later ones, identification, time of a switch."""
         prepared = self.prepared(row, rate)
         assert isinstance(prepared.learner, Clr)
+        trained = [self._trained(row, task, rate) for task in self.tasks]
         with tempfile.TemporaryDirectory() as scratch:
             exported = export(prepared, Path(scratch) / "bundle", pending_capacity=8, ram_budget_bytes=1 << 30)
             with Learner.load(exported.path, Path(scratch) / "l.db") as learner:
                 first = {}
-                for task in self.tasks:
+                for task, state in zip(self.tasks, trained, strict=True):
                     path = Path(scratch) / "task"
-                    write_task(prepared, self._trained(row, task, rate), path, task.class_names)
+                    write_task(prepared, state, path, task.class_names)
                     learner.add_task(task.name, file=path)
                     learner.switch_task(task.name)
                     for i in range(4):
