@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgecl.given import check_device
 from edgecl.learner import Learner, State, call_encode, call_step
 from edgecl.trees import unflatten_like
+from edgecl_device.checks import short
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import STREAM, Array
 
@@ -87,15 +88,15 @@ def copies_on(device: str, parts: Parts) -> Parts:
     """Copies whose tensors, wherever they hold some, are on a device.
 
     Raises:
-        InputError: when a class of theirs is none that pickle finds.
+        InputError: when pickle cannot save them: a class is none that it finds, or a module has parametrizations.
     """
     saved = BytesIO()
     try:
         torch.save(parts, saved)
-    except (PicklingError, AttributeError, TypeError) as error:  # pickle raises any of them
+    except (PicklingError, AttributeError, TypeError, RuntimeError) as error:  # whatever pickle, and a parametrized module, raise
         raise InputError(
-            f"device: classes of the model and of what stands in front must be ones that pickle finds, for a copy on {device!r}; define "
-            f"them at the top of a module ({error})"
+            f"device: the model and what stands in front must be such that pickle saves them, for a copy on {device!r} "
+            f"({short(str(error))}); define classes at the top of a module, and remove parametrizations"
         ) from error
     saved.seek(0)
     found: Parts = torch.load(saved, map_location=device, weights_only=False)  # what was just saved

@@ -96,7 +96,11 @@ def check_device(device: str) -> None:
     Raises:
         InputError: naming it.
     """
+    wanted = "device: must be the name of a device that PyTorch has here, as 'cpu' or 'cuda'"
+    if not isinstance(device, str):
+        raise InputError(f"{wanted}, got {short(device)}; pass a string")
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by what it was built with
-        raise InputError(f"device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got {device!r} ({error})") from error
+    except Exception as error:  # what it is depends on what torch was built with
+        why = short(str(error).partition("\n")[0])
+        raise InputError(f"{wanted}, got {short(device)} ({why}); choose another, or install the build of PyTorch for it") from error

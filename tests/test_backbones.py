@@ -295,6 +295,12 @@ def saved(tmp_path, change) -> tuple[nn.Module, str]:
         (lambda w: w.update({"fc.weight": torch.zeros(4, 62)}), r"fc.weight must have shape \[3, 62\], got \[4, 62\]"),
         (lambda w: [w.pop(key) for key in list(w) if key.startswith("block")], r"missing .* and 12 more"),
         (lambda w: w.update(epoch=3), "mapping of names to tensors"),
+        (lambda w: w.update({1: torch.zeros(1)}), "mapping of names to tensors"),
+        (lambda w: w.update({"module.fc.bias": torch.zeros(3)}), "keys must be different, some are there with and without 'module.'"),
+        (lambda w: w.update({"fc.bias": torch.full((3,), torch.nan)}), r"fc.bias must hold finite torch.float32 .* \(.*NaN.*\); save"),
+        (lambda w: w.update({"fc.bias": torch.zeros(3, dtype=torch.complex64)}), "fc.bias must hold .*, got torch.complex64"),
+        (lambda w: w.update({"fc.bias": torch.zeros(3).to_sparse()}), r"fc.bias must hold .* \(.*sparse.*\); save the weights as dense"),
+        (lambda w: w.update({"fc.bias": torch.zeros(3, device="meta")}), "fc.bias must hold .*; save the weights as dense"),
     ],
 )
 def test_weights_that_do_not_fit_leave_the_model_alone(tmp_path, change, words):
@@ -325,3 +331,8 @@ def test_unreadable_files_are_refused(tmp_path, capsys, name):
     with pytest.raises(WeightsError, match="not a readable weight file"):
         load_weights(SmallCnn(), path)
     assert capsys.readouterr().out == ""
+    for odd in ("a" * 5000, "a\0b", tmp_path):
+        with pytest.raises(WeightsError, match="no such file"):
+            load_weights(SmallCnn(), odd)
+    with pytest.raises(WeightsError, match="path: must be a file's path, got 3"):
+        load_weights(SmallCnn(), 3)

@@ -54,3 +54,45 @@ def test_a_folder_is_of_one_setting(tmp_path: Path) -> None:
         one_setting(tmp_path, images=4),
     ):
         pass
+
+
+def test_figures_of_an_unknown_setting_are_refused(tmp_path: Path) -> None:
+    with one_setting(tmp_path, images=3):
+        fill(cells(tmp_path, "a"))
+    (tmp_path / "start.json").unlink()
+    with pytest.raises(InputError, match=r"^--out: .* holds a.json without start.json, .*; choose an empty folder"), one_setting(tmp_path):
+        pass
+    assert not (tmp_path / "start.json").exists()
+
+
+def test_what_differs_of_versions_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with one_setting(tmp_path):
+        pass
+    monkeypatch.setattr("edgecl.bench.cells._sources", lambda: "other")
+    with pytest.raises(InputError, match=r"figures of other versions.sources \(there '.*', here 'other'\); "), one_setting(tmp_path):
+        pass
+
+
+def test_a_file_of_another_figure_is_refused(tmp_path: Path) -> None:
+    fill(cells(tmp_path, "a", "b"))
+    (tmp_path / "a.json").rename(tmp_path / "b.json")
+    for attempt in (lambda: fill(cells(tmp_path, "b", "c")), cells(tmp_path, "b")[0].read):
+        with pytest.raises(InputError, match=r"b.json: must be the figure 'b', got 'a'; delete it, and it is made again"):
+            attempt()
+    assert not (tmp_path / "c.json").exists()
+
+
+def write(path: Path) -> dict[str, Any]:
+    path.write_text("weights")
+    return {"n": 1}
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("other")])
+def test_a_file_beside_is_as_it_was_written(tmp_path: Path, change: Any) -> None:
+    cell = Cell(tmp_path / "a.json", "a", partial(write, tmp_path / "a.pth"), tmp_path / "a.pth")
+    assert cell.read()["n"] == 1 and cell.read().keys() == {"n", "seconds"}
+    change(tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"a.pth: must be as 'a' wrote it, it is gone or altered; delete .*a.json to make it again"):
+        cell.read()
+    (tmp_path / "a.json").unlink()
+    assert cell.read()["n"] == 1

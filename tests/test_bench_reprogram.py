@@ -1,6 +1,7 @@
 """``edgecl bench reprogram``: its figures against counts by hand and plain loops, and a run that goes on where it was stopped."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_a_rate_is_chosen_on_the_other_task(found: Any) -> None:
     choice = reprogram.as_file(result["choice"])
     for row in (row for row in reprogram.ROWS if row.label != "CLR"):
         cells = {
-            rate: reprogram.Cell(folder / reprogram.as_file(row.label) / f"{choice} {rate:g}.json", "", dict).read()["accuracy"]
+            rate: json.loads((folder / reprogram.as_file(row.label) / f"{choice} {rate:g}.json").read_text())["accuracy"]
             for rate in row.rates
         }
         chosen = next(r["rate"] for r in result["rows"] if r["row"] == row.label)
@@ -92,7 +93,9 @@ def test_a_trained_task_that_is_gone_is_named(found: Any, monkeypatch: pytest.Mo
     device.unlink()
     (gone, *_) = sorted((folder / "clr--last-stages").glob(f"{reprogram.as_file(tasks()[0][0].name)} *.safetensors"))
     gone.unlink()
-    with pytest.raises(InputError, match=r"--out: the trained task .* it is gone; remove .*\.json to train it again"):
+    with pytest.raises(
+        InputError, match=r"\.safetensors: must be as 'CLR, last stages: .* wrote it, it is gone or altered; delete .*\.json"
+    ):
         run_reprogram(network(), *tasks(), PLAN, folder)
 
 

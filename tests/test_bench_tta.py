@@ -1,6 +1,7 @@
 """``edgecl bench tta``: its figures against plain loops over PyTorch's own batch norm, and a run that goes on where it was stopped."""
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,25 @@ def test_batches_on_copies_are_the_same(found: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here"):
+    with pytest.raises(InputError, match=r"^device: must be the name of a device that PyTorch has here"):
         run_tta(colour_fashion(), network(), GREY, replace(PLAN, device="nowhere"), tmp_path / "bench")
     assert not (tmp_path / "bench").exists()
+
+
+def test_a_batch_of_one_image_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--images: must leave no batch of a single image, got 25 in batches of 12; take one less"):
+        run_tta(colour_fashion(), network(), GREY, replace(PLAN, images=25), tmp_path / "bench")
+    assert not (tmp_path / "bench").exists()
+
+
+def test_a_state_to_start_from_that_was_altered_is_refused(found: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    shutil.copytree(found[1], folder)
+    (folder / "seed1" / "batch-12" / "tent.json").unlink()
+    start = folder / "fitted" / "tent.pth"
+    start.write_bytes(start.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"tent.pth: must be as 'source samples for TENT' wrote it, it is gone or altered; delete .*json"):
+        run_tta(colour_fashion(), network(), GREY, PLAN, folder)
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:

@@ -72,8 +72,13 @@ def test_nothing_stays_behind(method: str, config: dict[str, Any]) -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     prepared = prepare(net, at="0", example=np.zeros((1, 4), np.float32), method="ncm", classes=2)
-    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got 'nowhere'"):
-        EagerEngine(prepared.trunk, prepared.learner, "nowhere")
+    odd: Any
+    for odd in ("nowhere", "", "meta", "cuda:99", "hpu", "xla", "cpu\0", "x" * 10_000, 0, None, ["cpu"], b"cpu", torch.device("cpu")):
+        with pytest.raises(
+            InputError, match=r"^device: must be the name of a device that PyTorch has here, as 'cpu' or 'cuda', got "
+        ) as told:
+            EagerEngine(prepared.trunk, prepared.learner, odd)
+        assert "\n" not in str(told.value) and len(str(told.value)) < 400
 
 
 def test_arrays_go_there_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +121,7 @@ def test_a_warm_up_on_no_device_changes_nothing() -> None:
     x = np.random.default_rng(0).random((20, 1, 8, 8)).astype(np.float32)
     prepared = prepare(normed(), at="0", example=x[:1], method="affine_warmup", classes=2)
     before = prepared.state
-    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here"):
+    with pytest.raises(InputError, match=r"^device: must be the name of a device that PyTorch has here"):
         prepared.fit(x, np.arange(20) % 2, device="nowhere")
     assert prepared.state is before and not prepared.examples
 
@@ -126,5 +131,10 @@ def test_what_pickle_does_not_find_is_told() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    with pytest.raises(InputError, match=r"^device: classes of the model .* must be ones that pickle finds, for a copy on 'cuda'; .*Local"):
+    with pytest.raises(
+        InputError, match=r"^device: the model .* such that pickle saves them, for a copy on 'cuda' .*Local.*; define classes"
+    ):
         copies_on("cuda", Local())
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"^device: the model .* for a copy on 'cuda' .*parametrized.*; .* remove parametrizations"):
+        copies_on("cuda", layer)

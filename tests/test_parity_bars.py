@@ -7,7 +7,7 @@ from torch import nn
 
 from edgecl import EagerEngine, prepare
 from edgecl_export import ExportError
-from edgecl_export.kinks import NUDGES, nudged, shifts
+from edgecl_export.kinks import NUDGES, Shifted, nudged, shifts
 from edgecl_export.parity import MOST_KINKS, Tally, compare_step
 
 CHANGE = 1e-3
@@ -66,6 +66,39 @@ def test_allowances_are_bounded_and_counted(outputs, reference, other, passes, a
     else:
         with pytest.raises(ExportError, match=r"gate 'parity': step 'learn': .* differs from eager"):
             compare_step("learn", OLD, {}, *engines, tally)
+
+
+@pytest.mark.parametrize(("moved", "passes"), [(1.0, True), (2.0, True), (5.0, False)])
+def test_statistics_are_known_no_better_than_what_they_are_of(moved, passes):
+    """Of a change of 1e-3, as where rows repeat: 64 roundings of float32 are 3.8e-6 of the size; other tensors have two."""
+    old, new = np.array([1.0, 2.0], np.float32), np.array([1.0, 2.001], np.float32)
+    other = new + np.array([0.0, moved * 2e-6 * np.sqrt(5)], np.float32)
+    for name in ("stat.norm.mean", "stat.norm.var", "mean"):
+        engines = [Stepped(name, value) for value in (new, other)]
+        if passes and name.startswith("stat."):
+            compare_step("adapt", {name: old}, {}, *engines)
+        else:
+            with pytest.raises(ExportError, match=f"the change of {name} differs from eager|{name} differs from eager"):
+                compare_step("adapt", {name: old}, {}, *engines)
+
+
+class Stepped:
+    """An engine of one tensor, which it replaces."""
+
+    def __init__(self, name, value):
+        self.value = {name: value}
+
+    def load(self, state):
+        pass
+
+    def run(self, step, inputs):
+        return {}
+
+    def commit(self):
+        pass
+
+    def state(self):
+        return self.value
 
 
 @pytest.mark.parametrize(
@@ -414,3 +447,28 @@ def test_a_side_that_only_one_tensor_takes_is_refused(toy, kinked):
     bad = toy.helpers.Spoiled(second(kinked), lambda name, _, new: crossed if name == "param.mid.bias" else new)
     with pytest.raises(ExportError, match=r"param\.mid\.bias differs from eager"):
         compare_step("learn", state, inputs, eager, bad)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor([[1e30, -1e30, 2e30]]),
+        torch.tensor([[float("inf"), -1.0, 2.0]]),
+        torch.tensor([[float("nan"), -1.0, 2.0]]),
+        torch.tensor([[300.0, -300.0, 2.0]], dtype=torch.float16),
+        torch.tensor([[3, -3, 2]]),
+        torch.tensor(-2.0),
+        torch.zeros(2, 0),
+    ],
+)
+def test_shifted_rectifiers_far_from_their_kinks_are_plain_ones(x):
+    for rectify in (torch.relu, torch.nn.functional.relu6, lambda x: x.clone().relu_()):
+        with Shifted(1e-5, 0):
+            found = rectify(x)
+        assert found.dtype == x.dtype and torch.equal(found.nan_to_num(), rectify(x).nan_to_num())
+
+
+def test_rectifiers_are_shifted_within_vmap():
+    x = torch.tensor([[[1.0, -1.0]], [[2.0, -2.0]]])
+    with Shifted(1e-6, 0):
+        assert torch.equal(torch.func.vmap(torch.relu)(x), x.clamp(min=0))

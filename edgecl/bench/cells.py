@@ -23,9 +23,12 @@ import edgecl_export
 from edgecl.console import Step, silent
 from edgecl.figures import machine, threads, versions
 from edgecl.given import check_device
-from edgecl.runs.files import locked, stage
+from edgecl.runs.files import locked, sha256_file, stage
 from edgecl_device.checks import short
 from edgecl_device.errors import InputError
+
+START, LABEL, BESIDE = "start.json", "figure", "beside_sha256"
+"""File of what all figures depend on; keys of a figure's file: which it is, and SHA-256 of the file beside it."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,33 @@ class Cell:
         path: Its file.
         label: What it is, for progress.
         make: Makes it; other processes get it pickled. ``seconds`` is added to what it returns.
+        beside: A file that it writes beside, which other figures need.
     """
 
     path: Path
     label: str
     make: Callable[[], dict[str, Any]]
+    beside: Path | None = None
 
     def read(self) -> dict[str, Any]:
-        """The figure: from its file, or made and written there."""
-        return stage(self.path, self._timed)
+        """The figure: from its file, or made and written there.
 
-    def _timed(self) -> dict[str, Any]:
+        Raises:
+            InputError: when the file, or the one beside it, is not as it was written, or that of another figure.
+        """
+        found = stage(self.path, self._made, f"delete it, and {self.label!r} is made again")
+        if (label := found.pop(LABEL, None)) != self.label:
+            raise InputError(f"{self.path}: must be the figure {self.label!r}, got {short(label)}; delete it, and it is made again")
+        if self.beside is not None and found.pop(BESIDE, None) != (sha256_file(self.beside) if self.beside.is_file() else None):
+            raise InputError(
+                f"{self.beside}: must be as {self.label!r} wrote it, it is gone or altered; delete {self.path} to make it again"
+            )
+        return found
+
+    def _made(self) -> dict[str, Any]:
         began = time.perf_counter()
-        return {**self.make(), "seconds": time.perf_counter() - began}
+        made = {**self.make(), LABEL: self.label, "seconds": time.perf_counter() - began}
+        return made if self.beside is None else {**made, BESIDE: sha256_file(self.beside)}
 
 
 @contextmanager
@@ -70,7 +87,8 @@ def one_setting(
         The setting of the figures with versions, a hash of the code, and the machine if it is one.
 
     Raises:
-        InputError: when the folder's figures are of another setting, version or machine, or PyTorch has no such device here.
+        InputError: when the folder's figures are of another setting, version or machine, or one that is not known any more, or PyTorch
+            has no such device here.
     """
     if device is not None:
         check_device(device)
@@ -78,10 +96,13 @@ def one_setting(
     known = {**versions("onnx"), **{name: version(name) for name in packages}, "sources": _sources()}
     start: dict[str, Any] = json.loads(json.dumps({**setting, "versions": known}))  # as it will be read
     with locked(folder), threads(1):
-        found = stage(folder / "start.json", lambda: start)
-        apart = [key for key in sorted(start.keys() | found.keys()) if start.get(key) != found.get(key)]
-        if apart and not (complete and apart == ["versions"]):
-            other = ", ".join(f"{key} (there {short(found.get(key))}, here {short(start.get(key))})" for key in apart)
+        if not (folder / START).exists() and (some := next(folder.rglob("*.json"), None)) is not None:
+            raise InputError(f"--out: {folder} holds {some.name} without {START}, which says of what setting it is; choose an empty folder")
+        found = stage(folder / START, lambda: start, "choose another folder")
+        here, there = _flat(start), _flat(found)
+        apart = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+        if apart and not (complete and all(key.startswith("versions.") for key in apart)):
+            other = ", ".join(f"{key} (there {short(there.get(key))}, here {short(here.get(key))})" for key in apart)
             raise InputError(f"--out: {folder} holds figures of other {other}; choose another folder")
         yield found
 
@@ -90,7 +111,8 @@ def fill(cells: Sequence[Cell], jobs: int = 1, progress: Step = silent) -> None:
     """Make the figures that are missing, several at a time, each on one thread.
 
     Args:
-        cells: The figures, none of which needs another. Other processes get all of them at once, and what they share once.
+        cells: The figures, none of which needs another; those that are there are read. Other processes get all of them at once, and what
+            they share once.
         jobs: Processes. When one fails, or this one is interrupted, the others end; what they had not finished is made by the next run.
         progress: Called with what runs, of several at a time with what was made, how many are done, and how many there are.
 
@@ -98,6 +120,9 @@ def fill(cells: Sequence[Cell], jobs: int = 1, progress: Step = silent) -> None:
         InputError: as a figure does, its label in front.
     """
     missing = [cell for cell in cells if not cell.path.exists()]
+    for cell in cells:
+        if cell.path.exists():
+            cell.read()  # it is refused before others take their time
     if jobs == 1 or len(missing) < 2:
         for number, cell in enumerate(missing):
             progress(cell.label, number, len(missing))
@@ -161,6 +186,12 @@ def as_file(label: str) -> str:
     'tent--share--1'
     """
     return "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
+
+
+def _flat(setting: dict[str, Any]) -> dict[str, Any]:
+    """A setting with its versions each by itself."""
+    rest = {key: value for key, value in setting.items() if key != "versions"}
+    return {**rest, **{f"versions.{name}": value for name, value in setting["versions"].items()}}
 
 
 def _sources() -> str:

@@ -40,7 +40,6 @@ from edgecl.prepare import Prepared, prepare
 from edgecl.preprocess import IMAGENET, ImageU8
 from edgecl.reprogram import Recipe, train_task, write_task
 from edgecl_device import Learner
-from edgecl_device.errors import InputError
 from edgecl_export import export
 
 RUN = 16
@@ -166,7 +165,8 @@ class _Bench:
     def cell(self, row: Row, task: Task, rate: float) -> Cell:
         """Accuracy, bytes and seconds of one row on one task."""
         path = self.folder / as_file(row.label) / f"{as_file(task.name)} {rate:g}.json"
-        return Cell(path, f"{row.label}: {task.name}, rate {rate:g}", partial(self.learned, row, task, rate, path))
+        beside = path.with_suffix(".safetensors") if row.method == "clr" else None
+        return Cell(path, f"{row.label}: {task.name}, rate {rate:g}", partial(self.learned, row, task, rate, path), beside)
 
     def learned(self, row: Row, task: Task, rate: float, path: Path) -> dict[str, Any]:
         """A trained task lies beside its figure."""
@@ -294,11 +294,10 @@ class _Bench:
         }
 
     def _trained(self, row: Row, task: Task, rate: float) -> State:
-        figure = self.cell(row, task, rate).path
-        path = figure.with_suffix(".safetensors")
-        if not path.is_file():
-            raise InputError(f"--out: the trained task {path} must lie beside its figure, it is gone; remove {figure} to train it again")
-        return load_file(path)
+        cell = self.cell(row, task, rate)
+        assert cell.beside is not None
+        cell.read()  # it must be as it was written
+        return load_file(cell.beside)
 
     def _switched(self, learner: Learner) -> list[float]:
         """Seconds of switches; a task that has learned before is written when it is left."""

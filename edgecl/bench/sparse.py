@@ -124,7 +124,7 @@ def run_sparse(first: Dataset, then: Dataset, plan: Plan, folder: Path, jobs: in
         steps = [Cell(folder / "steps" / f"{net}.json", f"time of a step of {net}", partial(bench.timed, net)) for net in plan.timed]
         fill(steps, 1, progress)
         nominal = Cell(folder / "nominal.json", "nominal work", nominal_work)
-        trained = Cell(bench.weights.with_suffix(".json"), f"training {plan.net} on the first images", bench.trained)
+        trained = Cell(bench.weights.with_suffix(".json"), f"training {plan.net} on the first images", bench.trained, bench.weights)
         fill([nominal, *([trained] if plan.seeds else [])], jobs, progress)
         wanted = [name for name in cases() if plan.seeds and (not plan.cases or name in plan.cases)]
         bundles = {name: bench.bundle(name) for name in wanted}

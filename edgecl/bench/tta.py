@@ -27,6 +27,7 @@ from edgecl.preprocess import ImageU8
 from edgecl.profiling import profile
 from edgecl.runs.files import save_network, sha256_data
 from edgecl.streams import CORRUPTIONS, Corrupted, Dataset
+from edgecl_device.errors import InputError
 from edgecl_export import export
 
 FISHER = 2000
@@ -92,13 +93,18 @@ def run_tta(
         progress: Called with what runs, how much of it is done, and how much there is.
 
     Raises:
-        InputError: when the folder's figures are of other images, corruptions, lengths of runs, network, data or version, or PyTorch
-            has no such device here.
+        InputError: when the folder's figures are of other images, corruptions, lengths of runs, network, data or version, a batch would
+            be of one image, or PyTorch has no such device here.
     """
     check_known("entries", plan.entries, {entry.label for entry in (*BATCHES, *SINGLES, *RUNS)})
     data = replace(data, x_test=data.x_test[: plan.images], y_test=data.y_test[: plan.images])
     same = {name: getattr(plan, name) for name in ("images", "corruptions", "run", "rounds")}
     check_device(plan.device)
+    for batch in plan.batches:
+        if len(data.y_test) % batch == 1:
+            raise InputError(
+                f"--images: must leave no batch of a single image, got {len(data.y_test)} in batches of {batch}; take one less"
+            )
     same |= {"network": weight_hash(net), "data": sha256_data(data)}
     bench = _Bench(data, net, preprocess, plan, folder)
     protocols, costs = bench.protocols(), bench.costs()
@@ -221,7 +227,7 @@ class _Bench:
         for path, (entry, seed) in entries.items():
             make = partial(self.of_warm_up, entry.warm, seed, path) if entry.warm else partial(self.of_fit, entry, path)
             label = f"warming up {entry.warm}, seed {seed}" if entry.warm else f"source samples for {entry.label}"
-            found.append(Cell(path.with_suffix(".json"), label, make))
+            found.append(Cell(path.with_suffix(".json"), label, make, beside=path))
         return found
 
     def of_warm_up(self, name: str, seed: int, path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from edgecl.streams import Dataset
+from edgecl_device.checks import short
 from edgecl_device.errors import InputError
 from edgecl_device.manifest import Array
 
@@ -22,8 +23,16 @@ SEAL = "file_sha256"
 """Key of a stage's file: SHA-256 of the rest of it."""
 
 
-def read_json(path: Path) -> Any:
+AGAIN = "run it again with --fresh, or in a new folder"
+"""What mends a run's folder."""
+
+
+def read_json(path: Path, mend: str = AGAIN) -> Any:
     """A file's value.
+
+    Args:
+        path: The file.
+        mend: What to do when it is no such file.
 
     Raises:
         InputError: when it cannot be read, or is no table.
@@ -34,7 +43,7 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"a {type(value).__name__} instead of an object")
         return value
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: must be a JSON file of a run ({error}); run it again with --fresh, or in a new folder") from error
+        raise InputError(f"{path}: must be a JSON file of a run ({error}); {mend}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,7 +87,7 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: must be writable, got an error ({why}); make room or mend its permissions, and run it again") from error
 
 
-def stage(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def stage(path: Path, make: Callable[[], dict[str, Any]], mend: str = AGAIN) -> dict[str, Any]:
     """A stage's result: from its file, or made and written there, so that a resumed run sees what the first one saw.
 
     The file has a SHA-256 of the result beside it: no figure comes from a file that was damaged or edited.
@@ -86,6 +95,7 @@ def stage(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     Args:
         path: The file.
         make: Makes the result.
+        mend: What to do when the file was altered.
 
     Raises:
         InputError: when the file is not as it was written.
@@ -93,12 +103,10 @@ def stage(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.exists():
         made = json.loads(json.dumps(make()))  # as it will be read
         write_json(path, {**made, SEAL: _sha256(made)})
-    found: dict[str, Any] = read_json(path)
+    found: dict[str, Any] = read_json(path, mend)
     seal = found.pop(SEAL, None)
     if seal != _sha256(found):
-        raise InputError(
-            f"{path}: must be as the run wrote it, the file was altered ({SEAL} differs); run it again with --fresh, or in a new folder"
-        )
+        raise InputError(f"{path}: must be as the run wrote it, the file was altered ({SEAL} differs); {mend}")
     return found
 
 
@@ -137,7 +145,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out: {folder} cannot be made ({error.strerror}); choose another folder") from error
+        raise InputError(f"--out: {short(str(folder))} cannot be made ({error.strerror}); choose another folder") from error
     with ExitStack() as stack:
         try:
             lock = stack.enter_context(closing(sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)))

@@ -62,6 +62,7 @@ class Shifted(TorchFunctionMode):
 
     Rectifiers are ReLU, ReLU6 and hardtanh, as functions, methods or modules.
     Units of all rows go the same way: rows may be equal, and an engine then takes the same side for all of them.
+    What has no size to take a share of, as integers, single values and infinities, is rectified as ever.
 
     Args:
         share: The shift, as a share of the root mean square of the input.
@@ -77,7 +78,7 @@ class Shifted(TorchFunctionMode):
 
     def __init__(self, share: float, seed: int) -> None:
         super().__init__()
-        self._share, self._generator = share, torch.Generator().manual_seed(seed)
+        self._share, self._generator = share, np.random.default_rng(seed)  # torch's would be refused within vmap
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Rectifiers otherwise than they are, the rest as it is."""
@@ -87,9 +88,11 @@ class Shifted(TorchFunctionMode):
         given = {"min_val": -1.0, "max_val": 1.0, **dict(zip(names, args, strict=False)), **(kwargs or {})}
         low, high = (given["min_val"], given["max_val"]) if func in _CLIPPED else (0.0, 6.0 if func is F.relu6 else math.inf)
         x: Tensor = given["input"]
-        up = torch.randint(0, 2, (1, *x.shape[1:]), generator=self._generator) * 2 - 1
-        shift = self._share * x.detach().square().mean().sqrt() * up
-        near = x.detach() + shift
+        if not x.dim() or not x.is_floating_point():
+            return func(*args, **(kwargs or {}))
+        up = torch.from_numpy(1.0 - 2.0 * self._generator.integers(0, 2, (1, *x.shape[1:]), np.int8)).to(x.device)
+        wide = x.detach().double()  # squares of float32 may overflow
+        near = wide + self._share * wide.square().mean().sqrt().nan_to_num(0.0, 0.0, 0.0) * up
         found = torch.where(near <= low, low, torch.where(near >= high, high, x))
         return x.copy_(found) if func in _IN_PLACE or given.get("inplace") else found
 

@@ -27,6 +27,9 @@ changed count."""
 TRAINED = ("param.", "average.", "momentum.", "adam_")
 """Names of tensors that a gradient changes, and of nothing else: only their change may be a vanishing one."""
 
+STATISTICS, DEPTH = "stat.", 32
+"""Names of a norm's statistics, which are means of values behind all layers before it, and how many times :data:`ROUNDING` they are off."""
+
 CODES = 0.01
 """Share of a row's codes that may differ by one: values that lie on the edge between two codes."""
 
@@ -192,8 +195,10 @@ def _compare_state(
         _judge(step, name, _ratio(apart, whole), widest, kind, tally, _ratio(plain, size) <= bar)
         changed = _norm(wide - old)
         floor = ROUNDING[str(reference.dtype)] * _norm(wide[(wide != old) | (got != old)])
+        if name.startswith(STATISTICS):
+            floor = DEPTH * ROUNDING[str(reference.dtype)] * size
         if changed <= floor:  # a change that is itself all rounding
-            floor = 2 * ROUNDING[str(reference.dtype)] * size
+            floor = max(floor, 2 * ROUNDING[str(reference.dtype)] * size)
         relative = _ratio(max(apart - floor, 0.0), changed)
         bar = lost * CHANGE + (vanishing if name.startswith(TRAINED) else 0.0)
         _judge(step, f"the change of {name}", relative, bar, "change", tally, _ratio(plain, changed) <= CHANGE)
