@@ -96,7 +96,7 @@ def check_device(device: str) -> None:
     Raises:
         InputError: naming it.
     """
-    wanted = "device: must be the name of a device that PyTorch has here, as 'cpu' or 'cuda'"
+    wanted = "device: must be a device that PyTorch has here, as 'cpu' or 'cuda'"
     if not isinstance(device, str):
         raise InputError(f"{wanted}, got {short(device)}; pass a string")
     try:

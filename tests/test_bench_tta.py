@@ -112,7 +112,7 @@ def test_batches_on_copies_are_the_same(found: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^device: must be the name of a device that PyTorch has here"):
+    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here"):
         run_tta(colour_fashion(), network(), GREY, replace(PLAN, device="nowhere"), tmp_path / "bench")
     assert not (tmp_path / "bench").exists()
 
@@ -129,7 +129,7 @@ def test_a_state_to_start_from_that_was_altered_is_refused(found: Any, tmp_path:
     (folder / "seed1" / "batch-12" / "tent.json").unlink()
     start = folder / "fitted" / "tent.pth"
     start.write_bytes(start.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"tent.pth: must be as 'source samples for TENT' wrote it, it is gone or altered; delete .*json"):
+    with pytest.raises(InputError, match=r"tent.pth: must be as 'source samples for tent' wrote it, it is gone or altered; delete .*json"):
         run_tta(colour_fashion(), network(), GREY, PLAN, folder)
 
 

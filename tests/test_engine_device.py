@@ -74,9 +74,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     prepared = prepare(net, at="0", example=np.zeros((1, 4), np.float32), method="ncm", classes=2)
     odd: Any
     for odd in ("nowhere", "", "meta", "cuda:99", "hpu", "xla", "cpu\0", "x" * 10_000, 0, None, ["cpu"], b"cpu", torch.device("cpu")):
-        with pytest.raises(
-            InputError, match=r"^device: must be the name of a device that PyTorch has here, as 'cpu' or 'cuda', got "
-        ) as told:
+        with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here, as 'cpu' or 'cuda', got ") as told:
             EagerEngine(prepared.trunk, prepared.learner, odd)
         assert "\n" not in str(told.value) and len(str(told.value)) < 400
 
@@ -121,7 +119,7 @@ def test_a_warm_up_on_no_device_changes_nothing() -> None:
     x = np.random.default_rng(0).random((20, 1, 8, 8)).astype(np.float32)
     prepared = prepare(normed(), at="0", example=x[:1], method="affine_warmup", classes=2)
     before = prepared.state
-    with pytest.raises(InputError, match=r"^device: must be the name of a device that PyTorch has here"):
+    with pytest.raises(InputError, match=r"^device: must be a device that PyTorch has here"):
         prepared.fit(x, np.arange(20) % 2, device="nowhere")
     assert prepared.state is before and not prepared.examples
 

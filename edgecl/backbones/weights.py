@@ -53,12 +53,12 @@ def _like(own: Tensor, value: Tensor, name: str) -> Tensor:
         if value.is_complex():
             raise ValueError("complex numbers")
         found = torch.empty_like(own).copy_(value)
-        if not torch.isfinite(found).all():
-            raise ValueError("NaN or infinity")
+        if (torch.isfinite(value) & ~torch.isfinite(found)).any():
+            raise ValueError("values too large for it")
     except Exception as error:  # a tensor may be sparse, quantised or without values, and each raises something else
         cause = short(str(error).partition("\n")[0])
         raise WeightsError(
-            f"{name} must hold finite {own.dtype} values, got {value.dtype} ({cause}); save the weights as dense tensors"
+            f"{name} must hold {own.dtype} values, got {value.dtype} ({cause}); save the weights as dense real tensors"
         ) from error
     return found
 

@@ -122,7 +122,7 @@ def fill(cells: Sequence[Cell], jobs: int = 1, progress: Step = silent) -> None:
     missing = [cell for cell in cells if not cell.path.exists()]
     for cell in cells:
         if cell.path.exists():
-            cell.read()  # it is refused before others take their time
+            _made(cell)  # it is refused before others take their time
     if jobs == 1 or len(missing) < 2:
         for number, cell in enumerate(missing):
             progress(cell.label, number, len(missing))

@@ -226,7 +226,7 @@ class _Bench:
         found = []
         for path, (entry, seed) in entries.items():
             make = partial(self.of_warm_up, entry.warm, seed, path) if entry.warm else partial(self.of_fit, entry, path)
-            label = f"warming up {entry.warm}, seed {seed}" if entry.warm else f"source samples for {entry.label}"
+            label = f"warming up {entry.warm}, seed {seed}" if entry.warm else f"source samples for {entry.method}"
             found.append(Cell(path.with_suffix(".json"), label, make, beside=path))
         return found
 

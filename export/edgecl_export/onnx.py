@@ -168,10 +168,14 @@ class Emitter:
         self.nodes.append(ir.node(op_type, list(inputs), attributes, outputs=outputs, name=stem))
         return outputs
 
-    def constant(self, array: np.ndarray[Any, Any], inside: bool = False) -> ir.Value:
-        """A frozen tensor: in the model when it is small or must be known when a runtime loads the graph, else in the weight file."""
+    def constant(self, array: np.ndarray[Any, Any], inside: bool = False, of: str = "") -> ir.Value:
+        """A frozen tensor: in the model when it is small or must be known when a runtime loads the graph, else in the weight file.
+
+        Equal ones are one, unless they are ``of`` different operators.
+        """
         array = np.ascontiguousarray(array).reshape(array.shape)
-        key = f"{'i' if inside else 'c'}_{array.dtype}_{'x'.join(map(str, array.shape))}_{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+        sizes, digest = "x".join(map(str, array.shape)), hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        key = f"{'i' if inside else 'c'}_{array.dtype}_{sizes}_{digest}{of}"
         if key not in self.initializers:
             inline = ir.tensor(array, name=key)
             tensor: ir.TensorProtocol = inline

@@ -193,8 +193,11 @@ def _dequantize_channels(
     if zeros is not None:
         raise unsupported(e.graph.name, node, "must have zero points of zero in every channel")
     integers, channels = node.all_input_nodes
-    none = [] if value_of(integers).dtype == torch.int32 else [e.constant(np.zeros(shape_of(channels), np.int8))]  # some rewrites expect it
-    return e.op("DequantizeLinear", x, scales, *none, axis=axis)
+    if value_of(integers).dtype == torch.int32:
+        return e.op("DequantizeLinear", x, scales, axis=axis)
+    # Some rewrites expect it; one replaces it, and fails where two weights share it.
+    none = e.constant(np.zeros(shape_of(channels), np.int8), of=f"_{node.name}")
+    return e.op("DequantizeLinear", x, scales, none, axis=axis)
 
 
 # --- matrix products -------------------------------------------------------------------------------------------------

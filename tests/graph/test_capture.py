@@ -190,9 +190,11 @@ def test_graphs_equal_the_eager_function(method: str, tools: Any, bench: Any, ge
         outputs, new = call_step(learner, step, state, unflatten_like(learner.inputs_of(step), values))
         want = [*flatten_tree(outputs).values(), *new.values()]
         assert [p.name for p in captured.outputs] == [*flatten_tree(outputs), *new]
-        for got, reference in zip(captured.run(*(values[p.name] for p in captured.inputs)), want, strict=True):
-            # PyTorch has batch norm in training as one kernel; a graph has it written out, with other roundings.
-            tools.assert_close(got, reference, 1e-5 if step == "adapt" else 1e-6)
+        for got, reference, port in zip(captured.run(*(values[p.name] for p in captured.inputs)), want, captured.outputs, strict=True):
+            # PyTorch has batch norm in training as one kernel; a graph has it written out, with other roundings. A square has twice
+            # their share.
+            square = 2 if port.name.startswith("adam_v.") else 1
+            tools.assert_close(got, reference, square * 1e-5 if step == "adapt" else 1e-6)
         graph = canonicalise(captured)
         lowered = lower(graph)
         for form in (graph, lowered):

@@ -134,7 +134,7 @@ OPERATORS: dict[str, Any] = {
     "pad and crop": lambda y, v, z: F.pad(y, (1, -1, 0, 2, -1, 0)),
     "plane of the size of the map": lambda y, v, z: y * z[:1, :1],
     "pooling": lambda y, v, z: F.max_pool2d(y, 2) + F.avg_pool2d(y, 2),
-    "flatten": lambda y, v, z: y.flatten(1) @ torch.linspace(-1, 1, prod(y.shape[1:])).unsqueeze(1),
+    "flatten": lambda y, v, z: y.flatten(1) @ torch.arange(4 * prod(y.shape[1:])).cos().reshape(-1, 4),
     "global pooling": lambda y, v, z: F.adaptive_avg_pool2d(y, 1).flatten(1) * v,
     "convolution with a stride": lambda y, v, z: F.conv2d(y, torch.ones(4, 6, 3, 3) * 0.1, stride=2, padding=1),
     "frozen pointwise": lambda y, v, z: F.conv2d(y, torch.linspace(-1, 1, 30).reshape(5, 6, 1, 1), torch.ones(5)),
